@@ -1,0 +1,7 @@
+"""The public names of trpo_optim."""
+
+from trpo_optim.closure import Closure
+from trpo_optim.optimizer import TrustRegionOptimizer
+from trpo_optim.report import Outcome, StepReport, TrustRegionError
+
+__all__ = ["Closure", "Outcome", "StepReport", "TrustRegionError", "TrustRegionOptimizer"]

@@ -1,0 +1,188 @@
+"""A user's closure as a function of the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.distributions
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from trpo_optim.closure_checks import Values, backward_error, checked_values
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.report import TrustRegionError
+from trpo_optim.transaction import Transaction
+
+__all__ = ["Closure", "Objective", "raised_by_torch"]
+
+Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
+"""Returns ``(loss, kl)`` or ``(loss, kl, dist)``: two scalar tensors, and the new policy's
+distribution."""
+
+
+class Objective:
+    """A closure that can be evaluated at stand-ins for the parameters, with a graph, or displaced.
+
+    Every evaluation starts from the buffers and the random state that the step began with.
+
+    Args:
+        closure: The user's closure.
+        vector: The parameters that the closure depends on.
+        transaction: What holds the state that an evaluation may move.
+
+    Raises:
+        TrustRegionError: If there is no closure, or it cannot be called.
+    """
+
+    def __init__(
+        self, closure: Closure | None, vector: ParameterVector, transaction: Transaction
+    ) -> None:
+        if not callable(closure):
+            raise TrustRegionError(
+                f"step() got {closure!r} for its closure. Pass a function without arguments that "
+                "returns (loss, kl)."
+            )
+        self.vector = vector
+        self.evaluations = 0
+        self._closure = closure
+        self._transaction = transaction
+        self.origin = vector.gather(transaction.originals)
+
+    def at(self, *twins: Tensor) -> Values:
+        """Evaluate with each parameter replaced by its twin, wherever it is used."""
+        identities = map(id, self.vector.parameters)
+        with _Watch(self._transaction, dict(zip(identities, twins, strict=True))):
+            return self._evaluate()
+
+    def with_graph(self) -> Values:
+        """Evaluate at the parameters themselves, recording the graph."""
+        with torch.enable_grad(), _Watch(self._transaction, {}):
+            return self._evaluate()
+
+    def move(self, step: Tensor, scale: float) -> None:
+        """Put the parameters at origin + scale · step; the transaction decides if they may stay.
+
+        Args:
+            step: Shape (n,).
+            scale: The share of it to take.
+        """
+        self.vector.write(self.vector.scatter(self.origin + scale * step))
+
+    def values(self) -> tuple[float, float]:
+        """Return the loss and the KL where the parameters now are, without a graph.
+
+        A ``torch.distributions`` object that refuses its arguments there counts as NaN: that is
+        what an overflow looks like to a distribution that validates.
+
+        Returns:
+            Two floats.
+
+        Raises:
+            ValueError: Whatever else the closure raises.
+        """
+        try:
+            values = self._evaluate()
+        except ValueError as error:
+            if not _raised_in(error, torch.distributions.__file__):
+                raise
+            return math.nan, math.nan
+        return values.loss.item(), values.kl.item()
+
+    def _evaluate(self) -> Values:
+        self._transaction.rewind()
+        self.evaluations += 1
+        try:
+            values = checked_values(self._closure())
+        except RuntimeError as error:
+            if _passed_through_backward(error):
+                raise backward_error() from error
+            raise
+        if any(parameter.grad is not None for parameter in self.vector.parameters):
+            raise backward_error()
+        return values
+
+
+class _Watch(TorchFunctionMode):
+    """Replaces parameters by their twins in every torch call, and reports in-place writes."""
+
+    def __init__(self, transaction: Transaction, twins: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._transaction = transaction
+        self._twins = twins
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` on the twins."""
+        keywords = kwargs or {}
+        for tensor in _written_by(func, args, keywords):
+            self._transaction.remember_written(tensor)
+        return func(
+            *[self._replaced(value) for value in args],
+            **{name: self._replaced(value) for name, value in keywords.items()},
+        )
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._twins.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._replaced(each) for each in value)
+        return value
+
+
+def _written_by(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[Tensor]:
+    """Yield the tensors that a torch call writes in place, or may write."""
+    name = getattr(func, "__name__", "")
+    targets: list[Any] = [kwargs.get("out")]
+    if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
+        targets += [*args[1:], *kwargs.values()]
+    elif (
+        name == "__setitem__"
+        or name.startswith("__i")
+        or (name.endswith("_") and not name.endswith("__"))
+    ):
+        targets += args[:1]
+    for target in targets:
+        for each in target if isinstance(target, tuple | list) else (target,):
+            if isinstance(each, Tensor) and not each.requires_grad:
+                yield each
+
+
+def _passed_through_backward(error: BaseException) -> bool:
+    """Whether an exception came out of a call of backward()."""
+    return any(frame is torch.autograd.backward.__code__ for frame in _code_of(error))
+
+
+def raised_by_torch(error: BaseException) -> bool:
+    """Return whether torch refused something, rather than the user's own code raising.
+
+    Errors of torch calls made by the closure surface in this file, through which they are watched.
+
+    Args:
+        error: An exception with its traceback.
+    """
+    return _raised_in(error, torch.__file__) or _raised_in(error, __file__)
+
+
+def _raised_in(error: BaseException, init_file: str) -> bool:
+    """Whether an exception was raised by code in the folder of ``init_file``."""
+    *_, innermost = _code_of(error)
+    return Path(init_file).parent in Path(innermost.co_filename).parents
+
+
+def _code_of(error: BaseException) -> Iterator[CodeType]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code
+        trace = trace.tb_next

@@ -1,0 +1,144 @@
+"""What a closure must return: the form of its values, and a KL that is one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = [
+    "Values",
+    "backward_error",
+    "checked_values",
+    "detached_error",
+    "require_moving_kl",
+    "require_zero_kl",
+]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What one evaluation returned: the loss and the KL, scalar tensors."""
+
+    loss: Tensor
+    kl: Tensor
+
+
+def checked_values(returned: Any) -> Values:
+    """Return the two values of a closure's result.
+
+    Args:
+        returned: Whatever the closure returned.
+
+    Returns:
+        The loss and the KL.
+
+    Raises:
+        TrustRegionError: If it is not ``(loss, kl)`` or ``(loss, kl, dist)``.
+    """
+    if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
+        count = f"{len(returned)} values" if isinstance(returned, tuple | list) else "one value"
+        raise TrustRegionError(
+            f"The closure returned {count} ({_kind(returned)}). Return two scalar tensors, "
+            "(loss, kl): the surrogate loss and the mean KL(old || new)."
+        )
+    for name, value in zip(("loss", "kl"), returned, strict=False):
+        if not isinstance(value, Tensor):
+            raise TrustRegionError(
+                f"The closure's {name} is {_kind(value)}, not a tensor. Return it without "
+                ".item(), float() or numpy()."
+            )
+        if value.dim() != 0:
+            raise TrustRegionError(
+                f"The closure's {name} has shape {tuple(value.shape)}, not that of a scalar. "
+                "Reduce it over the batch, usually with .mean()."
+            )
+        if not value.is_floating_point():
+            raise TrustRegionError(
+                f"The closure's {name} is {value.dtype}; it must be real floating point."
+            )
+    if len(returned) == 3 and not _is_distribution(returned[2]):
+        raise TrustRegionError(
+            f"The closure's third value is {_kind(returned[2])}. Return the new policy's "
+            "torch.distributions.Distribution (or a tensor, or a tuple of these), or leave it out."
+        )
+    return Values(returned[0], returned[1])
+
+
+def _is_distribution(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(_is_distribution, value))
+    return isinstance(value, Distribution | Tensor)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def backward_error() -> TrustRegionError:
+    """Return the error for a closure that calls backward()."""
+    return TrustRegionError(
+        "The closure called backward(). Return (loss, kl) and leave the derivatives to the "
+        "optimizer; no zero_grad() and no backward()."
+    )
+
+
+def detached_error() -> TrustRegionError:
+    """Return the error for a closure whose values carry no graph to the parameters."""
+    return TrustRegionError(
+        "The closure's loss or kl is detached: it does not depend on the optimizer's parameters. "
+        "Compute both from the policy inside the closure, without detach(), .data or no_grad(), "
+        "and hand this policy's parameters to the optimizer."
+    )
+
+
+def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
+    """Check that the KL is about zero where the old policy and the new one are the same.
+
+    Args:
+        kl: The closure's KL at the current parameters, in nats; finite.
+        resolution: KLs closer than this cannot be told apart, in nats.
+        max_kl: The radius, in nats; a tenth of it counts as about zero.
+
+    Raises:
+        TrustRegionError: If the KL is anything else.
+    """
+    limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
+    if abs(kl) > limit:
+        raise TrustRegionError(
+            f"The closure's KL is {kl:g} at the current parameters, not about zero (at most "
+            f"{limit:g}). Compute the old distribution afresh before every step, with the same "
+            "parameters, batch and dropout mask, and return KL(old || new), not an entropy or a "
+            "penalty."
+        )
+
+
+def require_moving_kl(
+    before: tuple[float, float], far: tuple[float, float], resolution: float
+) -> None:
+    """Check that the KL answers to the parameters.
+
+    A KL that stays zero where the loss changes compares the new policy with itself: the trust
+    region would never bind.
+
+    Args:
+        before: The closure's loss and KL at the current parameters.
+        far: The same at parameters far from these.
+        resolution: KLs closer than this cannot be told apart, in nats.
+
+    Raises:
+        TrustRegionError: If the loss changes there and the KL does not.
+    """
+    (loss_before, kl_before), (loss, kl) = before, far
+    if abs(kl - kl_before) <= resolution and math.isfinite(loss) and loss != loss_before:
+        raise TrustRegionError(
+            f"The closure's KL stays at {kl:g} however far the parameters move, while the loss "
+            "changes: the trust region would never bind. Compute the old distribution once, "
+            "outside the closure and detached, and return KL(old || new) of the policy that the "
+            "loss uses."
+        )

@@ -1,0 +1,116 @@
+"""The optimizer's hyperparameters: their types, their bounds, and the errors that name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["Hyperparameters"]
+
+MODES = ("trpo", "natural", "vanilla")
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """One valid set of hyperparameters; see ``TrustRegionOptimizer`` for their meaning.
+
+    Numbers are kept as plain ``int`` and ``float``, whatever kind of number came in.
+
+    Raises:
+        TrustRegionError: If a value has the wrong type, lies outside its bounds, or does not
+            belong to the mode.
+    """
+
+    mode: str
+    max_kl: float | None
+    max_norm: float | None
+    lr: float
+    damping: float
+    cg_iterations: int
+    cg_tolerance: float
+    backtrack_ratio: float
+    max_backtracks: int
+    improvement_ratio: float
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        """Check every value, alone and together."""
+        if self.mode not in MODES:
+            choices = ", ".join(repr(mode) for mode in MODES)
+            raise TrustRegionError(f"mode is {self.mode!r}; it must be one of {choices}.")
+        if not isinstance(self.maximize, bool):
+            raise TrustRegionError(f"maximize is {self.maximize!r}; it must be True or False.")
+        for name, bound in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is None and bound.optional:
+                continue
+            object.__setattr__(self, name, bound.checked(name, value))
+        if self.max_kl is None and self.mode != "natural":
+            raise TrustRegionError(
+                f"max_kl is None with mode={self.mode!r}; only mode='natural' goes without a "
+                "radius. Give max_kl in nats, for example 0.01."
+            )
+        if self.max_norm is not None and self.mode != "vanilla":
+            raise TrustRegionError(
+                f"max_norm is {self.max_norm!r} with mode={self.mode!r}; it is the step length of "
+                "mode='vanilla' alone. Leave it None and set max_kl."
+            )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all hyperparameters, as in ``param_groups``."""
+        return tuple(entry.name for entry in fields(cls))
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What a number must satisfy: a type, a test, and the words for both."""
+
+    holds: Callable[[float], bool]
+    words: str
+    whole: bool = False
+    optional: bool = False
+
+    def checked(self, name: str, value: Any) -> float | int:
+        """Return ``value`` as a plain number, or raise an error that names it."""
+        kind = Integral if self.whole else Real
+        valid = isinstance(value, kind) and not isinstance(value, bool)
+        if not (valid and math.isfinite(value) and self.holds(value)):
+            raise TrustRegionError(f"{name} is {value!r}; it must be {self.words}.")
+        return int(value) if self.whole else float(value)
+
+
+_BOUNDS = {
+    "max_kl": _Bound(
+        lambda value: value > 0,
+        "a finite number above 0, in nats (0.01 in the paper), or None with mode='natural'",
+        optional=True,
+    ),
+    "max_norm": _Bound(
+        lambda value: value > 0,
+        "a finite number above 0, the L2 length of a vanilla step, or None for the fixed rate lr",
+        optional=True,
+    ),
+    "lr": _Bound(
+        lambda value: value >= 0,
+        "a finite Python number of at least 0 (1.0 takes the whole step)",
+    ),
+    "damping": _Bound(lambda value: value >= 0, "a finite number of at least 0"),
+    "cg_iterations": _Bound(lambda value: value >= 1, "a whole number of at least 1", whole=True),
+    "cg_tolerance": _Bound(
+        lambda value: 0 <= value < 1,
+        "a number in [0, 1): the residual, relative to the gradient, at which the solve stops",
+    ),
+    "backtrack_ratio": _Bound(
+        lambda value: 0 < value < 1, "a number strictly between 0 and 1 that shortens the step"
+    ),
+    "max_backtracks": _Bound(lambda value: value >= 0, "a whole number of at least 0", whole=True),
+    "improvement_ratio": _Bound(
+        lambda value: 0 <= value < 1, "a number in [0, 1): a share of the predicted improvement"
+    ),
+}

@@ -1,0 +1,107 @@
+"""The modes as rows of one table: what is differentiated, which way, how far, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trpo_optim.closure import Objective
+from trpo_optim.conjugate_gradient import Ending, conjugate_gradient
+from trpo_optim.curvature import LocalModel, first_order, second_order
+from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.line_search import Prediction, Search, Trial, backtrack, whole_step
+from trpo_optim.report import Outcome
+from trpo_optim.step_length import natural_length, vanilla_length
+
+__all__ = ["MODES", "Direction", "Mode"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where a step goes, solved for the unit gradient.
+
+    Attributes:
+        vector: x, shape (n,).
+        curvature: xᵀFx, undamped; NaN where the mode needs none.
+        iterations: Iterations of conjugate gradient behind it.
+        products: Fisher-vector products behind it.
+        residual: The solve's relative residual.
+        flaw: Why no step can follow it, or None.
+    """
+
+    vector: Tensor
+    curvature: float = float("nan")
+    iterations: int = 0
+    products: int = 0
+    residual: float = float("nan")
+    flaw: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to take a step; another is another row of ``MODES``."""
+
+    linearize: Callable[[Objective], LocalModel]
+    direction: Callable[[LocalModel, Tensor, Hyperparameters], Direction]
+    length: Callable[[Hyperparameters, float, float], float]
+    search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
+
+
+def natural_direction(model: LocalModel, unit: Tensor, settings: Hyperparameters) -> Direction:
+    """Return (F + λI)⁻¹ of the unit gradient, by conjugate gradient.
+
+    Args:
+        model: Gives the Fisher-vector products.
+        unit: The gradient's unit vector, uphill, shape (n,).
+        settings: ``damping``, ``cg_iterations``, ``cg_tolerance``.
+
+    Returns:
+        The direction, flawed where a product is not finite or xᵀFx is not positive.
+    """
+    solution = conjugate_gradient(
+        model.product,
+        unit,
+        damping=settings.damping,
+        iterations=settings.cg_iterations,
+        tolerance=settings.cg_tolerance,
+    )
+    flaw = None
+    if solution.ending is Ending.NON_FINITE:
+        flaw = Outcome.NON_FINITE_CURVATURE
+    elif not solution.curvature > 0:
+        flaw = Outcome.NON_POSITIVE_CURVATURE
+    return Direction(
+        vector=solution.x,
+        curvature=solution.curvature,
+        iterations=solution.iterations,
+        products=solution.products,
+        residual=solution.residual,
+        flaw=flaw,
+    )
+
+
+def gradient_direction(
+    model: LocalModel,  # noqa: ARG001 (one signature for all modes)
+    unit: Tensor,
+    settings: Hyperparameters,  # noqa: ARG001 (one signature for all modes)
+) -> Direction:
+    """Return the unit gradient itself.
+
+    Args:
+        model: Not used.
+        unit: The gradient's unit vector, uphill, shape (n,).
+        settings: Not used.
+
+    Returns:
+        The direction.
+    """
+    return Direction(unit)
+
+
+MODES = {
+    "trpo": Mode(second_order, natural_direction, natural_length, backtrack),
+    "natural": Mode(second_order, natural_direction, natural_length, whole_step),
+    "vanilla": Mode(first_order, gradient_direction, vanilla_length, whole_step),
+}

@@ -1,0 +1,67 @@
+"""The trainable parameters as one flat vector, and the vector as parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["ParameterVector"]
+
+
+class ParameterVector:
+    """Trainable parameters in a fixed order, gathered into and scattered from one vector.
+
+    Vectors are at least float32, so that the solve does not lose the precision that half-precision
+    parameters lack.
+
+    Args:
+        parameters: The parameters, all on one device; those that occur twice are taken once.
+
+    Raises:
+        TrustRegionError: If there are none, or they lie on several devices.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = tuple(dict.fromkeys(parameters))
+        if not self.parameters:
+            raise TrustRegionError(
+                "No parameter requires a gradient, so there is nothing to step. Call "
+                "requires_grad_(True) on those to be trained."
+            )
+        devices = sorted({str(parameter.device) for parameter in self.parameters})
+        if len(devices) > 1:
+            raise TrustRegionError(
+                f"The parameters lie on several devices ({', '.join(devices)}); one step needs "
+                "them on one. Move the policy with .to(device)."
+            )
+        self.device = self.parameters[0].device
+        self.dtype = functools.reduce(
+            torch.promote_types, (parameter.dtype for parameter in self.parameters), torch.float32
+        )
+        self._sizes = [parameter.numel() for parameter in self.parameters]
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return tensors shaped like the parameters as one vector; None counts as zeros."""
+        pieces = [
+            (torch.zeros_like(parameter) if tensor is None else tensor).reshape(-1)
+            for tensor, parameter in zip(tensors, self.parameters, strict=True)
+        ]
+        return torch.cat(pieces).to(self.dtype)
+
+    def scatter(self, vector: Tensor) -> list[Tensor]:
+        """Return a vector's pieces in the parameters' shapes and dtypes."""
+        return [
+            piece.view(parameter.shape).to(parameter.dtype)
+            for piece, parameter in zip(
+                torch.split(vector, self._sizes), self.parameters, strict=True
+            )
+        ]
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Copy values into the parameters, in place and in one call that nothing interrupts."""
+        torch._foreach_copy_(self.parameters, tuple(values))

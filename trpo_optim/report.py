@@ -1,0 +1,130 @@
+"""What a step says of itself: its figures, how it ended, and the error for misuse."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields
+
+__all__ = ["Outcome", "StepReport", "TrustRegionError"]
+
+
+class TrustRegionError(ValueError):
+    """Misuse of the optimizer: the text names the cause and the remedy; no state has moved."""
+
+
+class Outcome(enum.Enum):
+    """How a step ended; each value says what happened and what to do about it."""
+
+    ACCEPTED = "The step was taken."
+    ZERO_GRADIENT = (
+        "The gradient of the loss is exactly zero, so there is no direction to go; the parameters "
+        "are unchanged. Look for advantages that are all zero, or a policy that has saturated."
+    )
+    ZERO_LEARNING_RATE = (
+        "lr is 0, so the step has no length; the parameters are unchanged. Raise lr, or stop the "
+        "schedule that lowered it."
+    )
+    NON_FINITE_LOSS = (
+        "The loss is NaN or infinite at the current parameters, which are unchanged. Look for NaN "
+        "in the batch (observations, advantages) and for overflow in exp(log_prob - old_log_prob)."
+    )
+    NON_FINITE_KL = (
+        "The KL is NaN or infinite at the current parameters, which are unchanged. Look for zero "
+        "probabilities or scales in the old or the new distribution."
+    )
+    NON_FINITE_GRADIENT = (
+        "The gradient of the loss holds NaN or infinity; the parameters are unchanged. Look for "
+        "sqrt, log or division at zero, or for overflow, in the policy."
+    )
+    NON_FINITE_CURVATURE = (
+        "A Fisher-vector product holds NaN or infinity; the parameters are unchanged. Look for "
+        "second derivatives of the KL at a point where it is not smooth (clamp, abs, norm at zero)."
+    )
+    NON_FINITE_TRIAL = (
+        "The step, or the loss or the KL after it, is NaN or infinite; the step was withdrawn. "
+        "Lower max_kl (mode 'vanilla': lr or max_norm), or bound the policy's scales and logits."
+    )
+    NON_POSITIVE_CURVATURE = (
+        "The KL does not curve upwards along the gradient, so no step length follows from the "
+        "radius; the parameters are unchanged. Check that the second value is KL(old || new), not "
+        "its negative, and that the policy has not become deterministic; or raise damping."
+    )
+    KL_ABOVE_RADIUS = (
+        "The line search ended with the KL still above max_kl; the step was withdrawn. Check that "
+        "the closure evaluates the same batch each time; raise damping, cg_iterations or "
+        "max_backtracks."
+    )
+    NO_IMPROVEMENT = (
+        "The line search ended without enough improvement of the loss; the step was withdrawn. "
+        "Lower max_kl, use a larger batch, lower improvement_ratio or raise max_backtracks; if it "
+        "happens at every step, check the sign of the loss."
+    )
+
+
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The figures of one step, as plain numbers.
+
+    ``loss_after``, ``improvement``, ``kl``, ``step_scale`` and ``step_norm`` describe the policy as
+    ``step`` leaves it: after a rejected step they say that nothing moved. What the line search saw
+    last, taken or not, is in ``trial_loss`` and ``trial_kl``. A figure that the step did not reach,
+    or that the mode does not need, is NaN (a count: 0).
+
+    Attributes:
+        outcome: How the step ended.
+        accepted: Whether the parameters moved; true exactly for ``Outcome.ACCEPTED``.
+        loss_before: The closure's first value at the old parameters.
+        loss_after: The closure's first value at the parameters that the step leaves.
+        improvement: How much better the first value became: its fall, or its rise with
+            ``maximize``.
+        predicted_improvement: gᵀs for the last trial, from the gradient alone.
+        kl: The closure's KL at the parameters that the step leaves, in nats.
+        predicted_kl: ½ sᵀFs for the last trial, in nats, undamped.
+        step_scale: The share of the full step that was taken: 1 unless the line search shortened
+            it.
+        step_norm: L2 length of the move in parameter space.
+        gradient_norm: L2 length of the gradient of the loss.
+        curvature: xᵀFx, with x the (unscaled) direction and F undamped.
+        cg_iterations: Iterations of conjugate gradient behind the direction.
+        cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at its end.
+        backtracks: How often the line search shortened the step.
+        trial_loss: The closure's first value at the last trial.
+        trial_kl: The closure's KL at the last trial, in nats.
+        closure_evaluations: How often the closure was called.
+        fisher_products: How many Fisher-vector products were made.
+        engine: What differentiated the closure: ``"torch.func"``, ``"double backward"``, or
+            ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
+    """
+
+    outcome: Outcome
+    accepted: bool = field(init=False)
+    loss_before: float = _NAN
+    loss_after: float = _NAN
+    improvement: float = 0.0
+    predicted_improvement: float = _NAN
+    kl: float = _NAN
+    predicted_kl: float = _NAN
+    step_scale: float = 0.0
+    step_norm: float = 0.0
+    gradient_norm: float = _NAN
+    curvature: float = _NAN
+    cg_iterations: int = 0
+    cg_residual: float = _NAN
+    backtracks: int = 0
+    trial_loss: float = _NAN
+    trial_kl: float = _NAN
+    closure_evaluations: int = 0
+    fisher_products: int = 0
+    engine: str = ""
+
+    def __post_init__(self) -> None:
+        """Derive ``accepted`` from the outcome, so that the two cannot disagree."""
+        object.__setattr__(self, "accepted", self.outcome is Outcome.ACCEPTED)
+
+    def as_dict(self) -> dict[str, float | int | bool | str]:
+        """Return every field by name, flat, for loggers; the outcome by its name."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {**values, "outcome": self.outcome.name}

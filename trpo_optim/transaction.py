@@ -1,0 +1,111 @@
+"""All or nothing: what a step may move, and how it is put back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
+
+from trpo_optim.parameter_vector import ParameterVector
+
+__all__ = ["Transaction"]
+
+
+class Transaction:
+    """Holds the state of one step; whatever is not committed is rolled back.
+
+    Held are the parameters, their ``.grad`` (hidden meanwhile, so that nothing can add to it), the
+    random generators of the CPU and of the parameters' device, and every module buffer that an
+    evaluation of the closure writes or replaces. Buffers and random state return to where they were
+    before every further evaluation and at the end of every step, so that all evaluations of a step
+    see the same dropout mask and the same statistics.
+
+    Each way back is idempotent and is run by the step itself before ``with`` runs it again, so that
+    an interrupt that lands inside one is followed by another that completes.
+
+    Args:
+        vector: The parameters that the step may move.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        self.originals = [parameter.detach().clone() for parameter in vector.parameters]
+        self._vector = vector
+        self._grads = [parameter.grad for parameter in vector.parameters]
+        self._random = [(each, each.get_state()) for each in _generators(vector.device)]
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
+        self._thread = threading.get_ident()
+        self._committed = False
+        self._hook = register_module_buffer_registration_hook(self._remember_replaced)
+
+    def __enter__(self) -> Transaction:
+        """Return the transaction itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Roll back unless the step was committed."""
+        if not self._committed:
+            self.roll_back()
+
+    def hide_gradients(self) -> None:
+        """Take ``.grad`` off the parameters until the step ends."""
+        for parameter in self._vector.parameters:
+            parameter.grad = None
+
+    def remember_written(self, tensor: Tensor) -> None:
+        """Keep the content of a tensor that is about to be written in place."""
+        transient = tensor.grad_fn is not None or torch._C._functorch.is_functorch_wrapped_tensor(
+            tensor
+        )
+        if not transient and id(tensor) not in self._written:
+            with torch._C._DisableFuncTorch():  # a copy made at a transform's level dies with it
+                self._written[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def rewind(self) -> None:
+        """Return buffers and random state to where they were before the step."""
+        for module, name, value in self._replaced.values():
+            module._buffers[name] = value
+        for tensor, content in self._written.values():
+            tensor.detach().copy_(content)
+        for generator, state in self._random:
+            generator.set_state(state)
+
+    def roll_back(self) -> None:
+        """Put back everything, the parameters too."""
+        self._vector.write(self.originals)
+        self._settle()
+
+    def commit(self) -> None:
+        """Keep the parameters as they are now; put back everything else."""
+        self._settle()
+        self._committed = True
+
+    def _settle(self) -> None:
+        self.rewind()
+        for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
+            parameter.grad = grad
+        self._hook.remove()
+
+    def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
+        """Keep the tensor that a module's buffer is about to lose; torch calls this."""
+        key = (id(module), name)
+        ours = threading.get_ident() == self._thread and name in module._buffers
+        if ours and key not in self._replaced and module._buffers[name] is not value:
+            self._replaced[key] = (module, name, module._buffers[name])
+
+
+def _generators(device: torch.device) -> Iterator[torch.Generator]:
+    """Yield the generators that an evaluation on ``device`` may draw from."""
+    yield torch.default_generator
+    accelerators = getattr(getattr(torch, device.type, None), "default_generators", ())
+    if accelerators:
+        yield accelerators[device.index or 0]
