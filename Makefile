@@ -1,0 +1,33 @@
+# Two commands set up everything on a fresh machine: make demo and make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test format clean
+
+demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
+	$(BIN)/python examples/demo.py
+
+test: .venv/dev ## ruff, mypy and pytest with coverage
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --cov --cov-report=term-missing
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+
+.venv/examples: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	touch $@
+
+.venv/dev: .venv/examples
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+clean:
+	rm -rf .venv runs

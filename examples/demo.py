@@ -1,0 +1,105 @@
+"""Compare the three modes on CartPole-v1: a table, and docs/demo.png.
+
+    python examples/demo.py
+
+Runs examples/train.py once per mode and seed, on all cores; the runs stay in runs/.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import tqdm
+from train import Args, train
+
+MODES: tuple[Literal["trpo", "natural", "vanilla"], ...] = ("trpo", "natural", "vanilla")
+WINDOW = 20
+SOLVED = 475.0
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One run: the mean return of the last 20 episodes, and the KL of each update."""
+
+    mode: str
+    seed: int
+    steps: NDArray[np.float64]
+    returns: NDArray[np.float64]
+    kl_steps: NDArray[np.float64]
+    kls: NDArray[np.float64]
+
+    def row(self) -> tuple[str, ...]:
+        """Return the run's line of the table."""
+        solved = np.flatnonzero(self.returns >= SOLVED)
+        first = f"{self.steps[solved[0]]:.0f}" if len(solved) else "never"
+        kls = f"{np.mean(self.kls):.4f}", f"{np.max(self.kls):.4f}"
+        return self.mode, str(self.seed), f"{self.returns[-1]:.1f}", first, *kls
+
+
+def measure(args: Args) -> Curves:
+    """Train one agent and return its curves."""
+    run = train(args)
+    steps, returns = np.array(run.episodes).T
+    kl_steps, kls = np.array(run.kls).T
+    means = np.convolve(returns, np.ones(WINDOW) / WINDOW, mode="valid")
+    return Curves(args.mode, args.seed, steps[WINDOW - 1 :], means, kl_steps, kls)
+
+
+def draw(curves: list[Curves], path: Path) -> None:
+    """Draw return and KL against environment steps: mean over the seeds, and their range."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, mode in enumerate(MODES):
+        runs = [each for each in curves if each.mode == mode]
+        grid = runs[0].kl_steps
+        returns = np.stack([np.interp(grid, each.steps, each.returns) for each in runs])
+        kls = np.stack([each.kls for each in runs])
+        for axes, values in ((left, returns), (right, np.maximum(kls, 1e-6))):
+            axes.plot(grid, values.mean(0), color=f"C{color}", label=mode)
+            axes.fill_between(grid, values.min(0), values.max(0), color=f"C{color}", alpha=0.2)
+    right.axhline(Args().max_kl, color="black", linewidth=0.8, linestyle="--", label="max_kl")
+    left.set(xlabel="environment steps", ylabel=f"mean return of {WINDOW} episodes")
+    right.set(xlabel="environment steps", ylabel="KL of an update (nats)", yscale="log")
+    right.legend()
+    figure.suptitle(f"CartPole-v1, {len(curves) // len(MODES)} seeds: mean and range")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(seeds: int = 3, total_steps: int = 100_000, picture: Path = Path("docs/demo.png")) -> None:
+    """Train every mode with every seed, print the table, draw the picture.
+
+    Args:
+        seeds: Seeds per mode.
+        total_steps: Environment steps per run.
+        picture: Where the picture goes.
+    """
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
+    jobs = [
+        Args(mode=mode, seed=seed, total_steps=total_steps)
+        for mode, seed in product(MODES, range(seeds))
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(measure, args) for args in jobs]
+        for _ in tqdm(as_completed(futures), total=len(jobs), unit="run", disable=False):
+            pass
+    curves = [future.result() for future in futures]
+    head = ("mode", "seed", "mean return of last 20", "steps to 475", "mean KL", "max KL")
+    for line in (head, ("---",) * len(head), *(each.row() for each in curves)):
+        print("| " + " | ".join(line) + " |")
+    draw(curves, picture)
+    print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

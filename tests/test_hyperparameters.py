@@ -1,0 +1,284 @@
+"""Hyperparameters: bounds, types, messages; live in the groups, which must agree."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trpo_optim import TrustRegionError, TrustRegionOptimizer
+from trpo_optim.hyperparameters import Hyperparameters
+
+TINY = math.nextafter(0.0, 1.0)
+BELOW_ONE = math.nextafter(1.0, 0.0)
+NUMBERS: dict[str, tuple[str, list[float], list[float]]] = {
+    # name: the limit in words, the outermost values inside it, the nearest outside
+    "max_kl": ("above 0", [TINY, 1e300], [0, 0.0, -TINY]),
+    "max_norm": ("above 0", [TINY, 1e300], [0, 0.0, -TINY]),
+    "lr": ("at least 0", [0, TINY, 1e300], [-TINY, -1]),
+    "damping": ("at least 0", [0, TINY, 1e300], [-TINY, -1]),
+    "cg_iterations": ("whole number of at least 1", [1, 10**6], [0, -1, 1.5, 2.0]),
+    "cg_tolerance": ("in [0, 1)", [0, BELOW_ONE], [-TINY, 1, 1.0]),
+    "backtrack_ratio": ("strictly between 0 and 1", [TINY, BELOW_ONE], [0, 0.0, 1, 1.0]),
+    "max_backtracks": ("whole number of at least 0", [0, 10**6], [-1, 0.5, 2.0]),
+    "improvement_ratio": ("in [0, 1)", [0, BELOW_ONE], [-TINY, 1, 1.0]),
+}
+# A valid value for each hyperparameter that differs from the one in BASE or the default.
+BASE = {"max_norm": {"mode": "vanilla", "max_norm": 1.0}, "mode": {"mode": "natural"}}
+OTHER = {
+    "mode": "trpo",
+    "max_kl": 0.02,
+    "max_norm": 2.0,
+    "lr": 0.5,
+    "damping": 0.2,
+    "cg_iterations": 5,
+    "cg_tolerance": 0.01,
+    "backtrack_ratio": 0.8,
+    "max_backtracks": 3,
+    "improvement_ratio": 0.2,
+    "maximize": True,
+}
+NOT_A_NUMBER = ["0.5", True, torch.tensor(0.5), 0.5j, [0.5], math.nan, math.inf, -math.inf]
+
+each_number = pytest.mark.parametrize("name", NUMBERS)
+each_hyperparameter = pytest.mark.parametrize("name", Hyperparameters.names())
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+
+def build(**changes: Any) -> TrustRegionOptimizer:
+    return TrustRegionOptimizer([parameter()], **changes)
+
+
+def mode_of(name: str) -> dict[str, Any]:
+    return {"mode": "vanilla"} if name == "max_norm" else {}
+
+
+def quadratic(*parameters: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A closure whose KL is half the squared distance from here."""
+    old = [each.detach().clone() for each in parameters]
+
+    def closure() -> tuple[Tensor, Tensor]:
+        moves = [each - start for each, start in zip(parameters, old, strict=True)]
+        kl = torch.stack([0.5 * move.square().sum() for move in moves]).sum()
+        return -torch.stack([each.sum() for each in parameters]).sum(), kl
+
+    return closure
+
+
+def names_value_and_limit(name: str, value: Any) -> str:
+    return f"^{name} is {re.escape(repr(value))}; .*{re.escape(NUMBERS[name][0])}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, row in NUMBERS.items() for value in row[1]]
+)
+def test_values_just_inside_a_bound_are_kept_in_defaults_and_groups(
+    name: str, value: float
+) -> None:
+    optimizer = build(**mode_of(name), **{name: value})
+    assert optimizer.defaults[name] == optimizer.param_groups[0][name] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, row in NUMBERS.items() for value in row[2]]
+)
+def test_values_just_outside_a_bound_are_refused_by_name_value_and_limit(
+    name: str, value: float
+) -> None:
+    with pytest.raises(TrustRegionError, match=names_value_and_limit(name, value)):
+        build(**mode_of(name), **{name: value})
+
+
+@each_number
+@pytest.mark.parametrize("value", NOT_A_NUMBER, ids=repr)
+def test_what_is_not_a_finite_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(TrustRegionError, match=names_value_and_limit(name, value)):
+        build(**mode_of(name), **{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS.keys() - {"max_kl", "max_norm"}))
+def test_none_is_refused_where_a_number_is_needed(name: str) -> None:
+    with pytest.raises(TrustRegionError, match=names_value_and_limit(name, None)):
+        build(**{name: None})
+
+
+@pytest.mark.parametrize("mode", ["ppo", "TRPO", "", None, 0, b"trpo"])
+def test_unknown_modes_are_refused_with_the_choices(mode: Any) -> None:
+    expected = f"mode is {mode!r}; it must be one of 'trpo', 'natural', 'vanilla'"
+    with pytest.raises(TrustRegionError, match=expected):
+        build(mode=mode)
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "yes", torch.tensor(True)], ids=repr)
+def test_maximize_takes_nothing_but_a_bool(value: Any) -> None:
+    expected = f"maximize is {value!r}; it must be True or False"
+    with pytest.raises(TrustRegionError, match=re.escape(expected)):
+        build(maximize=value)
+
+
+@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
+def test_only_natural_goes_without_a_radius(mode: str) -> None:
+    assert build(mode="natural", max_kl=None).param_groups[0]["max_kl"] is None
+    with pytest.raises(TrustRegionError, match=f"max_kl is None with mode='{mode}'; .*natural"):
+        build(mode=mode, max_kl=None)
+
+
+@pytest.mark.parametrize("mode", ["trpo", "natural"])
+def test_only_vanilla_takes_an_l2_ball(mode: str) -> None:
+    assert build(mode="vanilla", max_norm=2.0).param_groups[0]["max_norm"] == 2.0
+    with pytest.raises(TrustRegionError, match=f"max_norm is 2.0 with mode='{mode}'; .*vanilla"):
+        build(mode=mode, max_norm=2.0)
+
+
+@each_number
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8, np.int64, int])
+def test_every_kind_of_number_becomes_a_plain_one(name: str, kind: Callable[[Any], Any]) -> None:
+    limit, _, _ = NUMBERS[name]
+    whole = "whole" in limit
+    is_integer = isinstance(kind(1), int | np.integer)
+    if is_integer and NUMBERS[name][2][-1] == 1.0:
+        pytest.skip("no whole number lies between 0 and 1")
+    if whole and not is_integer:
+        with pytest.raises(TrustRegionError, match=name):
+            build(**{name: kind(1)})
+        return
+    value = kind(1) if is_integer else kind(0.25)
+    optimizer = build(**mode_of(name), **{name: value})
+    for kept in (optimizer.defaults[name], optimizer.param_groups[0][name]):
+        assert type(kept) is (int if whole else float)
+        assert kept == value
+
+
+def test_a_numpy_value_set_on_a_group_is_plain_again_after_a_step() -> None:
+    optimizer = build()
+    optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    optimizer.step(quadratic(optimizer.param_groups[0]["params"][0]))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == 0.5
+
+
+def test_hyperparameters_are_keyword_only() -> None:
+    anything: Any = TrustRegionOptimizer
+    with pytest.raises(TypeError, match="positional"):
+        anything([parameter()], "trpo")
+
+
+@pytest.mark.parametrize("max_kl", [0.04, 0.0025])
+def test_a_radius_changed_on_the_group_holds_from_the_next_step(max_kl: float) -> None:
+    weight = parameter()
+    optimizer = TrustRegionOptimizer([weight])
+    optimizer.param_groups[0]["max_kl"] = max_kl
+    report = optimizer.step(quadratic(weight))
+    assert 0.9 * max_kl <= 0.5 * float(weight.detach().square().sum()) <= max_kl
+    assert report.kl == pytest.approx(0.5 * float(weight.detach().square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_kl", -1.0), ("max_kl", None), ("lr", math.nan), ("mode", "ppo")]
+)
+def test_a_bad_value_set_on_the_group_raises_at_the_step_and_moves_nothing(
+    name: str, value: Any
+) -> None:
+    weight = parameter()
+    optimizer = TrustRegionOptimizer([weight])
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(TrustRegionError, match=f"^{name} is {value!r}"):
+        optimizer.step(quadratic(weight))
+    assert torch.equal(weight, torch.zeros_like(weight))
+    assert optimizer.last_report is None
+
+
+@each_hyperparameter
+def test_groups_that_disagree_are_refused_at_construction(name: str) -> None:
+    groups = [{"params": [parameter()]}, {"params": [parameter()], name: OTHER[name]}]
+    with pytest.raises(TrustRegionError, match=rf"{name} is .* in param_groups\[0\] and "):
+        TrustRegionOptimizer(groups, **BASE.get(name, {}))
+
+
+@each_hyperparameter
+def test_a_group_that_disagrees_is_not_added(name: str) -> None:
+    optimizer = build(**BASE.get(name, {}))
+    state = optimizer.state_dict()
+    message = re.escape(f"{OTHER[name]!r} in param_groups[1]")
+    with pytest.raises(TrustRegionError, match=f"^{name} is .*{message}"):
+        optimizer.add_param_group({"params": [parameter()], name: OTHER[name]})
+    assert optimizer.state_dict() == state
+
+
+@each_hyperparameter
+def test_groups_that_come_to_disagree_are_refused_at_the_step(name: str) -> None:
+    weights = [parameter(), parameter()]
+    groups = [{"params": [weight]} for weight in weights]
+    optimizer = TrustRegionOptimizer(groups, **BASE.get(name, {}))
+    optimizer.param_groups[1][name] = OTHER[name]
+    with pytest.raises(TrustRegionError, match=rf"{name} is .* in param_groups\[0\] and "):
+        optimizer.step(quadratic(*weights))
+    assert all(torch.equal(weight, torch.zeros_like(weight)) for weight in weights)
+
+
+def test_a_group_with_an_invalid_value_is_not_added() -> None:
+    optimizer = build()
+    with pytest.raises(TrustRegionError, match="max_kl is -1"):
+        optimizer.add_param_group({"params": [parameter()], "max_kl": -1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_added_group_takes_part_in_the_one_radius() -> None:
+    weights = [parameter(), parameter()]
+    optimizer = TrustRegionOptimizer(weights[:1])
+    optimizer.add_param_group({"params": weights[1:]})
+    optimizer.step(quadratic(*weights))
+    distances = [0.5 * float(weight.detach().square().sum()) for weight in weights]
+    assert min(distances) > 0.0
+    assert 0.9 * 0.01 <= sum(distances) <= 0.01
+
+
+def test_groups_may_share_a_value_that_is_not_the_default() -> None:
+    groups = [{"params": [parameter()], "max_kl": 0.02} for _ in range(2)]
+    optimizer = TrustRegionOptimizer(groups)
+    assert [group["max_kl"] for group in optimizer.param_groups] == [0.02, 0.02]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("named", [True, False])
+def test_parameters_that_are_not_real_are_refused_by_name(dtype: torch.dtype, named: bool) -> None:
+    policy = nn.Module()
+    policy.weight = parameter()
+    policy.counts = nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False)
+    name = "'counts'" if named else "1"
+    with pytest.raises(TrustRegionError, match=f"Parameter {name} is {dtype}"):
+        TrustRegionOptimizer(policy.named_parameters() if named else policy.parameters())
+
+
+def test_a_group_with_a_parameter_that_is_not_real_is_not_added() -> None:
+    optimizer = build()
+    with pytest.raises(TrustRegionError, match="complex64"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_empty_list_and_a_lone_tensor_are_refused_as_torch_does() -> None:
+    lone: Any = parameter()
+    with pytest.raises(ValueError, match="empty parameter list"):
+        TrustRegionOptimizer([])
+    with pytest.raises(TypeError, match="should be an iterable"):
+        TrustRegionOptimizer(lone)
+
+
+def test_parameters_that_are_all_frozen_are_refused_at_the_step() -> None:
+    weight = parameter().requires_grad_(False)
+    optimizer = TrustRegionOptimizer([weight])
+    with pytest.raises(TrustRegionError, match=r"requires_grad_\(True\)"):
+        optimizer.step(quadratic(weight))
