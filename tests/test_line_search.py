@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -224,7 +225,7 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
     )
     assert len(scales) == result.backtracks + 1 <= max_backtracks + 1
     assert scales[0] == 1.0
-    assert all(0 < later < earlier for earlier, later in zip(scales, scales[1:], strict=False))
+    assert all(0 < later < earlier for earlier, later in itertools.pairwise(scales))
     assert result.scale == scales[-1]
     assert result.trial == attempt(result.scale)
     if result.outcome is Outcome.ACCEPTED:

@@ -31,13 +31,18 @@ FLOATS = (
 COUNTS = ("cg_iterations", "backtracks", "closure_evaluations", "fisher_products")
 FIELDS = tuple(entry.name for entry in dataclasses.fields(StepReport))
 
+REJECTIONS = [outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED]
+
 each_outcome = pytest.mark.parametrize("outcome", Outcome, ids=lambda outcome: outcome.name)
 
 
 def full_report(outcome: Outcome = Outcome.ACCEPTED) -> StepReport:
     """A report with a value of its own in every field."""
-    figures: dict[str, Any] = {name: 0.5 + i for i, name in enumerate(FLOATS)}
-    figures |= {name: 100 + i for i, name in enumerate(COUNTS)}
+    figures: dict[str, Any] = {}
+    for i, entry in enumerate(dataclasses.fields(StepReport), start=7):
+        if entry.init and entry.name != "outcome":
+            kind: Any = type(entry.default)
+            figures[entry.name] = kind(i)
     return StepReport(outcome, **figures)
 
 
@@ -72,13 +77,8 @@ def test_as_dict_holds_every_field_by_name_with_its_value() -> None:
 @each_outcome
 def test_as_dict_is_flat_and_survives_json(outcome: Outcome) -> None:
     values = full_report(outcome).as_dict()
-    unset = {name: value for name, value in StepReport(outcome).as_dict().items()}
-    for each in (values, unset):
-        assert {type(value) for value in each.values()} <= {float, int, bool, str}
-    assert json.loads(json.dumps({**unset, **values}, sort_keys=True)) is not None
-    for name, value in json.loads(json.dumps(values)).items():
-        if not (isinstance(value, float) and math.isnan(value)):
-            assert value == values[name]
+    assert {type(value) for value in values.values()} == {float, int, bool, str}
+    assert json.loads(json.dumps(values)) == values
 
 
 def test_an_unreached_figure_is_nan_and_an_unreached_count_zero() -> None:
@@ -96,7 +96,7 @@ def test_an_unreached_figure_is_nan_and_an_unreached_count_zero() -> None:
 def test_copies_are_equal_and_keep_the_outcome_itself(
     copied: Callable[[StepReport], StepReport],
 ) -> None:
-    report = dataclasses.replace(full_report(Outcome.NO_IMPROVEMENT), trial_loss=1.0, trial_kl=2.0)
+    report = full_report(Outcome.NO_IMPROVEMENT)
     twin = copied(report)
     assert twin == report
     assert twin.outcome is Outcome.NO_IMPROVEMENT
@@ -109,7 +109,7 @@ def test_every_outcome_is_made_of_sentences(outcome: Outcome) -> None:
     assert "  " not in outcome.value
 
 
-@pytest.mark.parametrize("outcome", set(Outcome) - {Outcome.ACCEPTED}, ids=lambda each: each.name)
+@pytest.mark.parametrize("outcome", REJECTIONS, ids=lambda outcome: outcome.name)
 def test_every_rejection_says_that_nothing_moved_and_names_a_remedy(outcome: Outcome) -> None:
     assert re.search("unchanged|withdrawn", outcome.value)
     *_, remedy = re.split(r"(?<=\.) ", outcome.value)

@@ -54,15 +54,30 @@ class Objective:
         self.origin = vector.gather(transaction.originals)
 
     def at(self, *twins: Tensor) -> Values:
-        """Evaluate with each parameter replaced by its twin, wherever it is used."""
+        """Evaluate with each parameter replaced by its twin, wherever it is used.
+
+        Made to be called inside torch.func's transforms, which is why it does not rewind: nothing
+        outside may be written there.
+
+        Args:
+            twins: One tensor per parameter, in order and of the same shape.
+
+        Returns:
+            The loss and the KL as functions of the twins.
+        """
         identities = map(id, self.vector.parameters)
         with _Watch(self._transaction, dict(zip(identities, twins, strict=True))):
             return self._evaluate()
 
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph."""
+        self.rewind()
         with torch.enable_grad(), _Watch(self._transaction, {}):
             return self._evaluate()
+
+    def rewind(self) -> None:
+        """Return buffers and random state to where the step found them."""
+        self._transaction.rewind()
 
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step; the transaction decides if they may stay.
@@ -85,6 +100,7 @@ class Objective:
         Raises:
             ValueError: Whatever else the closure raises.
         """
+        self.rewind()
         try:
             values = self._evaluate()
         except ValueError as error:
@@ -94,7 +110,6 @@ class Objective:
         return values.loss.item(), values.kl.item()
 
     def _evaluate(self) -> Values:
-        self._transaction.rewind()
         self.evaluations += 1
         try:
             values = checked_values(self._closure())

@@ -59,7 +59,8 @@ def conjugate_gradient(
 
     Args:
         product: v ↦ Fv for vectors of shape (n,), F symmetric; called once per iteration.
-        b: The right-hand side, shape (n,); not modified.
+        b: The right-hand side, shape (n,), of a length whose square neither under- nor overflows;
+            not modified.
         damping: λ ≥ 0.
         iterations: Most iterations, at least 1.
         tolerance: Stop once ‖b − (F + λI)x‖ ≤ tolerance · ‖b‖.
@@ -75,7 +76,7 @@ def conjugate_gradient(
     squared = b.dot(b)
     initial = current = float(squared)
     done = products = 0
-    ending = Ending.ITERATION_LIMIT if current > 0 else Ending.CONVERGED
+    ending = Ending.ITERATION_LIMIT if current != 0 else Ending.CONVERGED
     while ending is Ending.ITERATION_LIMIT and done < iterations:
         f_direction = product(direction)
         products += 1
@@ -103,6 +104,6 @@ def conjugate_gradient(
         ending=ending,
         iterations=done,
         products=products,
-        residual=math.sqrt(current / initial) if initial > 0 else 0.0,
+        residual=math.sqrt(current / initial) if initial else 0.0,
         curvature=float(x.dot(fx)),
     )

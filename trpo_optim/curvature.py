@@ -110,8 +110,10 @@ def _by_torch_func(objective: Objective) -> LocalModel | None:
         with torch.no_grad():
             loss_gradient = pull((torch.ones_like(loss), torch.zeros_like(kl)))
         kl_gradient = pull((torch.zeros_like(loss), torch.ones_like(kl)))
+        _require_second_derivatives(kl_gradient)
         return kl_gradient, (loss_gradient, pair)
 
+    objective.rewind()
     started = _now()
     with torch.enable_grad():
         _, pull, (loss_gradient, pair) = _vjp(gradients, *twins)
@@ -138,6 +140,7 @@ def _by_double_backward(objective: Objective) -> LocalModel:
     _require_attached(objective, values, started)
     gradient = _gradient(values.loss, parameters, retain_graph=True)
     kl_gradient = _gradient(values.kl, parameters, create_graph=True)
+    _require_second_derivatives(kl_gradient)
     curved = [
         (index, piece)
         for index, piece in enumerate(kl_gradient)
@@ -223,6 +226,34 @@ def _require_attached(objective: Objective, values: Values, started: int) -> Non
         for value in (values.loss, values.kl)
     ):
         raise detached_error()
+
+
+def _require_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> None:
+    """Check that no autograd.Function marked ``once_differentiable`` lies behind the KL's gradient.
+
+    Torch marks these by a node that raises when backward passes it, but backward to given inputs
+    goes round it and takes the second derivative for zero.
+
+    Args:
+        kl_gradient: The gradient of the KL, with its graph.
+
+    Raises:
+        TrustRegionError: If there is one.
+    """
+    stack = [piece.grad_fn for piece in kl_gradient if piece is not None]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise TrustRegionError(
+                "The KL passes through an autograd.Function whose backward is marked "
+                "once_differentiable, so it has no second derivatives. Write its backward with "
+                "differentiable torch operations and drop the mark, or use mode='vanilla'."
+            )
+        stack.extend(child for child, _ in node.next_functions)
 
 
 def _now() -> int:

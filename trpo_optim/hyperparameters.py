@@ -40,9 +40,10 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Check every value, alone and together."""
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             choices = ", ".join(repr(mode) for mode in MODES)
             raise TrustRegionError(f"mode is {self.mode!r}; it must be one of {choices}.")
+        object.__setattr__(self, "mode", str(self.mode))
         if not isinstance(self.maximize, bool):
             raise TrustRegionError(f"maximize is {self.maximize!r}; it must be True or False.")
         for name, bound in _BOUNDS.items():
@@ -79,10 +80,14 @@ class _Bound:
     def checked(self, name: str, value: Any) -> float | int:
         """Return ``value`` as a plain number, or raise an error that names it."""
         kind = Integral if self.whole else Real
-        valid = isinstance(value, kind) and not isinstance(value, bool)
-        if not (valid and math.isfinite(value) and self.holds(value)):
-            raise TrustRegionError(f"{name} is {value!r}; it must be {self.words}.")
-        return int(value) if self.whole else float(value)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            try:
+                plain = int(value) if self.whole else float(value)
+            except OverflowError:  # an integer beyond every float
+                plain = math.inf
+            if math.isfinite(plain) and self.holds(plain):
+                return plain
+        raise TrustRegionError(f"{name} is {value!r}; it must be {self.words}.")
 
 
 _BOUNDS = {
@@ -109,7 +114,9 @@ _BOUNDS = {
     "backtrack_ratio": _Bound(
         lambda value: 0 < value < 1, "a number strictly between 0 and 1 that shortens the step"
     ),
-    "max_backtracks": _Bound(lambda value: value >= 0, "a whole number of at least 0", whole=True),
+    "max_backtracks": _Bound(
+        lambda value: 0 <= value <= 100, "a whole number from 0 to 100", whole=True
+    ),
     "improvement_ratio": _Bound(
         lambda value: 0 <= value < 1, "a number in [0, 1): a share of the predicted improvement"
     ),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.report import Outcome
 
 __all__ = ["Prediction", "Search", "Trial", "backtrack", "whole_step"]
 
-_TARGET = 0.98
-"""Share of the radius that a shortened step aims at: below 1, so that a small error of the model
-does not cost another trial."""
+_TARGET, _ENOUGH = 0.98, 0.9
+"""Shares of the radius: where a shortened step aims, and from where on it is not aimed again."""
+
+_Point = tuple[float, float]
+"""A share of the step, and the KL measured there."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Search:
-    """How a search ended: the last trial, at which share of the step, after how many backtracks."""
+    """How a search ended: the trial, at which share of the step, after how many further ones."""
 
     outcome: Outcome
     trial: Trial
@@ -72,9 +74,10 @@ def backtrack(
 ) -> Search:
     """Shorten the step until KL ≤ δ and the improvement is a fair share of the predicted one.
 
-    A trial beyond the radius is shortened by the KL that it measured, one that improves too little
-    by ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next to such a
-    point is not a safe one.
+    A trial beyond the radius is followed by one that aims just inside it, by the KLs measured so
+    far, and if that falls far short, by one between the two. A trial that improves too little is
+    shortened by ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next
+    to such a point is not a safe one.
 
     Args:
         attempt: From a share of the step to the trial there.
@@ -83,45 +86,68 @@ def backtrack(
             ``max_backtracks``.
 
     Returns:
-        The search; its trial is the last one, accepted or not.
+        The search; its trial is the accepted one, or else the last.
 
     Source:
         Schulman et al. (2015), appendix C, step 3.
     """
     radius = float("inf") if settings.max_kl is None else settings.max_kl
-    scale, shorter = 1.0, (0.0, prediction.kl)
+    scale = 1.0
+    known: _Point | None = None  # the other measured point of the bracket
+    beyond: _Point | None = None  # the last point beyond the radius
+    short: Search | None = None  # acceptable, but with much of the radius left
     for backtracks in range(settings.max_backtracks + 1):
         trial = attempt(scale)
         promised = settings.improvement_ratio * scale * prediction.improvement
+        accepted = Search(Outcome.ACCEPTED, trial, scale, backtracks)
         if not trial.finite:
-            return Search(Outcome.NON_FINITE_TRIAL, trial, scale, backtracks)
+            return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
         if trial.kl > radius:
-            outcome = Outcome.KL_ABOVE_RADIUS
-            measured = (scale, trial.kl / scale**2)
-            following = _scale_at(_TARGET * radius, shorter, measured)
-            shorter = measured
+            last = replace(accepted, outcome=Outcome.KL_ABOVE_RADIUS)
+            known = known if short is not None else beyond
+            beyond = (scale, trial.kl)
         elif trial.improvement <= 0 or trial.improvement < promised:
-            outcome = Outcome.NO_IMPROVEMENT
-            following = scale * settings.backtrack_ratio
+            last = replace(accepted, outcome=Outcome.NO_IMPROVEMENT)
+            beyond = None
+        elif beyond is None or trial.kl >= _ENOUGH * radius:
+            return accepted
         else:
-            return Search(Outcome.ACCEPTED, trial, scale, backtracks)
-        last = Search(outcome, trial, scale, backtracks)
-        scale = following
-    return last
+            short = accepted
+            known = (scale, trial.kl)
+        if beyond is not None:
+            scale = beyond[0] * _share(_TARGET * radius, prediction.kl, known, beyond)
+        elif short is not None:
+            break
+        else:
+            scale *= settings.backtrack_ratio
+    return last if short is None else replace(short, backtracks=backtracks)
 
 
-def _scale_at(kl: float, known: tuple[float, float], beyond: tuple[float, float]) -> float:
-    """Return the scale at which KL(t) = t²(a + bt) reaches ``kl``.
+def _share(kl: float, predicted: float, known: _Point | None, beyond: _Point) -> float:
+    """Return the share of ``beyond`` at which KL(t) = a t² exp(bt) reaches ``kl``.
 
-    The cubic goes through two points, each (t, KL(t)/t²); at t = 0 the second entry is the
-    prediction of the local model. ``beyond`` has a KL above ``kl``, so a root lies before it.
+    Beyond the quadratic term KLs grow faster than any fixed power would have it; on random policies
+    this curve needs fewer trials than a cubic through the same points.
+
+    Args:
+        kl: The KL to reach, below that of ``beyond``.
+        predicted: KL(t)/t² at t = 0 by the local model, for want of a known point.
+        known: Another measured point, on either side.
+        beyond: A measured point with a larger KL.
+
+    Returns:
+        A share between 0.01 and 0.999.
     """
-    (near, ratio_near), (far, ratio_far) = known, beyond
-    slope = (ratio_far - ratio_near) / (far - near)
-    low, high = 0.0, far
-    for _ in range(60):
+    scale, measured = beyond
+    place, ratio = 0.0, predicted * scale**2
+    if known is not None:
+        place = known[0] / scale
+        ratio = known[1] / place**2
+    growth = math.log(measured / max(ratio, 1e-300)) / (1 - place)
+    low, high = 0.01, 0.999
+    for _ in range(50):
         middle = (low + high) / 2
-        if middle**2 * (ratio_far + slope * (middle - far)) > kl:
+        if 2 * math.log(middle) + growth * (middle - 1) > math.log(kl / measured):
             high = middle
         else:
             low = middle

@@ -146,7 +146,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         try:
             _require_real(self.param_groups[-1])
             self._settings()
-        except TrustRegionError:
+        except BaseException:
             del self.param_groups[-1]
             raise
 
@@ -215,7 +215,7 @@ def _advance(objective: Objective, settings: Hyperparameters, figures: dict[str,
 
     direction = mode.direction(model, unit, settings)
     figures |= {
-        "curvature": norm**2 * direction.curvature,
+        "curvature": norm * norm * direction.curvature,
         "cg_iterations": direction.iterations,
         "cg_residual": direction.residual,
         "fisher_products": direction.products,
@@ -233,7 +233,7 @@ def _advance(objective: Objective, settings: Hyperparameters, figures: dict[str,
     if not math.isfinite(step_norm):
         return Outcome.NON_FINITE_TRIAL
     prediction = Prediction(
-        improvement=norm * float(unit.dot(step)), kl=0.5 * length**2 * direction.curvature
+        improvement=norm * float(unit.dot(step)), kl=0.5 * length * length * direction.curvature
     )
 
     def attempt(scale: float) -> Trial:
@@ -252,8 +252,8 @@ def _advance(objective: Objective, settings: Hyperparameters, figures: dict[str,
     }
     if trial.finite and abs(trial.kl - model.kl) <= model.kl_resolution:
         _require_moving_kl(objective, model, step / step_norm)
-        objective.move(step, search.scale)
     if search.outcome is Outcome.ACCEPTED:
+        objective.move(step, search.scale)  # the last trial may have lain elsewhere
         figures |= {"loss_after": trial.loss, "improvement": trial.improvement, "kl": trial.kl}
         figures |= {"step_scale": search.scale, "step_norm": search.scale * step_norm}
     return search.outcome

@@ -28,7 +28,7 @@ class ParameterVector:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = tuple(dict.fromkeys(parameters))
-        if not self.parameters:
+        if not any(parameter.numel() for parameter in self.parameters):
             raise TrustRegionError(
                 "No parameter requires a gradient, so there is nothing to step. Call "
                 "requires_grad_(True) on those to be trained."
@@ -64,4 +64,5 @@ class ParameterVector:
 
     def write(self, values: Sequence[Tensor]) -> None:
         """Copy values into the parameters, in place and in one call that nothing interrupts."""
-        torch._foreach_copy_(self.parameters, tuple(values))
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, tuple(values))

@@ -1,0 +1,347 @@
+"""Gradient and Fisher-vector products against dense float64 oracles, by either engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from problems import PROBLEMS, CategoricalPolicy, GaussianPolicy, Problem, Snapshot, gaussian
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.distributions import Independent, Normal
+from torch.utils.checkpoint import checkpoint
+
+from trpo_optim import TrustRegionError
+from trpo_optim.closure import Objective
+from trpo_optim.curvature import LocalModel, _by_double_backward, _by_torch_func, second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.transaction import Transaction
+
+ENGINES = [_by_torch_func, _by_double_backward]
+
+
+class Scale(Function):
+    """x * w, in the old style that torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] * w, (grads[0] * x).sum(0)
+
+
+class ScaleWithSetup(Scale):
+    """x * w, in the style that torch.func takes."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:  # type: ignore[override]  # torch knows both forms
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch fixes the signature)
+        ctx.save_for_backward(*inputs)
+
+
+class Scaled(nn.Module):
+    """A layer whose parameter goes straight into an autograd.Function."""
+
+    def __init__(self, function: type[Function]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((6,), 0.7))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function.apply(x, self.weight)  # type: ignore[no-untyped-call]  # untyped in torch
+        return result
+
+
+class Checkpointed(nn.Module):
+    """A layer recomputed in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return result
+
+
+class Counting(nn.Module):
+    """A layer that writes one buffer in place and replaces another by what flows through it."""
+
+    count: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x
+
+
+class Recurrent(nn.Module):
+    """An LSTM over single steps: its weights reach torch as one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.cell(x[:, None])[0][:, 0]
+        return output
+
+
+def with_middle(layer: nn.Module, *, dtype: torch.dtype = torch.float64) -> Problem:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(4, 6), layer, nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    return Problem(CategoricalPolicy(network), torch.randn(40, 4, dtype=dtype))
+
+
+@contextmanager
+def linearized(
+    problem: Problem, engine: Callable[[Objective], LocalModel | None] = second_order
+) -> Iterator[tuple[LocalModel, Objective]]:
+    vector = ParameterVector(problem.parameters())
+    with Transaction(vector) as transaction:
+        objective = Objective(problem.closure, vector, transaction)
+        model = engine(objective)
+        assert model is not None
+        yield model, objective
+
+
+def dense(model: LocalModel) -> Tensor:
+    return torch.stack([model.product(row) for row in torch.eye(len(model.gradient)).double()])
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_equal_the_dense_hessian_of_the_kl(
+    make: Callable[[], Problem], engine: Callable[[Objective], LocalModel]
+) -> None:
+    problem = make()
+    with linearized(problem, engine) as (model, _):
+        torch.testing.assert_close(dense(model), problem.dense_fisher(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(model.gradient, problem.dense_gradient(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_products_equal_central_differences_of_the_kl_gradient(
+    make: Callable[[], Problem],
+) -> None:
+    problem = make()
+    direction = torch.randn(len(problem.vector()), dtype=torch.float64)
+    width = 1e-5
+
+    def kl_gradient(shift: float) -> Tensor:
+        point = problem.vector() + shift * direction
+        return torch.autograd.functional.jacobian(problem._of_vector(1), point)
+
+    difference = (kl_gradient(width) - kl_gradient(-width)) / (2 * width)
+    with linearized(problem) as (model, _):
+        torch.testing.assert_close(model.product(direction), difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_closure_is_evaluated_once_however_many_products(
+    engine: Callable[[Objective], LocalModel],
+) -> None:
+    with linearized(gaussian(), engine) as (model, objective):
+        for _ in range(5):
+            model.product(model.gradient)
+        assert objective.evaluations == 1
+
+
+MIDDLES: list[tuple[str, Callable[[], nn.Module], str]] = [
+    ("identity", nn.Identity, "torch.func"),
+    ("layer norm", lambda: nn.LayerNorm(6), "torch.func"),
+    ("batch norm, evaluation", lambda: nn.BatchNorm1d(6).eval(), "torch.func"),
+    ("batch norm, training", lambda: nn.BatchNorm1d(6), "double backward"),
+    ("function with setup_context", lambda: Scaled(ScaleWithSetup), "torch.func"),
+    ("function without setup_context", lambda: Scaled(Scale), "double backward"),
+    ("checkpoint", Checkpointed, "double backward"),
+    ("buffers that move", Counting, "double backward"),
+    ("lstm", Recurrent, "torch.func"),
+]
+
+
+@pytest.mark.parametrize(("middle", "engine"), [row[1:] for row in MIDDLES], ids=str)
+def test_the_engine_that_fits_is_chosen_and_exact(
+    middle: Callable[[], nn.Module], engine: str
+) -> None:
+    problem = with_middle(middle())
+    with linearized(problem) as (model, _):
+        assert model.engine == engine
+        torch.testing.assert_close(dense(model), problem.dense_fisher(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("middle", [row[1] for row in MIDDLES], ids=[row[0] for row in MIDDLES])
+@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
+def test_a_step_moves_parameters_and_nothing_else(
+    middle: Callable[[], nn.Module], mode: str
+) -> None:
+    problem = with_middle(middle(), dtype=torch.float32)
+    before = Snapshot.of(problem.policy)
+    report = problem.optimizer(mode=mode).step(problem.closure)
+    assert report.accepted
+    changed = before.differences(Snapshot.of(problem.policy))
+    assert changed
+    assert set(changed) <= {name for name, _ in problem.policy.named_parameters()}
+
+
+def test_dropout_keeps_one_mask_for_every_evaluation_of_a_step() -> None:
+    problem = with_middle(nn.Dropout(0.5))
+    masks = []
+    problem.policy.network[1].register_forward_hook(  # type: ignore[union-attr, operator, index]  # a Sequential
+        lambda _module, _input, output: masks.append(output.detach() == 0)
+    )
+    report = problem.optimizer().step(problem.closure)
+    assert report.accepted
+    assert len(masks) == report.closure_evaluations > 1
+    counts = {int(mask.sum()) for mask in masks[1:]}  # the first lives inside torch.func
+    assert len(counts) == 1
+    with torch.no_grad():
+        assert problem.closure()[1].item() == report.kl
+
+
+def test_a_compiled_policy_is_differentiated_by_torch_func() -> None:
+    problem = with_middle(nn.Identity())
+    oracle = problem.dense_fisher()
+    problem.policy.compile(backend="aot_eager")
+    with linearized(problem) as (model, _):
+        assert model.engine == "torch.func"
+        torch.testing.assert_close(dense(model), oracle, rtol=0, atol=1e-10)
+
+
+def test_a_traced_policy_that_hides_its_parameters_is_not_missed_in_silence() -> None:
+    problem = with_middle(nn.Identity())
+    oracle = problem.dense_fisher()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit announces its end
+        traced = torch.jit.trace(problem.policy.network, problem.observations)  # type: ignore[no-untyped-call]  # untyped in torch
+    problem.policy = CategoricalPolicy(traced)
+    with linearized(problem) as (model, _):
+        assert model.engine == "double backward"
+        torch.testing.assert_close(dense(model), oracle, rtol=0, atol=1e-10)
+
+
+def test_parameters_captured_outside_their_module_are_reached() -> None:
+    problem = gaussian()
+    weight = nn.Parameter(torch.full((2,), 0.1, dtype=torch.float64))
+    policy = problem.policy
+
+    def closure() -> tuple[Tensor, Tensor]:
+        assert isinstance(policy, GaussianPolicy)
+        mean = policy.network(problem.observations) + weight - 0.1
+        return problem.values(Independent(Normal(mean, policy.log_std.exp()), 1))
+
+    vector = ParameterVector([weight])
+    products = []
+    for engine in ENGINES:
+        with Transaction(vector) as transaction:
+            model = engine(Objective(closure, vector, transaction))
+            assert model is not None
+            products.append(model.product(torch.ones(2, dtype=torch.float64)))
+    scale = policy.log_std.exp().square()  # F of a mean is 1/sigma^2
+    for product in products:
+        torch.testing.assert_close(product, (1 / scale).detach(), rtol=1e-12, atol=0)
+
+
+def test_tied_parameters_are_one_parameter() -> None:
+    problem = with_middle(nn.Linear(6, 6))
+    network = problem.policy.network
+    assert isinstance(network, nn.Sequential)
+    inner = network[1]
+    network[2] = nn.Sequential(nn.Tanh(), inner, nn.Tanh())
+    problem = Problem(problem.policy, problem.observations)
+    with linearized(problem) as (model, _):
+        torch.testing.assert_close(dense(model), problem.dense_fisher(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_the_operator_is_symmetric_and_positive_semi_definite(make: Callable[[], Problem]) -> None:
+    with linearized(make()) as (model, _):
+        matrix = dense(model)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-14)
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-12
+
+
+def test_what_has_no_second_derivative_is_an_error_that_says_so() -> None:
+    torch.manual_seed(0)
+    bag = nn.EmbeddingBag(10, 3)
+    problem = Problem(CategoricalPolicy(bag), torch.randint(10, (8, 2)))
+    before = Snapshot.of(problem.policy)
+    with pytest.raises(TrustRegionError, match=r"differentiated twice.*embedding_bag"):
+        problem.optimizer().step(problem.closure)
+    assert before.differences(Snapshot.of(problem.policy)) == []
+    assert problem.optimizer(mode="vanilla").step(problem.closure).accepted
+
+
+@pytest.mark.parametrize("style", [Scale, ScaleWithSetup])
+def test_a_function_that_forbids_second_derivatives_is_not_taken_for_zero_curvature(
+    style: type[Scale],
+) -> None:
+    class Once(style):  # type: ignore[valid-type, misc]  # a base per parameter
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            return Scale.backward(ctx, *grads)
+
+    problem = with_middle(Scaled(Once))
+    with pytest.raises(TrustRegionError, match="once_differentiable"):
+        problem.optimizer().step(problem.closure)
+
+
+def test_an_error_where_both_engines_refuse_names_both() -> None:
+    problem = with_middle(nn.Identity())
+    problem.policy.compile(backend="aot_eager")
+
+    def closure() -> tuple[Tensor, Tensor]:
+        return problem.values(
+            problem.policy(checkpoint(torch.clone, problem.observations, use_reentrant=False))
+        )
+
+    with pytest.raises(TrustRegionError) as caught:
+        problem.optimizer().step(closure)
+    assert "torch.func" in str(caught.value)
+    assert "double backward" in str(caught.value)
+
+
+def test_the_closures_own_runtime_error_is_not_taken_for_a_refusal() -> None:
+    problem = gaussian()
+    calls = []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a reader of the batch failed")
+        return problem.closure()
+
+    with pytest.raises(RuntimeError, match="a reader of the batch failed"):
+        problem.optimizer().step(closure)
+    assert len(calls) == 1
+
+
+def test_a_mistake_in_the_closure_comes_out_as_torch_words_it() -> None:
+    problem = gaussian()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        problem.observations @ problem.observations
+        return problem.closure()
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        problem.optimizer().step(closure)
+    assert type(caught.value) is RuntimeError
