@@ -169,6 +169,17 @@ def test_a_product_that_is_not_finite_leaves_the_last_finite_iterate(
     assert torch.equal(solution.x, good.x)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_right_side_that_is_not_finite_ends_as_such_and_leaves_zero(value: float) -> None:
+    b = right_side()
+    b[N // 2] = value
+    solution = solve(spd(10.0), b, damping=0.1)
+    assert solution.ending is Ending.NON_FINITE
+    assert torch.equal(solution.x, torch.zeros(N).double())
+    assert solution.iterations == 0
+    assert math.isnan(solution.residual)
+
+
 def test_ten_iterations_solve_for_ten_distinct_eigenvalues_and_leave_b_alone() -> None:
     # Fault: direction and residual in one storage, while the residual is updated in place.
     f = with_eigenvalues(torch.arange(N, dtype=torch.float64) % 10 + 1.0)

@@ -27,7 +27,7 @@ NUMBERS: dict[str, tuple[str, list[float], list[float]]] = {
     "cg_iterations": ("whole number of at least 1", [1, 10**6], [0, -1, 1.5, np.float64(2)]),
     "cg_tolerance": ("in [0, 1)", [0, BELOW_ONE], [-TINY, 1, 1.0]),
     "backtrack_ratio": ("strictly between 0 and 1", [TINY, BELOW_ONE], [0, 0.0, 1, 1.0]),
-    "max_backtracks": ("whole number of at least 0", [0, 10**6], [-1, 0.5, 2.0]),
+    "max_backtracks": ("whole number from 0 to 100", [0, 100], [-1, 101, 0.5, 2.0]),
     "improvement_ratio": ("in [0, 1)", [0, BELOW_ONE], [-TINY, 1, 1.0]),
 }
 # A valid value for each hyperparameter that differs from the one in BASE or the default.
@@ -127,16 +127,30 @@ def test_what_is_not_a_finite_number_is_refused(name: str, value: Any) -> None:
         build(**mode_of(name), **{name: value})
 
 
+not_refused_yet = pytest.mark.xfail(raises=OverflowError, strict=True)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[not_refused_yet] * (name in WHOLE)) for name in NUMBERS]
+)
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "-huge"])
+def test_integers_beyond_every_float_are_refused(name: str, value: int) -> None:
+    with pytest.raises(TrustRegionError, match=names_value_and_limit(name, value)):
+        build(**mode_of(name), **{name: value})
+
+
 @pytest.mark.parametrize("name", sorted(NUMBERS.keys() - {"max_kl", "max_norm"}))
 def test_none_is_refused_where_a_number_is_needed(name: str) -> None:
     with pytest.raises(TrustRegionError, match=names_value_and_limit(name, None)):
         build(**{name: None})
 
 
-@pytest.mark.parametrize("mode", ["ppo", "TRPO", "", None, 0, b"trpo"])
+@pytest.mark.parametrize(
+    "mode", ["ppo", "TRPO", "", None, 0, b"trpo", ["trpo"], np.array("trpo")], ids=repr
+)
 def test_unknown_modes_are_refused_with_the_choices(mode: Any) -> None:
     expected = f"mode is {mode!r}; it must be one of 'trpo', 'natural', 'vanilla'"
-    with pytest.raises(TrustRegionError, match=expected):
+    with pytest.raises(TrustRegionError, match=re.escape(expected)):
         build(mode=mode)
 
 
@@ -169,14 +183,22 @@ def test_every_kind_of_number_becomes_a_plain_one(name: str, value: Any) -> None
         assert kept == value
 
 
-def test_a_numpy_value_set_on_a_group_is_plain_again_after_a_step() -> None:
+def test_a_numpy_string_for_the_mode_becomes_a_plain_one() -> None:
+    optimizer = build(mode=np.str_("natural"))
+    for kept in (optimizer.defaults["mode"], optimizer.param_groups[0]["mode"]):
+        assert type(kept) is str
+        assert kept == "natural"
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", np.float64(0.5)), ("mode", np.str_("natural"))])
+def test_a_numpy_value_set_on_a_group_is_plain_again_after_a_step(name: str, value: Any) -> None:
     optimizer = build()
-    optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    optimizer.param_groups[0][name] = value
     optimizer.step(quadratic(optimizer.param_groups[0]["params"][0]))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == 0.5
+    assert torch.load(file, weights_only=True)["param_groups"][0][name] == value
 
 
 def test_hyperparameters_are_keyword_only() -> None:
@@ -243,6 +265,19 @@ def test_a_group_with_an_invalid_value_is_not_added() -> None:
     with pytest.raises(TrustRegionError, match="max_kl is -1"):
         optimizer.add_param_group({"params": [parameter()], "max_kl": -1})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_group_that_fails_by_another_error_is_not_added(error: type[BaseException]) -> None:
+    class Unprintable:
+        def __repr__(self) -> str:
+            raise error
+
+    optimizer = build()
+    state = optimizer.state_dict()
+    with pytest.raises(error):
+        optimizer.add_param_group({"params": [parameter()], "max_kl": Unprintable()})
+    assert optimizer.state_dict() == state
 
 
 def test_an_added_group_takes_part_in_the_one_radius() -> None:

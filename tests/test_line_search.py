@@ -23,6 +23,9 @@ AT_RADIUS = Trial(loss=-1.0, kl=DELTA, improvement=1.0)
 BEYOND = Trial(loss=-1.0, kl=2 * DELTA, improvement=1.0)
 JUST_BEYOND = Trial(loss=-1.0, kl=ABOVE, improvement=1.0)
 WORSE = Trial(loss=1.0, kl=0.5 * DELTA, improvement=-1.0)
+FEEBLE = Trial(loss=-1.0, kl=0.98 * DELTA, improvement=1e-3)
+NEARER = Trial(loss=-1.0, kl=0.7 * DELTA, improvement=1.0)
+ROUNDED = Trial(loss=-1.0, kl=-1e-12, improvement=1.0)
 ODD = [math.nan, math.inf, -math.inf]
 
 
@@ -87,15 +90,29 @@ def test_kl_equal_to_the_radius_is_within_it_at_every_trial(earlier: list[Trial]
     assert refused.outcome is Outcome.KL_ABOVE_RADIUS
 
 
-QUADRATIC = [(lambda t, a=a: a * t**2, a) for a in (1.001, 1.5, 4.0, 100.0)]
-CUBIC = [(lambda t, b=b: t**2 + b * t**3, 1.0) for b in (0.001, 0.5, 3.0, 100.0)]
-QUARTIC = [(lambda t, c=c: t**2 + c * t**4, 1.0) for c in (0.001, 0.2, 0.6)]
+# A KL in units of the radius, its quadratic term, and the most trials that it may take.
+EXACT = [
+    *((lambda t, a=a: a * t**2, a, 2) for a in (1.001, 1.5, 4.0, 100.0)),
+    *((lambda t, b=b: t**2 * math.exp(b * t), 1.0, 2) for b in (0.001, 1.0, 10.0, 100.0)),
+]
+CUBIC = [
+    (lambda t, b=b: t**2 + b * t**3, 1.0, trials)
+    for b, trials in ((0.001, 2), (0.5, 2), (3.0, 3), (30.0, 4), (100.0, 5))
+]
+QUARTIC = [
+    (lambda t, c=c: t**2 + c * t**4, 1.0, trials)
+    for c, trials in ((0.001, 2), (0.2, 2), (0.6, 2), (3.0, 3), (30.0, 3), (100.0, 4))
+]
+EXPONENTIAL = [
+    *((lambda t, b=b: math.expm1(b * t**2) / b, 1.0, 4) for b in (0.1, 1.0, 3.0)),
+    *((lambda t, b=b: 2 * (math.expm1(b * t) / b - t) / b, 1.0, 4) for b in (0.1, 3.0, 100.0)),
+]
 
 
-@pytest.mark.parametrize(("kl", "predicted"), QUADRATIC + CUBIC + QUARTIC)
+@pytest.mark.parametrize(("kl", "predicted", "trials"), EXACT + CUBIC + QUARTIC + EXPONENTIAL)
 @pytest.mark.parametrize("backtrack_ratio", [0.1, 0.9])
 def test_an_overshoot_is_shortened_to_just_below_the_radius_by_what_it_measured(
-    kl: Callable[[float], float], predicted: float, backtrack_ratio: float
+    kl: Callable[[float], float], predicted: float, trials: int, backtrack_ratio: float
 ) -> None:
     result, scales = search(
         improving(lambda t: DELTA * kl(t)),
@@ -103,8 +120,10 @@ def test_an_overshoot_is_shortened_to_just_below_the_radius_by_what_it_measured(
         backtrack_ratio=backtrack_ratio,
     )
     assert result.outcome is Outcome.ACCEPTED
-    assert len(scales) == 2
+    assert 2 <= len(scales) <= trials
     assert 0.9 * DELTA <= result.trial.kl <= DELTA
+    if (kl, predicted, trials) in EXACT:
+        assert result.trial.kl == pytest.approx(0.98 * DELTA)
 
 
 @pytest.mark.parametrize("factor", [2.0, 5.0, 50.0])
@@ -113,6 +132,70 @@ def test_a_second_overshoot_forgets_a_prediction_that_was_wrong(factor: float) -
     assert result.outcome is Outcome.ACCEPTED
     assert len(scales) == 3
     assert 0.9 * DELTA <= result.trial.kl <= DELTA
+
+
+@pytest.mark.parametrize("kl", [1e3, 1e10, 1e38, 1e300])
+def test_a_huge_kl_that_never_falls_ends_the_search_by_at_most_hundredfold_cuts(kl: float) -> None:
+    attempt = improving(lambda _: kl)
+    result, scales = search(attempt, max_backtracks=100)
+    last = scales[-1]
+    assert result == Search(Outcome.KL_ABOVE_RADIUS, attempt(last), last, 100)
+    cuts = [later / earlier for earlier, later in itertools.pairwise(scales)]
+    assert len(cuts) == 100
+    assert all(0.01 * (1 - 1e-12) <= cut < 1 for cut in cuts)
+    assert cuts[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("earlier", [[], [WORSE], [BEYOND, WORSE]])
+def test_without_an_overshoot_just_before_a_low_kl_is_no_reason_to_aim_again(
+    earlier: list[Trial],
+) -> None:
+    result, scales = search(scripted([*earlier, GOOD]))
+    assert result == Search(Outcome.ACCEPTED, GOOD, scales[-1], len(earlier))
+
+
+def test_after_an_overshoot_a_trial_below_nine_tenths_of_the_radius_is_aimed_again() -> None:
+    enough = Trial(-1.0, 0.9 * DELTA, 1.0)
+    result, scales = search(scripted([BEYOND, enough]))
+    assert result == Search(Outcome.ACCEPTED, enough, scales[1], 1)
+    less = Trial(-1.0, math.nextafter(0.9 * DELTA, 0.0), 1.0)
+    result, scales = search(scripted([BEYOND, less, AT_RADIUS]))
+    assert result == Search(Outcome.ACCEPTED, AT_RADIUS, scales[2], 2)
+    assert scales[1] < scales[2] < scales[0]
+
+
+@pytest.mark.parametrize(
+    ("trials", "taken"),
+    [
+        ([BEYOND, GOOD, WORSE], 1),
+        ([BEYOND, GOOD, FEEBLE], 1),
+        ([BEYOND, GOOD, BEYOND, WORSE], 1),
+        ([BEYOND, ROUNDED, WORSE], 1),
+        ([WORSE, BEYOND, GOOD, WORSE], 2),
+        ([BEYOND, GOOD, NEARER, WORSE], 2),
+    ],
+)
+def test_where_the_next_aim_improves_too_little_the_short_trial_is_taken(
+    trials: list[Trial], taken: int
+) -> None:
+    result, scales = search(scripted(trials))
+    assert result == Search(Outcome.ACCEPTED, trials[taken], scales[taken], len(trials) - 1)
+
+
+@pytest.mark.parametrize(
+    ("trials", "taken"),
+    [
+        ([BEYOND, GOOD], 1),
+        ([BEYOND, GOOD, BEYOND], 1),
+        ([BEYOND, GOOD, BEYOND, JUST_BEYOND], 1),
+        ([BEYOND, GOOD, NEARER], 2),
+    ],
+)
+def test_where_the_trials_run_out_the_last_short_one_is_taken(
+    trials: list[Trial], taken: int
+) -> None:
+    result, scales = search(scripted(trials), max_backtracks=len(trials) - 1)
+    assert result == Search(Outcome.ACCEPTED, trials[taken], scales[taken], len(trials) - 1)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.8])
@@ -160,7 +243,10 @@ def test_without_a_demanded_share_the_improvement_must_still_be_positive(
     assert result.outcome is outcome
 
 
-@pytest.mark.parametrize("earlier", [[], [BEYOND], [WORSE, BEYOND, WORSE]])
+@pytest.mark.parametrize(
+    "earlier",
+    [[], [BEYOND], [WORSE, BEYOND, WORSE], [BEYOND, GOOD], [BEYOND, GOOD, BEYOND]],
+)
 @pytest.mark.parametrize("place", ["loss", "kl"])
 @pytest.mark.parametrize("value", ODD)
 def test_a_trial_that_is_not_finite_ends_the_search(
@@ -198,6 +284,8 @@ COEFFICIENT = st.floats(min_value=0.0, max_value=1e4)
     coefficients=st.tuples(COEFFICIENT, COEFFICIENT, COEFFICIENT, COEFFICIENT),
     ripple=st.floats(min_value=0.0, max_value=0.99),
     frequency=st.floats(min_value=0.0, max_value=100.0),
+    jump=st.floats(min_value=0.0, max_value=100.0),
+    place=st.floats(min_value=0.0, max_value=1.0),
     bend=st.floats(min_value=-2.0, max_value=2.0),
     predicted_kl=st.floats(min_value=0.0, max_value=1.0),
     max_backtracks=st.integers(min_value=0, max_value=10),
@@ -207,6 +295,8 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
     coefficients: tuple[float, float, float, float],
     ripple: float,
     frequency: float,
+    jump: float,
+    place: float,
     bend: float,
     predicted_kl: float,
     max_backtracks: int,
@@ -214,7 +304,7 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
 ) -> None:
     def attempt(scale: float) -> Trial:
         smooth = sum(c * scale**power for power, c in enumerate(coefficients, start=1))
-        kl = DELTA * smooth * (1 + ripple * math.sin(frequency * scale))
+        kl = DELTA * smooth * (1 + ripple * math.sin(frequency * scale)) + jump * (scale > place)
         return Trial(loss=0.0, kl=kl, improvement=scale - bend * scale**2)
 
     result, scales = search(
@@ -225,12 +315,48 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
     )
     assert len(scales) == result.backtracks + 1 <= max_backtracks + 1
     assert scales[0] == 1.0
-    assert all(0 < later < earlier for earlier, later in itertools.pairwise(scales))
-    assert result.scale == scales[-1]
     assert result.trial == attempt(result.scale)
+    longest, good = math.inf, []
+    for scale in scales:
+        trial = attempt(scale)
+        improves = trial.improvement > 0 and trial.improvement >= improvement_ratio * scale
+        assert 0 < scale < longest  # nothing is tried beyond what was refused
+        if trial.kl <= DELTA and improves:
+            good.append(scale)
+        else:
+            longest = scale
     if result.outcome is Outcome.ACCEPTED:
-        assert result.trial.kl <= DELTA
-        assert result.trial.improvement > 0
-        assert result.trial.improvement >= improvement_ratio * result.scale
+        assert result.scale == good[-1]
+        assert all(attempt(scale).kl < 0.9 * DELTA for scale in good[:-1])
     else:
+        assert good == []
+        assert result.scale == scales[-1]
         assert result.backtracks == max_backtracks
+
+
+def test_after_a_fall_back_the_parameters_lie_where_the_report_says() -> None:
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    full_step = torch.tensor([0.6, 0.8], dtype=torch.float64)  # at max_kl = 0.5
+
+    def closure() -> tuple[torch.Tensor, torch.Tensor]:
+        square = weight.square().sum()
+        return 4 * square**4 - full_step @ weight, 0.5 * square * (1 + square**4)
+
+    def attempt(scale: float) -> Trial:
+        improvement = scale - 4 * scale**8
+        return Trial(-improvement, 0.5 * scale**2 * (1 + scale**8), improvement)
+
+    expected, scales = search(attempt, predicted_kl=0.5, max_kl=0.5)
+    assert len(scales) == 3
+    assert expected == Search(Outcome.ACCEPTED, attempt(scales[1]), scales[1], 2)
+
+    report = TrustRegionOptimizer([weight], max_kl=0.5).step(closure)
+    assert report.accepted
+    assert report.backtracks == 2
+    assert report.step_scale == pytest.approx(expected.scale)
+    assert report.step_norm == pytest.approx(report.step_scale)
+    torch.testing.assert_close(weight.detach(), report.step_scale * full_step)
+    with torch.no_grad():
+        loss, kl = closure()
+    assert (report.loss_after, report.kl) == (loss.item(), kl.item())
+    assert report.improvement == report.loss_before - report.loss_after

@@ -105,9 +105,20 @@ def test_a_write_does_not_tie_the_parameters_to_the_vector() -> None:
     assert parameter.tolist() == [1, 1, 1]
 
 
-def test_no_parameters_are_refused_with_the_remedy() -> None:
+def test_a_parameter_without_elements_keeps_its_place_among_others() -> None:
+    parameters = [torch.zeros(0), normal(3), torch.zeros(2, 0)]
+    vector = ParameterVector(parameters)
+    flat = vector.gather(parameters)
+    assert torch.equal(flat, parameters[1])
+    assert [piece.shape for piece in vector.scatter(flat)] == [each.shape for each in parameters]
+
+
+@pytest.mark.parametrize("shapes", [[], [(0,)], [(0,), (2, 0)]])
+def test_no_parameters_and_none_with_elements_are_refused_with_the_remedy(
+    shapes: list[tuple[int, ...]],
+) -> None:
     with pytest.raises(TrustRegionError, match=r"No parameter .*requires_grad_\(True\)"):
-        ParameterVector([])
+        ParameterVector([torch.zeros(shape) for shape in shapes])
 
 
 def test_parameters_on_several_devices_are_refused_by_the_devices() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from problems import PROBLEMS, Problem
 
 from trpo_optim import Outcome, StepReport, TrustRegionError
 
@@ -114,6 +116,41 @@ def test_every_rejection_says_that_nothing_moved_and_names_a_remedy(outcome: Out
     assert re.search("unchanged|withdrawn", outcome.value)
     *_, remedy = re.split(r"(?<=\.) ", outcome.value)
     assert re.match("(Look|Check|Lower|Raise|Bound) ", remedy)
+
+
+def huge_loss(problem: Problem) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def closure() -> tuple[torch.Tensor, torch.Tensor]:
+        loss, kl = problem.closure()
+        return 1e160 * loss, kl
+
+    return closure
+
+
+@pytest.mark.parametrize("mode", ["trpo", "natural"])
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_a_figure_beyond_every_float_is_infinite_and_the_step_as_ever(
+    make: Callable[[], Problem], mode: str
+) -> None:
+    plain, huge = make(), make()
+    plain_report = plain.optimizer(mode=mode).step(plain.closure)
+    report = huge.optimizer(mode=mode).step(huge_loss(huge))
+    assert report.accepted
+    assert report.curvature == math.inf
+    assert report.improvement == pytest.approx(1e160 * plain_report.improvement)
+    assert report.kl == pytest.approx(plain_report.kl)
+    torch.testing.assert_close(huge.vector(), plain.vector(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.1, 1e12])
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_a_step_that_a_huge_loss_makes_huge_is_withdrawn(
+    make: Callable[[], Problem], damping: float
+) -> None:
+    problem = make()
+    before = problem.vector()
+    optimizer = problem.optimizer(mode="natural", max_kl=None, damping=damping)
+    assert optimizer.step(huge_loss(problem)).outcome is Outcome.NON_FINITE_TRIAL
+    assert torch.equal(problem.vector(), before)
 
 
 def test_the_error_for_misuse_is_a_value_error() -> None:

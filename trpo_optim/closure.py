@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributions
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from trpo_optim.closure_checks import Values, backward_error, checked_values
 from trpo_optim.parameter_vector import ParameterVector
@@ -66,14 +66,13 @@ class Objective:
             The loss and the KL as functions of the twins.
         """
         identities = map(id, self.vector.parameters)
-        with _Watch(self._transaction, dict(zip(identities, twins, strict=True))):
-            return self._evaluate()
+        return self._watched(dict(zip(identities, twins, strict=True)))
 
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph."""
         self.rewind()
-        with torch.enable_grad(), _Watch(self._transaction, {}):
-            return self._evaluate()
+        with torch.enable_grad():
+            return self._watched({})
 
     def rewind(self) -> None:
         """Return buffers and random state to where the step found them."""
@@ -109,6 +108,14 @@ class Objective:
             return math.nan, math.nan
         return values.loss.item(), values.kl.item()
 
+    def _watched(self, twins: dict[int, Tensor]) -> Values:
+        watch = _Watch(self._transaction, twins)
+        try:
+            with watch:
+                return self._evaluate()
+        finally:
+            watch.remove()
+
     def _evaluate(self) -> Values:
         self.evaluations += 1
         try:
@@ -129,6 +136,11 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._transaction = transaction
         self._twins = twins
+
+    def remove(self) -> None:
+        """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
+        if _get_current_function_mode() is self:
+            _pop_mode()
 
     def __torch_function__(
         self,

@@ -121,7 +121,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         vector = ParameterVector(self._trainable())
         figures: dict[str, Any] = {}
         with torch.inference_mode(False), torch.no_grad(), Transaction(vector) as transaction:
-            transaction.hide_gradients()
+            transaction.begin()
             objective = Objective(closure, vector, transaction)
             outcome = _advance(objective, settings, figures)
             report = StepReport(outcome, closure_evaluations=objective.evaluations, **figures)

@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from trpo_optim.parameter_vector import ParameterVector
 
@@ -40,7 +41,7 @@ class Transaction:
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
         self._committed = False
-        self._hook = register_module_buffer_registration_hook(self._remember_replaced)
+        self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> Transaction:
         """Return the transaction itself."""
@@ -56,8 +57,9 @@ class Transaction:
         if not self._committed:
             self.roll_back()
 
-    def hide_gradients(self) -> None:
-        """Take ``.grad`` off the parameters until the step ends."""
+    def begin(self) -> None:
+        """Take ``.grad`` off the parameters and watch the buffers until the step ends."""
+        self._hook = register_module_buffer_registration_hook(self._remember_replaced)
         for parameter in self._vector.parameters:
             parameter.grad = None
 
@@ -93,7 +95,8 @@ class Transaction:
         self.rewind()
         for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
             parameter.grad = grad
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""
