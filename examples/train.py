@@ -191,7 +191,7 @@ def new_run(args: Args) -> Run:
             policy.parameters(), mode=args.mode, max_kl=max_kl, lr=args.lr
         ),
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr),
-        observation_stats=RunningMeanStd(shape=(observations,)),  # type: ignore[no-untyped-call]  # untyped in gymnasium
+        observation_stats=RunningMeanStd(shape=(observations,)),
     )
 
 
@@ -224,7 +224,7 @@ def rollouts(run: Run) -> Iterator[Batch]:
             discounted = args.gamma * discounted + reward
             returns.append(discounted)
             discounted = discounted * ~done
-        run.return_stats.update(np.concatenate(returns))  # type: ignore[no-untyped-call]  # untyped in gymnasium
+        run.return_stats.update(np.concatenate(returns))
         scale = math.sqrt(run.return_stats.var + 1e-8)
         yield Batch(
             observations=run.normalise(np.stack(raws)),
@@ -234,7 +234,7 @@ def rollouts(run: Run) -> Iterator[Batch]:
             next_observations=run.normalise(raw),
             cut=cut,
         )
-        run.observation_stats.update(np.concatenate(raws))  # type: ignore[no-untyped-call]  # untyped in gymnasium
+        run.observation_stats.update(np.concatenate(raws))
 
 
 @torch.no_grad()

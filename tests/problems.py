@@ -104,11 +104,13 @@ class Problem:
 
     def dense_gradient(self) -> Tensor:
         """Return the gradient of the loss by torch.autograd's functional interface."""
-        return torch.autograd.functional.jacobian(self._of_vector(0), self.vector())
+        gradient: Tensor = torch.autograd.functional.jacobian(self._of_vector(0), self.vector())
+        return gradient
 
     def dense_fisher(self) -> Tensor:
         """Return the Hessian of the KL, an (n, n) matrix, row by row."""
-        return torch.autograd.functional.hessian(self._of_vector(1), self.vector())
+        fisher: Tensor = torch.autograd.functional.hessian(self._of_vector(1), self.vector())
+        return fisher
 
 
 def gaussian(

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from problems import PROBLEMS, CategoricalPolicy, GaussianPolicy, Problem, Snapshot, gaussian
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from torch.utils.checkpoint import checkpoint
 
 from trpo_optim import TrustRegionError
@@ -47,7 +48,7 @@ class ScaleWithSetup(Scale):
         return x * w
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch fixes the signature)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
 
@@ -60,7 +61,7 @@ class Scaled(nn.Module):
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.function.apply(x, self.weight)  # type: ignore[no-untyped-call]  # untyped in torch
+        result: Tensor = self.function.apply(x, self.weight)
         return result
 
 
@@ -148,7 +149,8 @@ def test_products_equal_central_differences_of_the_kl_gradient(
 
     def kl_gradient(shift: float) -> Tensor:
         point = problem.vector() + shift * direction
-        return torch.autograd.functional.jacobian(problem._of_vector(1), point)
+        gradient: Tensor = torch.autograd.functional.jacobian(problem._of_vector(1), point)
+        return gradient
 
     difference = (kl_gradient(width) - kl_gradient(-width)) / (2 * width)
     with linearized(problem) as (model, _):
@@ -205,7 +207,7 @@ def test_a_step_moves_parameters_and_nothing_else(
 def test_dropout_keeps_one_mask_for_every_evaluation_of_a_step() -> None:
     problem = with_middle(nn.Dropout(0.5))
     masks = []
-    problem.policy.network[1].register_forward_hook(  # type: ignore[union-attr, operator, index]  # a Sequential
+    problem.policy.get_submodule("network.1").register_forward_hook(
         lambda _module, _input, output: masks.append(output.detach() == 0)
     )
     report = problem.optimizer().step(problem.closure)
@@ -217,6 +219,16 @@ def test_dropout_keeps_one_mask_for_every_evaluation_of_a_step() -> None:
         assert problem.closure()[1].item() == report.kl
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Compile afresh, and undo what compiling does to every distribution of the process."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    Distribution.set_default_validate_args(True)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_policy_is_differentiated_by_torch_func() -> None:
     problem = with_middle(nn.Identity())
     oracle = problem.dense_fisher()
@@ -231,7 +243,7 @@ def test_a_traced_policy_that_hides_its_parameters_is_not_missed_in_silence() ->
     oracle = problem.dense_fisher()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit announces its end
-        traced = torch.jit.trace(problem.policy.network, problem.observations)  # type: ignore[no-untyped-call]  # untyped in torch
+        traced = torch.jit.trace(problem.policy.network, problem.observations)
     problem.policy = CategoricalPolicy(traced)
     with linearized(problem) as (model, _):
         assert model.engine == "double backward"
@@ -242,10 +254,10 @@ def test_parameters_captured_outside_their_module_are_reached() -> None:
     problem = gaussian()
     weight = nn.Parameter(torch.full((2,), 0.1, dtype=torch.float64))
     policy = problem.policy
+    assert isinstance(policy, GaussianPolicy)
 
     def closure() -> tuple[Tensor, Tensor]:
-        assert isinstance(policy, GaussianPolicy)
-        mean = policy.network(problem.observations) + weight - 0.1
+        mean: Tensor = policy.network(problem.observations) + weight - 0.1
         return problem.values(Independent(Normal(mean, policy.log_std.exp()), 1))
 
     vector = ParameterVector([weight])
@@ -305,6 +317,7 @@ def test_a_function_that_forbids_second_derivatives_is_not_taken_for_zero_curvat
         problem.optimizer().step(problem.closure)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_an_error_where_both_engines_refuse_names_both() -> None:
     problem = with_middle(nn.Identity())
     problem.policy.compile(backend="aot_eager")

@@ -127,12 +127,7 @@ def test_what_is_not_a_finite_number_is_refused(name: str, value: Any) -> None:
         build(**mode_of(name), **{name: value})
 
 
-not_refused_yet = pytest.mark.xfail(raises=OverflowError, strict=True)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[not_refused_yet] * (name in WHOLE)) for name in NUMBERS]
-)
+@each_number
 @pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "-huge"])
 def test_integers_beyond_every_float_are_refused(name: str, value: int) -> None:
     with pytest.raises(TrustRegionError, match=names_value_and_limit(name, value)):

@@ -164,6 +164,16 @@ def test_after_an_overshoot_a_trial_below_nine_tenths_of_the_radius_is_aimed_aga
     assert scales[1] < scales[2] < scales[0]
 
 
+def test_an_aim_between_a_short_trial_and_an_overshoot_is_by_these_two() -> None:
+    result, scales = search(scripted([BEYOND, NEARER, JUST_BEYOND, AT_RADIUS]))
+    assert result == Search(Outcome.ACCEPTED, AT_RADIUS, scales[3], 3)
+    _, short, above, between = scales
+    assert short < between < above
+    steep = math.log(JUST_BEYOND.kl / NEARER.kl * (short / above) ** 2) / (above - short)
+    predicted = JUST_BEYOND.kl * (between / above) ** 2 * math.exp(steep * (between - above))
+    assert predicted == pytest.approx(0.98 * DELTA)
+
+
 @pytest.mark.parametrize(
     ("trials", "taken"),
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from problems import MODES, PROBLEMS, GaussianPolicy, Problem, categorical, gaussian
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 
 from trpo_optim import Outcome, TrustRegionOptimizer
 
@@ -165,8 +165,11 @@ def test_every_accepted_step_keeps_the_region_and_improves(
     make: Callable[..., Problem], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731 (a range, twice)
-    hidden = draw(60, 320)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    hidden = draw(72, 320)
     problem = make(
         seed,
         dtype=torch.float32,
@@ -183,8 +186,8 @@ def test_every_accepted_step_keeps_the_region_and_improves(
         loss, kl = problem.closure()
     assert kl <= 0.01
     assert loss < report.loss_before
-    if report.backtracks and report.step_scale not in {0.5**k for k in range(11)}:
-        assert kl >= 0.009  # the radius bound the last trial, and little of it went unused
+    if report.backtracks:  # the radius bound the step: little of it may go unused
+        assert kl >= 0.009
 
 
 def test_curvature_and_length_are_joint_over_action_dimensions() -> None:
@@ -200,7 +203,7 @@ def test_curvature_and_length_are_joint_over_action_dimensions() -> None:
     ratio = (old_base.scale / new_base.scale).square()
     distance = ((old_base.loc - new_base.loc) / new_base.scale).square()
     joint = 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1).mean()
-    assert report.kl == pytest.approx(float(joint), rel=1e-9)
+    assert report.kl == pytest.approx(joint.item(), rel=1e-9)
     assert report.kl == pytest.approx(0.01, rel=0.25)
 
 
@@ -215,7 +218,7 @@ class Agent(nn.Module):
 
     def get_action_and_value(
         self, observation: Tensor, action: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Independent, Tensor]:
+    ) -> tuple[Tensor, Tensor, Distribution, Tensor]:
         mean = self.actor_mean(observation)
         dist = Independent(Normal(mean, self.actor_logstd.expand_as(mean).exp()), 1)
         action = dist.sample() if action is None else action

@@ -65,7 +65,7 @@ def take_a_step(problem: Problem, *, rejected: bool = False, mode: str = "trpo")
 def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[None]:
     """Raise KeyboardInterrupt before the n-th line that the package executes."""
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001 (the interpreter fixes the signature)
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":

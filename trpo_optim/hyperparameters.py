@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -80,13 +81,12 @@ class _Bound:
     def checked(self, name: str, value: Any) -> float | int:
         """Return ``value`` as a plain number, or raise an error that names it."""
         kind = Integral if self.whole else Real
+        plain = math.nan
         if isinstance(value, kind) and not isinstance(value, bool):
-            try:
-                plain = int(value) if self.whole else float(value)
-            except OverflowError:  # an integer beyond every float
-                plain = math.inf
-            if math.isfinite(plain) and self.holds(plain):
-                return plain
+            with contextlib.suppress(OverflowError):  # an integer beyond every float
+                plain = float(value)
+        if math.isfinite(plain) and self.holds(plain):
+            return int(plain) if self.whole else plain
         raise TrustRegionError(f"{name} is {value!r}; it must be {self.words}.")
 
 

@@ -116,10 +116,10 @@ def backtrack(
             known = (scale, trial.kl)
         if beyond is not None:
             scale = beyond[0] * _share(_TARGET * radius, prediction.kl, known, beyond)
-        elif short is not None:
-            break
         else:
             scale *= settings.backtrack_ratio
+        if short is not None and (beyond is None or scale <= short.scale):
+            break
     return last if short is None else replace(short, backtracks=backtracks)
 
 
@@ -143,12 +143,18 @@ def _share(kl: float, predicted: float, known: _Point | None, beyond: _Point) ->
     if known is not None:
         place = known[0] / scale
         ratio = known[1] / place**2
-    growth = math.log(measured / max(ratio, 1e-300)) / (1 - place)
+    fall = _log(kl) - _log(measured)
+    growth = (_log(measured) - _log(ratio)) / (1 - place)
     low, high = 0.01, 0.999
     for _ in range(50):
         middle = (low + high) / 2
-        if 2 * math.log(middle) + growth * (middle - 1) > math.log(kl / measured):
+        if 2 * math.log(middle) + growth * (middle - 1) > fall:
             high = middle
         else:
             low = middle
     return high
+
+
+def _log(value: float) -> float:
+    """Return the logarithm, of the smallest number where there is none."""
+    return math.log(max(value, 5e-324))

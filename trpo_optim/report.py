@@ -64,14 +64,15 @@ class Outcome(enum.Enum):
 _NAN = float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepReport:
-    """The figures of one step, as plain numbers.
+    """The figures of one step, as plain numbers; two are equal if every figure is, NaN included.
 
     ``loss_after``, ``improvement``, ``kl``, ``step_scale`` and ``step_norm`` describe the policy as
-    ``step`` leaves it: after a rejected step they say that nothing moved. What the line search saw
-    last, taken or not, is in ``trial_loss`` and ``trial_kl``. A figure that the step did not reach,
-    or that the mode does not need, is NaN (a count: 0).
+    ``step`` leaves it: after a rejected step they say that nothing moved. ``trial_loss``,
+    ``trial_kl`` and the two predictions describe the trial that the line search ended with, taken
+    or not. A figure that the step did not reach, or that the mode does not need, is NaN (a count:
+    0).
 
     Attributes:
         outcome: How the step ended.
@@ -80,9 +81,9 @@ class StepReport:
         loss_after: The closure's first value at the parameters that the step leaves.
         improvement: How much better the first value became: its fall, or its rise with
             ``maximize``.
-        predicted_improvement: gᵀs for the last trial, from the gradient alone.
+        predicted_improvement: gᵀs for the trial, from the gradient alone.
         kl: The closure's KL at the parameters that the step leaves, in nats.
-        predicted_kl: ½ sᵀFs for the last trial, in nats, undamped.
+        predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
         step_scale: The share of the full step that was taken: 1 unless the line search shortened
             it.
         step_norm: L2 length of the move in parameter space.
@@ -90,9 +91,9 @@ class StepReport:
         curvature: xᵀFx, with x the (unscaled) direction and F undamped.
         cg_iterations: Iterations of conjugate gradient behind the direction.
         cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at its end.
-        backtracks: How often the line search shortened the step.
-        trial_loss: The closure's first value at the last trial.
-        trial_kl: The closure's KL at the last trial, in nats.
+        backtracks: How many further trials the line search made after the first.
+        trial_loss: The closure's first value at the trial.
+        trial_kl: The closure's KL at the trial, in nats.
         closure_evaluations: How often the closure was called.
         fisher_products: How many Fisher-vector products were made.
         engine: What differentiated the closure: ``"torch.func"``, ``"double backward"``, or
@@ -123,6 +124,14 @@ class StepReport:
     def __post_init__(self) -> None:
         """Derive ``accepted`` from the outcome, so that the two cannot disagree."""
         object.__setattr__(self, "accepted", self.outcome is Outcome.ACCEPTED)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare figure by figure; a NaN equals a NaN."""
+        return isinstance(other, StepReport) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        """Hash as reports compare."""
+        return hash(repr(self))
 
     def as_dict(self) -> dict[str, float | int | bool | str]:
         """Return every field by name, flat, for loggers; the outcome by its name."""

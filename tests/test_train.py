@@ -1,0 +1,236 @@
+"""The training loop: what it estimates, logs, saves and takes up again; and the demo around it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import demo
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.distributions import Independent
+
+from trpo_optim import StepReport
+
+SCRIPT = Path(train.__file__)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+
+
+def small(folder: Path, **changes: Any) -> train.Args:
+    """Return settings for a run of a few seconds."""
+    args = train.Args(run_dir=folder, batch_size=128, num_envs=4, total_steps=1024, critic_epochs=2)
+    return replace(args, checkpoint_every=1, **changes)
+
+
+def command(args: train.Args, *extra: str) -> list[str]:
+    flags = ["--run-dir", str(args.run_dir), "--batch-size", str(args.batch_size)]
+    flags += ["--num-envs", str(args.num_envs), "--critic-epochs", str(args.critic_epochs)]
+    flags += ["--checkpoint-every", "1", "--total-steps", str(args.total_steps)]
+    return [sys.executable, str(SCRIPT), *flags, *extra]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content
+
+
+def same(left: Any, right: Any) -> bool:
+    """Compare nested containers bit for bit."""
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize("mode", ["trpo", "natural", "vanilla"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_it_runs_in_every_mode_on_discrete_and_continuous_actions(
+    tmp_path: Path, env_id: str, mode: Any
+) -> None:
+    run = train.train(small(tmp_path, env_id=env_id, mode=mode, lr=0.1))
+    assert run.step == 1024
+    assert len(run.kls) == 8
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    if mode != "vanilla":
+        assert all(0 < kl <= 0.011 for _, kl in run.kls)
+
+
+def test_every_field_of_every_report_is_logged(tmp_path: Path) -> None:
+    train.train(small(tmp_path))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()
+    logged = {*tags["scalars"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    for name in StepReport.__dataclass_fields__:
+        assert f"report/{name}" in logged
+    assert [event.step for event in events.Scalars("report/kl")] == list(range(128, 1025, 128))
+
+
+def test_a_resumed_run_holds_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
+    train.train(small(tmp_path))
+    saved = checkpoint(tmp_path)
+    run = train.new_run(small(tmp_path, resume=True))
+    torch.manual_seed(123)
+    train.load(run)
+    shutil.move(tmp_path / "checkpoint.pt", tmp_path / "first.pt")
+    train.save(run)
+    assert same(checkpoint(tmp_path), saved)
+    assert saved["update"] == 8
+
+
+def test_two_resumptions_give_the_same_numbers(tmp_path: Path) -> None:
+    train.train(small(tmp_path / "a", total_steps=512))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":
+        train.train(small(tmp_path / name, resume=True))
+    first, second = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert first["update"] == 8
+    assert same(first, second)
+
+
+def test_killed_at_any_moment_it_loses_no_more_than_since_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    args = small(tmp_path, total_steps=128 * 400)
+    reached = 0
+    for patience in (0.0, 0.05, 0.21):
+        process = subprocess.Popen(
+            command(args, "--resume"), stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            path = tmp_path / "checkpoint.pt"
+            if path.exists() and checkpoint(tmp_path)["update"] > reached + 2:
+                break
+            time.sleep(0.02)
+        time.sleep(patience)
+        assert process.poll() is None, "it ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        content = checkpoint(tmp_path)
+        assert content["update"] > reached
+        assert len(content["kls"]) == content["update"]
+        reached = content["update"]
+    final = small(tmp_path, total_steps=128 * (reached + 2))
+    result = subprocess.run(command(final, "--resume"), capture_output=True, text=True, check=True)
+    assert checkpoint(tmp_path)["update"] == reached + 2
+    assert "mean return of the last 20 episodes" in result.stdout
+
+
+def test_a_half_written_checkpoint_is_never_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(small(tmp_path, total_steps=512))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run = train.new_run(small(tmp_path, resume=True))
+    train.load(run)
+
+    def half_a_save(content: object, file: Any) -> None:
+        file.write(before[: len(before) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(OSError, match="disk full"):
+        train.save(run)
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    train.train(small(tmp_path, resume=True))
+    assert checkpoint(tmp_path)["update"] == 8
+
+
+def test_without_a_checkpoint_resume_starts_at_the_beginning(tmp_path: Path) -> None:
+    train.train(small(tmp_path, resume=True, total_steps=256))
+    assert checkpoint(tmp_path)["update"] == 2
+
+
+def test_resuming_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
+    train.train(small(tmp_path, total_steps=256))
+    with pytest.raises(SystemExit, match=r"max_kl 0\.01 -> 0\.5"):
+        train.train(small(tmp_path, resume=True, max_kl=0.5))
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="batch_size 130 must be a multiple of num_envs 4"):
+        train.train(replace(small(tmp_path), batch_size=130))
+    with pytest.raises(SystemExit, match="at most total_steps 64"):
+        train.train(small(tmp_path, total_steps=64))
+
+
+def test_an_action_space_that_the_loop_does_not_know_is_refused_by_name() -> None:
+    space = gym.spaces.MultiDiscrete([2, 3])
+    with pytest.raises(SystemExit, match=r"MultiDiscrete\(\[2 3\]\)"):
+        train.Policy(4, space, train.Args())
+
+
+def test_continuous_actions_are_one_joint_distribution() -> None:
+    space = gym.spaces.Box(-1, 1, (17,), np.float32)
+    dist = train.Policy(4, space, train.Args())(torch.zeros(5, 4))
+    assert isinstance(dist, Independent)
+    assert torch.distributions.kl_divergence(dist, dist).shape == (5,)
+
+
+def test_advantages_equal_the_sum_that_defines_them(tmp_path: Path) -> None:
+    run = train.new_run(small(tmp_path, gamma=0.9, gae_lambda=0.8))
+    steps, dones = 12, torch.zeros(12, 4)
+    dones[3, 0] = dones[7, 1] = dones[7, 2] = 1
+    final = torch.randn(4)
+    batch = train.Batch(
+        observations=torch.randn(steps, 4, 4),
+        actions=torch.zeros(steps, 4),
+        rewards=torch.randn(steps, 4),
+        dones=dones,
+        next_observations=torch.randn(4, 4),
+        cut=[(7, 1, final)],  # environment 1 met the time limit, 0 and 2 terminated
+    )
+    advantage, target = train.advantages(run, batch)
+
+    def value(observation: Tensor) -> float:
+        with torch.no_grad():
+            return float(run.critic(observation))
+
+    for env in range(4):
+        for start in range(steps):
+            expected, weight = 0.0, 1.0
+            for step in range(start, steps):
+                done = bool(dones[step, env])
+                if (step, env) == (7, 1):
+                    following = value(final)
+                elif done:
+                    following = 0.0
+                elif step + 1 < steps:
+                    following = value(batch.observations[step + 1, env])
+                else:
+                    following = value(batch.next_observations[env])
+                delta = float(batch.rewards[step, env]) + 0.9 * following
+                expected += weight * (delta - value(batch.observations[step, env]))
+                weight *= 0.9 * 0.8
+                if done:
+                    break
+            assert float(advantage[start, env]) == pytest.approx(expected, abs=1e-5)
+            baseline = value(batch.observations[start, env])
+            assert float(target[start, env]) == pytest.approx(expected + baseline, abs=1e-5)
+
+
+def test_the_demo_compares_the_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo.main(seeds=1, total_steps=4096, picture=tmp_path / "new" / "demo.png")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[1] for row in rows] == ["mode", "---", "trpo", "natural", "vanilla"]
+    assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
