@@ -145,11 +145,11 @@ def test_every_evaluation_sees_the_buffers_that_the_step_began_with() -> None:
     statistics = problem.policy.get_submodule("network.1")
     assert isinstance(statistics, Statistics)
     statistics.register_forward_pre_hook(
-        lambda module, _: seen.append(module.written.tolist() + module.replaced.tolist())
+        lambda module, _: seen.append((module.written.sum().item(), module.replaced.sum().item()))
     )
     take_a_step(problem)
     assert len(seen) > 2
-    assert seen == [[0.0] * 6] * len(seen)
+    assert set(seen) == {(0.0, 0.0)}
 
 
 def test_buffers_of_modules_that_other_threads_use_are_left_alone() -> None:
