@@ -13,7 +13,7 @@ import torch.distributions
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
-from trpo_optim.closure_checks import Values, backward_error, checked_values
+from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.transaction import Transaction
@@ -122,10 +122,10 @@ class Objective:
             values = checked_values(self._closure())
         except RuntimeError as error:
             if _passed_through_backward(error):
-                raise backward_error() from error
+                raise TrustRegionError(BACKWARD_CALLED) from error
             raise
         if any(parameter.grad is not None for parameter in self.vector.parameters):
-            raise backward_error()
+            raise TrustRegionError(BACKWARD_CALLED)
         return values
 
 

@@ -12,13 +12,25 @@ from torch.distributions import Distribution
 from trpo_optim.report import TrustRegionError
 
 __all__ = [
+    "BACKWARD_CALLED",
+    "DETACHED",
     "Values",
-    "backward_error",
     "checked_values",
-    "detached_error",
     "require_moving_kl",
     "require_zero_kl",
 ]
+
+
+DETACHED = (
+    "The closure's loss or kl is detached: it does not depend on the optimizer's parameters. "
+    "Compute both from the policy inside the closure, without detach(), .data or no_grad(), "
+    "and hand this policy's parameters to the optimizer."
+)
+
+BACKWARD_CALLED = (
+    "The closure called backward(). Return (loss, kl) and leave the derivatives to the "
+    "optimizer; no zero_grad() and no backward()."
+)
 
 
 @dataclass(frozen=True)
@@ -78,23 +90,6 @@ def _is_distribution(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
-
-
-def backward_error() -> TrustRegionError:
-    """Return the error for a closure that calls backward()."""
-    return TrustRegionError(
-        "The closure called backward(). Return (loss, kl) and leave the derivatives to the "
-        "optimizer; no zero_grad() and no backward()."
-    )
-
-
-def detached_error() -> TrustRegionError:
-    """Return the error for a closure whose values carry no graph to the parameters."""
-    return TrustRegionError(
-        "The closure's loss or kl is detached: it does not depend on the optimizer's parameters. "
-        "Compute both from the policy inside the closure, without detach(), .data or no_grad(), "
-        "and hand this policy's parameters to the optimizer."
-    )
 
 
 def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trpo_optim.autograd_graph import (
+    now,
+    reaches,
+    require_attached,
+    require_second_derivatives,
+)
 from trpo_optim.closure import Objective, raised_by_torch
-from trpo_optim.closure_checks import Values, detached_error
+from trpo_optim.closure_checks import DETACHED, Values
 from trpo_optim.report import TrustRegionError
 
 __all__ = ["LocalModel", "first_order", "second_order"]
@@ -48,10 +54,11 @@ def first_order(objective: Objective) -> LocalModel:
     Returns:
         A model whose ``product`` is not to be called.
     """
-    started = _now()
+    parameters = objective.vector.parameters
+    started = now()
     values = objective.with_graph()
-    _require_attached(objective, values, started)
-    gradient = _gradient(values.loss, objective.vector.parameters)
+    require_attached(values, parameters, started)
+    gradient = _gradient(values.loss, parameters)
     return _model(objective, values, gradient, _no_product, "autograd")
 
 
@@ -96,7 +103,8 @@ def second_order(objective: Objective) -> LocalModel:
 
 def _by_torch_func(objective: Objective) -> LocalModel | None:
     """Differentiate by vjp(grad), or return None where it misses a parameter."""
-    twins = [parameter.detach() for parameter in objective.vector.parameters]
+    parameters = objective.vector.parameters
+    twins = [parameter.detach() for parameter in parameters]
     attached = True
 
     def values_of(*inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -110,19 +118,19 @@ def _by_torch_func(objective: Objective) -> LocalModel | None:
         with torch.no_grad():
             loss_gradient = pull((torch.ones_like(loss), torch.zeros_like(kl)))
         kl_gradient = pull((torch.zeros_like(loss), torch.ones_like(kl)))
-        _require_second_derivatives(kl_gradient)
+        require_second_derivatives(kl_gradient)
         return kl_gradient, (loss_gradient, pair)
 
     objective.rewind()
-    started = _now()
+    started = now()
     with torch.enable_grad():
         _, pull, (loss_gradient, pair) = _vjp(gradients, *twins)
     values = Values(*pair)
     # The twins carry no graph of their own: what still has one has gone round them.
-    if _reaches(objective, values, started):
+    if reaches((values.loss, values.kl), parameters, started):
         return None
     if not attached:
-        raise detached_error()
+        raise TrustRegionError(DETACHED)
 
     def product(vector: Tensor) -> Tensor:
         with torch.no_grad():
@@ -135,12 +143,12 @@ def _by_torch_func(objective: Objective) -> LocalModel | None:
 def _by_double_backward(objective: Objective) -> LocalModel:
     """Differentiate by backward through a retained backward."""
     parameters = objective.vector.parameters
-    started = _now()
+    started = now()
     values = objective.with_graph()
-    _require_attached(objective, values, started)
+    require_attached(values, parameters, started)
     gradient = _gradient(values.loss, parameters, retain_graph=True)
     kl_gradient = _gradient(values.kl, parameters, create_graph=True)
-    _require_second_derivatives(kl_gradient)
+    require_second_derivatives(kl_gradient)
     curved = [
         (index, piece)
         for index, piece in enumerate(kl_gradient)
@@ -218,79 +226,3 @@ def _model(
 
 def _no_product(vector: Tensor) -> Tensor:
     raise NotImplementedError
-
-
-def _require_attached(objective: Objective, values: Values, started: int) -> None:
-    if not all(
-        value.requires_grad and _reaches(objective, Values(value, value), started)
-        for value in (values.loss, values.kl)
-    ):
-        raise detached_error()
-
-
-def _require_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> None:
-    """Check that no autograd.Function marked ``once_differentiable`` lies behind the KL's gradient.
-
-    Torch marks these by a node that raises when backward passes it, but backward to given inputs
-    goes round it and takes the second derivative for zero.
-
-    Args:
-        kl_gradient: The gradient of the KL, with its graph.
-
-    Raises:
-        TrustRegionError: If there is one.
-    """
-    stack = [piece.grad_fn for piece in kl_gradient if piece is not None]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise TrustRegionError(
-                "The KL passes through an autograd.Function whose backward is marked "
-                "once_differentiable, so it has no second derivatives. Write its backward with "
-                "differentiable torch operations and drop the mark, or use mode='vanilla'."
-            )
-        stack.extend(child for child, _ in node.next_functions)
-
-
-def _now() -> int:
-    """Return a number that autograd nodes created from here on do not fall below."""
-    return torch._C._autograd._get_sequence_nr()
-
-
-def _reaches(objective: Objective, values: Values, started: int) -> bool:
-    """Return whether the values' plain autograd graph reaches a parameter.
-
-    Returns:
-        Whether it does.
-
-    Raises:
-        TrustRegionError: If it does so through a graph that was made before the closure ran: the
-            old policy was not detached, and its gradient would be taken for the new one's.
-    """
-    targets = set(map(id, objective.vector.parameters))
-    roots = [value.grad_fn for value in (values.loss, values.kl)]
-    stack: list[tuple[Any, bool]] = [(root, False) for root in roots if root is not None]
-    seen: set[tuple[Any, bool]] = set()
-    reached = False
-    while stack:
-        node, earlier = stack.pop()
-        if (node, earlier) in seen:
-            continue
-        seen.add((node, earlier))
-        if id(getattr(node, "variable", None)) in targets:
-            if earlier:
-                raise TrustRegionError(
-                    "The closure depends on the parameters through a tensor that was computed "
-                    "before it ran, such as the old log-probabilities or the old distribution. "
-                    "Compute these under torch.no_grad(), or detach() them."
-                )
-            reached = True
-        elif not earlier:
-            earlier = node._sequence_nr() < started
-        following: Iterable[tuple[Any, int]] = node.next_functions
-        stack.extend((child, earlier) for child, _ in following if child is not None)
-    return reached

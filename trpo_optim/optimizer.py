@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -12,13 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from trpo_optim.closure import Closure, Objective
-from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
-from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.line_search import Prediction, Trial
-from trpo_optim.modes import MODES
 from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.report import Outcome, StepReport, TrustRegionError
+from trpo_optim.report import StepReport, TrustRegionError
+from trpo_optim.step import take_step
 from trpo_optim.transaction import Transaction
 
 __all__ = ["TrustRegionOptimizer"]
@@ -123,7 +119,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad(), Transaction(vector) as transaction:
             transaction.begin()
             objective = Objective(closure, vector, transaction)
-            outcome = _advance(objective, settings, figures)
+            outcome = take_step(objective, settings, figures)
             report = StepReport(outcome, closure_evaluations=objective.evaluations, **figures)
             if report.accepted:
                 transaction.commit()
@@ -194,93 +190,3 @@ def _require_real(group: dict[str, Any]) -> None:
                 "point. Leave integers to buffers, and view complex ones as real "
                 "(torch.view_as_real)."
             )
-
-
-def _advance(objective: Objective, settings: Hyperparameters, figures: dict[str, Any]) -> Outcome:
-    """Go through one step in the order of the paper, noting its figures on the way.
-
-    Returns:
-        How the step ended. On ``Outcome.ACCEPTED`` the parameters lie at the new point; otherwise
-        anywhere.
-    """
-    mode = MODES[settings.mode]
-    model = mode.linearize(objective)
-    sign = 1.0 if settings.maximize else -1.0
-    unit, norm = _normalized(sign * model.gradient)
-    figures |= {"loss_before": model.loss, "loss_after": model.loss, "kl": model.kl}
-    figures |= {"gradient_norm": norm, "engine": model.engine}
-    if (flaw := _flaw(model, norm)) is not None:
-        return flaw
-    require_zero_kl(model.kl, model.kl_resolution, settings.max_kl)
-
-    direction = mode.direction(model, unit, settings)
-    figures |= {
-        "curvature": norm * norm * direction.curvature,
-        "cg_iterations": direction.iterations,
-        "cg_residual": direction.residual,
-        "fisher_products": direction.products,
-    }
-    if direction.flaw is not None:
-        if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
-            _require_moving_kl(objective, model, unit)
-        return direction.flaw
-
-    length = mode.length(settings, norm, direction.curvature)
-    step = length * direction.vector
-    step_norm = float(step.norm())
-    if length == 0:
-        return Outcome.ZERO_LEARNING_RATE
-    if not math.isfinite(step_norm):
-        return Outcome.NON_FINITE_TRIAL
-    prediction = Prediction(
-        improvement=norm * float(unit.dot(step)), kl=0.5 * length * length * direction.curvature
-    )
-
-    def attempt(scale: float) -> Trial:
-        objective.move(step, scale)
-        loss, kl = objective.values()
-        return Trial(loss, kl, sign * (loss - model.loss))
-
-    search = mode.search(attempt, prediction, settings)
-    trial = search.trial
-    figures |= {
-        "predicted_improvement": search.scale * prediction.improvement,
-        "predicted_kl": search.scale**2 * prediction.kl,
-        "backtracks": search.backtracks,
-        "trial_loss": trial.loss,
-        "trial_kl": trial.kl,
-    }
-    if trial.finite and abs(trial.kl - model.kl) <= model.kl_resolution:
-        _require_moving_kl(objective, model, step / step_norm)
-    if search.outcome is Outcome.ACCEPTED:
-        objective.move(step, search.scale)  # the last trial may have lain elsewhere
-        figures |= {"loss_after": trial.loss, "improvement": trial.improvement, "kl": trial.kl}
-        figures |= {"step_scale": search.scale, "step_norm": search.scale * step_norm}
-    return search.outcome
-
-
-def _normalized(vector: Tensor) -> tuple[Tensor, float]:
-    """Return the unit vector and the length, of which no square under- or overflows."""
-    largest = float(vector.abs().max())
-    if largest == 0 or not math.isfinite(largest):
-        return vector, largest
-    scaled = vector / largest
-    norm = scaled.norm()
-    return scaled / norm, float(norm) * largest
-
-
-def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
-    """Return why no direction follows from a local model, or None."""
-    if not math.isfinite(model.loss):
-        return Outcome.NON_FINITE_LOSS
-    if not math.isfinite(model.kl):
-        return Outcome.NON_FINITE_KL
-    if not math.isfinite(gradient_norm):
-        return Outcome.NON_FINITE_GRADIENT
-    return Outcome.ZERO_GRADIENT if gradient_norm == 0 else None
-
-
-def _require_moving_kl(objective: Objective, model: LocalModel, unit: Tensor) -> None:
-    """Check the KL a tenth of the parameters' length away, far beyond any rounding."""
-    objective.move(unit, 0.1 * max(1.0, float(objective.origin.norm())))
-    require_moving_kl((model.loss, model.kl), objective.values(), model.kl_resolution)

@@ -1,0 +1,102 @@
+"""What the autograd graph behind a value reaches, and what it must not pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from trpo_optim.closure_checks import DETACHED, Values
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["now", "reaches", "require_attached", "require_second_derivatives"]
+
+
+def now() -> int:
+    """Return a number that autograd nodes created from here on do not fall below."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> bool:
+    """Return whether the graph behind some values reaches a parameter.
+
+    Args:
+        values: What the closure returned.
+        parameters: The parameters to look for.
+        started: What ``now`` said before the closure ran.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        TrustRegionError: If it does so through a graph that was made before the closure ran: the
+            old policy was not detached, and its gradient would be taken for the new one's.
+    """
+    targets = set(map(id, parameters))
+    found = False
+    for node, earlier in _nodes(values, started):
+        if id(getattr(node, "variable", None)) in targets:
+            if earlier:
+                raise TrustRegionError(
+                    "The closure depends on the parameters through a tensor that was computed "
+                    "before it ran, such as the old log-probabilities or the old distribution. "
+                    "Compute these under torch.no_grad(), or detach() them."
+                )
+            found = True
+    return found
+
+
+def require_attached(values: Values, parameters: Sequence[Tensor], started: int) -> None:
+    """Check that loss and KL each depend on the parameters.
+
+    Args:
+        values: What the closure returned.
+        parameters: The parameters to look for.
+        started: What ``now`` said before the closure ran.
+
+    Raises:
+        TrustRegionError: If one does not, or does so through the old policy.
+    """
+    for value in (values.loss, values.kl):
+        if not reaches([value], parameters, started):
+            raise TrustRegionError(DETACHED)
+
+
+def require_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> None:
+    """Check that no autograd.Function marked ``once_differentiable`` lies behind the KL's gradient.
+
+    Torch marks these by a node that raises when backward passes it, but backward to given inputs
+    goes round it and takes the second derivative for zero.
+
+    Args:
+        kl_gradient: The gradient of the KL, with its graph.
+
+    Raises:
+        TrustRegionError: If there is one.
+    """
+    for node, _ in _nodes(piece for piece in kl_gradient if piece is not None):
+        if node.name() == "torch::autograd::Error":
+            raise TrustRegionError(
+                "The KL passes through an autograd.Function whose backward is marked "
+                "once_differentiable, so it has no second derivatives. Write its backward with "
+                "differentiable torch operations and drop the mark, or use mode='vanilla'."
+            )
+
+
+def _nodes(tensors: Iterable[Tensor], started: int = 0) -> Iterator[tuple[Any, bool]]:
+    """Yield each node behind some tensors, and whether the way to it is older than ``started``."""
+    stack: list[tuple[Any, bool]] = [
+        (get_gradient_edge(tensor).node, False) for tensor in tensors if tensor.requires_grad
+    ]
+    seen: set[tuple[Any, bool]] = set()
+    while stack:
+        node, earlier = stack.pop()
+        earlier = earlier or node._sequence_nr() < started
+        if (node, earlier) in seen:
+            continue
+        seen.add((node, earlier))
+        yield node, earlier
+        stack.extend((child, earlier) for child, _ in node.next_functions if child is not None)

@@ -1,0 +1,130 @@
+"""One step in the order of the paper: local model, direction, length, search."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from trpo_optim.closure import Objective
+from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
+from trpo_optim.curvature import LocalModel
+from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.line_search import Prediction, Search, Trial
+from trpo_optim.modes import MODES
+from trpo_optim.report import Outcome
+
+__all__ = ["take_step"]
+
+
+def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str, Any]) -> Outcome:
+    """Go through one step, noting its figures on the way.
+
+    Args:
+        objective: The closure; its parameters are moved.
+        settings: The hyperparameters.
+        figures: Filled with the fields of a ``StepReport``, as far as the step comes.
+
+    Returns:
+        How the step ended. On ``Outcome.ACCEPTED`` the parameters lie at the new point; otherwise
+        anywhere.
+    """
+    mode = MODES[settings.mode]
+    model = mode.linearize(objective)
+    sign = 1.0 if settings.maximize else -1.0
+    uphill, gradient_norm = _normalized(sign * model.gradient)
+    figures |= _figures_of_model(model, gradient_norm)
+    if (flaw := _flaw(model, gradient_norm)) is not None:
+        return flaw
+    require_zero_kl(model.kl, model.kl_resolution, settings.max_kl)
+
+    direction = mode.direction(model, uphill, settings)
+    figures |= {
+        "curvature": gradient_norm * gradient_norm * direction.curvature,
+        "cg_iterations": direction.iterations,
+        "cg_residual": direction.residual,
+        "fisher_products": direction.products,
+    }
+    if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
+        _require_moving_kl(objective, model, uphill)
+    if direction.flaw is not None:
+        return direction.flaw
+
+    length = mode.length(settings, gradient_norm, direction.curvature)
+    step = length * direction.vector
+    step_norm = float(step.norm())
+    if length == 0:
+        return Outcome.ZERO_LEARNING_RATE
+    if not math.isfinite(step_norm):
+        return Outcome.NON_FINITE_TRIAL
+    prediction = Prediction(
+        improvement=gradient_norm * float(uphill.dot(step)),
+        kl=0.5 * length * length * direction.curvature,
+    )
+
+    def attempt(scale: float) -> Trial:
+        objective.move(step, scale)
+        loss, kl = objective.values()
+        return Trial(loss, kl, sign * (loss - model.loss))
+
+    search = mode.search(attempt, prediction, settings)
+    figures |= _figures_of_search(search, prediction)
+    if search.trial.finite and abs(search.trial.kl - model.kl) <= model.kl_resolution:
+        _require_moving_kl(objective, model, step / step_norm)
+    if search.outcome is Outcome.ACCEPTED:
+        objective.move(step, search.scale)  # the last trial may have lain elsewhere
+        figures["step_norm"] = search.scale * step_norm
+    return search.outcome
+
+
+def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]:
+    return {
+        "loss_before": model.loss,
+        "loss_after": model.loss,
+        "kl": model.kl,
+        "gradient_norm": gradient_norm,
+        "engine": model.engine,
+    }
+
+
+def _figures_of_search(search: Search, prediction: Prediction) -> dict[str, Any]:
+    trial = search.trial
+    figures = {
+        "predicted_improvement": search.scale * prediction.improvement,
+        "predicted_kl": search.scale**2 * prediction.kl,
+        "backtracks": search.backtracks,
+        "trial_loss": trial.loss,
+        "trial_kl": trial.kl,
+    }
+    if search.outcome is Outcome.ACCEPTED:
+        figures |= {"loss_after": trial.loss, "improvement": trial.improvement, "kl": trial.kl}
+        figures["step_scale"] = search.scale
+    return figures
+
+
+def _normalized(vector: Tensor) -> tuple[Tensor, float]:
+    """Return the unit vector and the length, of which no square under- or overflows."""
+    largest = float(vector.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return vector, largest
+    scaled = vector / largest
+    norm = scaled.norm()
+    return scaled / norm, float(norm) * largest
+
+
+def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
+    """Return why no direction follows from a local model, or None."""
+    if not math.isfinite(model.loss):
+        return Outcome.NON_FINITE_LOSS
+    if not math.isfinite(model.kl):
+        return Outcome.NON_FINITE_KL
+    if not math.isfinite(gradient_norm):
+        return Outcome.NON_FINITE_GRADIENT
+    return Outcome.ZERO_GRADIENT if gradient_norm == 0 else None
+
+
+def _require_moving_kl(objective: Objective, model: LocalModel, unit: Tensor) -> None:
+    """Check the KL a tenth of the parameters' length away, far beyond any rounding."""
+    objective.move(unit, 0.1 * max(1.0, float(objective.origin.norm())))
+    require_moving_kl((model.loss, model.kl), objective.values(), model.kl_resolution)
