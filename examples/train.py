@@ -55,7 +55,7 @@ class Args:
     """folder of the run; default runs/ENV__MODE__SEED"""
     num_envs: int = 8
     """environments stepped side by side"""
-    batch_size: int = 2048
+    batch_size: int = 1024
     """environment steps per update, over all environments"""
     gamma: float = 0.99
     """discount"""

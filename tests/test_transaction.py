@@ -152,6 +152,15 @@ def test_every_evaluation_sees_the_buffers_that_the_step_began_with() -> None:
     assert set(seen) == {(0.0, 0.0)}
 
 
+def test_double_backward_begins_where_torch_func_began() -> None:
+    # torch.func draws a dropout mask before it meets what it refuses
+    torch.manual_seed(0)
+    layers = nn.Linear(2, 3), nn.Dropout(0.5), Statistics(), nn.Linear(3, 2)
+    problem = Problem(CategoricalPolicy(nn.Sequential(*layers)), torch.randn(6, 2))
+    report = take_a_step(problem)
+    assert report.engine == "double backward"
+
+
 def test_buffers_of_modules_that_other_threads_use_are_left_alone() -> None:
     problem = small_problem()
     other = Statistics()
