@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from trpo_optim.closure_checks import DETACHED, Values
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["now", "reaches", "require_attached", "require_second_derivatives"]
+__all__ = ["have_second_derivatives", "now", "reaches", "require_attached"]
 
 
 def now() -> int:
@@ -65,25 +65,28 @@ def require_attached(values: Values, parameters: Sequence[Tensor], started: int)
             raise TrustRegionError(DETACHED)
 
 
-def require_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> None:
-    """Check that no autograd.Function marked ``once_differentiable`` lies behind the KL's gradient.
-
-    Torch marks these by a node that raises when backward passes it, but backward to given inputs
-    goes round it and takes the second derivative for zero.
+def have_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> bool:
+    """Return whether backward can go through the gradient of the KL.
 
     Args:
         kl_gradient: The gradient of the KL, with its graph.
 
+    Returns:
+        False where a compiled module lies behind it.
+
     Raises:
-        TrustRegionError: If there is one.
+        TrustRegionError: If an autograd.Function marked ``once_differentiable`` does. Torch marks
+            these by a node that raises when backward passes it, but backward to given inputs goes
+            round it and takes the second derivative for zero.
     """
-    for node, _ in _nodes(piece for piece in kl_gradient if piece is not None):
-        if node.name() == "torch::autograd::Error":
-            raise TrustRegionError(
-                "The KL passes through an autograd.Function whose backward is marked "
-                "once_differentiable, so it has no second derivatives. Write its backward with "
-                "differentiable torch operations and drop the mark, or use mode='vanilla'."
-            )
+    names = {node.name() for node, _ in _nodes(each for each in kl_gradient if each is not None)}
+    if "torch::autograd::Error" in names:
+        raise TrustRegionError(
+            "The KL passes through an autograd.Function whose backward is marked "
+            "once_differentiable, so it has no second derivatives. Write its backward with "
+            "differentiable torch operations and drop the mark, or use mode='vanilla'."
+        )
+    return "CompiledFunctionBackward" not in names
 
 
 def _nodes(tensors: Iterable[Tensor], started: int = 0) -> Iterator[tuple[Any, bool]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributions
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
@@ -78,6 +79,10 @@ class Objective:
         """Return buffers and random state to where the step found them."""
         self._transaction.rewind()
 
+    def drew_random_numbers(self) -> bool:
+        """Return whether the evaluation since the last rewind drew random numbers."""
+        return self._transaction.drew_random_numbers()
+
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step; the transaction decides if they may stay.
 
@@ -87,11 +92,19 @@ class Objective:
         """
         self.vector.write(self.vector.scatter(self.origin + scale * step))
 
+    def far_away(self) -> Tensor:
+        """Return a move of a tenth of each parameter's length, fixed and along no axis."""
+        waves = torch.arange(1.0, len(self.origin) + 1, device=self.vector.device).sin()
+        pieces = zip(self.vector.scatter(self.origin), self.vector.scatter(waves), strict=True)
+        return self.vector.gather(
+            [0.1 * max(1.0, float(here.norm())) * wave / wave.norm() for here, wave in pieces]
+        )
+
     def values(self) -> tuple[float, float]:
         """Return the loss and the KL where the parameters now are, without a graph.
 
-        A ``torch.distributions`` object that refuses its arguments there counts as NaN: that is
-        what an overflow looks like to a distribution that validates.
+        A ``torch.distributions`` object that refuses its arguments there counts as NaN, and so does
+        a factorisation that fails: that is what an overflow looks like to them.
 
         Returns:
             Two floats.
@@ -102,6 +115,8 @@ class Objective:
         self.rewind()
         try:
             values = self._evaluate()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
+            return math.nan, math.nan
         except ValueError as error:
             if not _raised_in(error, torch.distributions.__file__):
                 raise
@@ -109,7 +124,7 @@ class Objective:
         return values.loss.item(), values.kl.item()
 
     def _watched(self, twins: dict[int, Tensor]) -> Values:
-        watch = _Watch(self._transaction, twins)
+        watch = _Watch(self._transaction, self.vector.parameters, twins)
         try:
             with watch:
                 return self._evaluate()
@@ -130,12 +145,25 @@ class Objective:
 
 
 class _Watch(TorchFunctionMode):
-    """Replaces parameters by their twins in every torch call, and reports in-place writes."""
+    """Replaces parameters by their twins in every torch call, and looks at what else comes in.
 
-    def __init__(self, transaction: Transaction, twins: Mapping[int, Tensor]) -> None:
+    Two things are looked for: tensors that are about to be written in place, and tensors from
+    outside the closure that share a parameter's memory, which every trial would move.
+    """
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        parameters: Sequence[Tensor],
+        twins: Mapping[int, Tensor],
+    ) -> None:
         super().__init__()
         self._transaction = transaction
         self._twins = twins
+        self._storages: dict[int, list[Tensor]] = {}
+        for each in parameters:
+            self._storages.setdefault(each.untyped_storage().data_ptr(), []).append(each)
+        self._known = {id(each): each for each in parameters}  # and their views made inside
 
     def remove(self) -> None:
         """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
@@ -153,17 +181,42 @@ class _Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in _written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
-        return func(
+        result = func(
             *[self._replaced(value) for value in args],
             **{name: self._replaced(value) for name, value in keywords.items()},
         )
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and self._shares_memory(each):
+                self._known[id(each)] = each
+        return result
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if id(value) not in self._known and self._shares_memory(value):
+                raise TrustRegionError(
+                    "The closure uses a tensor from outside that shares memory with a parameter, "
+                    "such as the scale of the old distribution: it would move with every trial. "
+                    "clone() it when the old distribution is made."
+                )
             return self._twins.get(id(value), value)
         if type(value) in (list, tuple):
             return type(value)(self._replaced(each) for each in value)
         return value
+
+    def _shares_memory(self, tensor: Tensor) -> bool:
+        """Whether a plain tensor overlaps a parameter; the inside of torch.func has no memory."""
+        if is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided:
+            return False
+        candidates = self._storages.get(tensor.untyped_storage().data_ptr(), ())
+        start, end = _span(tensor)
+        return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins and ends, in bytes."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
 
 
 def _written_by(
@@ -171,6 +224,11 @@ def _written_by(
 ) -> Iterator[Tensor]:
     """Yield the tensors that a torch call writes in place, or may write."""
     name = getattr(func, "__name__", "")
+    if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+        raise TrustRegionError(
+            "The closure assigns to the .data of a tensor, which no derivative can follow. Write "
+            "in place instead, with copy_()."
+        )
     targets: list[Any] = [kwargs.get("out")]
     if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
         targets += [*args[1:], *kwargs.values()]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from trpo_optim.autograd_graph import (
+    have_second_derivatives,
     now,
     reaches,
     require_attached,
-    require_second_derivatives,
 )
 from trpo_optim.closure import Objective, raised_by_torch
 from trpo_optim.closure_checks import DETACHED, Values
@@ -63,10 +63,10 @@ def first_order(objective: Objective) -> LocalModel:
 
 
 def second_order(objective: Objective) -> LocalModel:
-    """Return the local model; one evaluation of the closure where torch.func can go.
+    """Return the local model; one evaluation of the closure wherever double backward can go.
 
-    Where torch.func refuses the closure (batch norm in training mode, checkpointing, an
-    autograd.Function without setup_context), double backward takes it instead.
+    Double backward runs the same operations as the trials, whatever they are. What it refuses,
+    compiled modules, torch.func takes.
 
     Args:
         objective: The closure.
@@ -78,77 +78,35 @@ def second_order(objective: Objective) -> LocalModel:
         TrustRegionError: If neither engine can differentiate the closure.
         RuntimeError: Whatever the closure itself raises.
     """
-    try:
-        model = _by_torch_func(objective)
-    except RuntimeError as error:
-        if not raised_by_torch(error):
-            raise
-        refusal = str(error)
-    else:
-        if model is not None:
+    refusals: list[str] = []
+    for engine in (_by_double_backward, _by_torch_func):
+        try:
+            model = engine(objective)
+        except RuntimeError as error:
+            if not raised_by_torch(error) or str(error) in refusals:
+                raise
+            model = str(error)
+        if isinstance(model, LocalModel):
             return model
-        refusal = "it does not reach some of the parameters"
-    try:
-        return _by_double_backward(objective)
-    except RuntimeError as error:
-        if not raised_by_torch(error) or str(error) == refusal:
-            raise
-        raise TrustRegionError(
-            "Neither engine can differentiate the closure twice.\n"
-            f"torch.func: {refusal}\ndouble backward: {error}\n"
-            "Replace the operation that they name by one with second derivatives, or use "
-            "mode='vanilla', which needs first derivatives alone."
-        ) from error
+        refusals.append(model)
+    raise TrustRegionError(
+        "Neither engine can differentiate the closure twice.\n"
+        f"double backward: {refusals[0]}\ntorch.func: {refusals[1]}\n"
+        "Replace the operation that they name by one with second derivatives, or use "
+        "mode='vanilla', which needs first derivatives alone."
+    )
 
 
-def _by_torch_func(objective: Objective) -> LocalModel | None:
-    """Differentiate by vjp(grad), or return None where it misses a parameter."""
-    parameters = objective.vector.parameters
-    twins = [parameter.detach() for parameter in parameters]
-    attached = True
-
-    def values_of(*inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        nonlocal attached
-        values = objective.at(*inputs)
-        attached = values.loss.requires_grad and values.kl.requires_grad
-        return (values.loss, values.kl), (values.loss, values.kl)
-
-    def gradients(*inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], Any]]:
-        (loss, kl), pull, pair = _vjp(values_of, *inputs)
-        with torch.no_grad():
-            loss_gradient = pull((torch.ones_like(loss), torch.zeros_like(kl)))
-        kl_gradient = pull((torch.zeros_like(loss), torch.ones_like(kl)))
-        require_second_derivatives(kl_gradient)
-        return kl_gradient, (loss_gradient, pair)
-
-    objective.rewind()
-    started = now()
-    with torch.enable_grad():
-        _, pull, (loss_gradient, pair) = _vjp(gradients, *twins)
-    values = Values(*pair)
-    # The twins carry no graph of their own: what still has one has gone round them.
-    if reaches((values.loss, values.kl), parameters, started):
-        return None
-    if not attached:
-        raise TrustRegionError(DETACHED)
-
-    def product(vector: Tensor) -> Tensor:
-        with torch.no_grad():
-            return objective.vector.gather(pull(tuple(objective.vector.scatter(vector))))
-
-    gradient = objective.vector.gather(loss_gradient)
-    return _model(objective, values, gradient, product, "torch.func")
-
-
-def _by_double_backward(objective: Objective) -> LocalModel:
-    """Differentiate by backward through a retained backward."""
+def _by_double_backward(objective: Objective) -> LocalModel | str:
+    """Differentiate by backward through a retained backward, or return why that cannot be."""
     parameters = objective.vector.parameters
     started = now()
     values = objective.with_graph()
     require_attached(values, parameters, started)
     gradient = _gradient(values.loss, parameters, retain_graph=True)
     kl_gradient = _gradient(values.kl, parameters, create_graph=True)
-    require_second_derivatives(kl_gradient)
+    if not have_second_derivatives(kl_gradient):
+        return "compiled modules have no second derivatives"
     curved = [
         (index, piece)
         for index, piece in enumerate(kl_gradient)
@@ -171,6 +129,49 @@ def _by_double_backward(objective: Objective) -> LocalModel:
         )
 
     return _model(objective, values, gradient, product, "double backward")
+
+
+def _by_torch_func(objective: Objective) -> LocalModel | str:
+    """Differentiate by vjp(grad), or return why that would not be the closure's derivative."""
+    parameters = objective.vector.parameters
+    twins = [parameter.detach() for parameter in parameters]
+    attached = True
+
+    def values_of(*inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        nonlocal attached
+        values = objective.at(*inputs)
+        attached = values.loss.requires_grad and values.kl.requires_grad
+        return (values.loss, values.kl), (values.loss, values.kl)
+
+    def gradients(*inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], Any]]:
+        (loss, kl), pull, pair = _vjp(values_of, *inputs)
+        with torch.no_grad():
+            loss_gradient = pull((torch.ones_like(loss), torch.zeros_like(kl)))
+        kl_gradient = pull((torch.zeros_like(loss), torch.ones_like(kl)))
+        have_second_derivatives(kl_gradient)
+        return kl_gradient, (loss_gradient, pair)
+
+    objective.rewind()
+    started = now()
+    with torch.enable_grad():
+        _, pull, (loss_gradient, pair) = _vjp(gradients, *twins)
+    values = Values(*pair)
+    # The twins carry no graph of their own: what still has one has gone round them.
+    if reaches((values.loss, values.kl), parameters, started):
+        return "it does not reach some of the parameters"
+    if not attached:
+        raise TrustRegionError(DETACHED)
+    if any(parameter._backward_hooks for parameter in parameters):
+        return "it ignores the hooks on the parameters' gradients"
+    if objective.drew_random_numbers():
+        return "it may draw other random numbers, such as a dropout mask, than the trials"
+
+    def product(vector: Tensor) -> Tensor:
+        with torch.no_grad():
+            return objective.vector.gather(pull(tuple(objective.vector.scatter(vector))))
+
+    gradient = objective.vector.gather(loss_gradient)
+    return _model(objective, values, gradient, product, "torch.func")
 
 
 def _gradient(
@@ -217,7 +218,7 @@ def _model(
     return LocalModel(
         loss=values.loss.item(),
         kl=values.kl.item(),
-        kl_resolution=10 * torch.finfo(values.kl.dtype).eps,
+        kl_resolution=min(10 * torch.finfo(values.kl.dtype).eps, 1e-6),
         gradient=gradient if isinstance(gradient, Tensor) else objective.vector.gather(gradient),
         product=named_product,
         engine=engine,

@@ -44,7 +44,7 @@ class Hyperparameters:
         if not isinstance(self.mode, str) or self.mode not in MODES:
             choices = ", ".join(repr(mode) for mode in MODES)
             raise TrustRegionError(f"mode is {self.mode!r}; it must be one of {choices}.")
-        object.__setattr__(self, "mode", str(self.mode))
+        object.__setattr__(self, "mode", MODES[MODES.index(self.mode)])
         if not isinstance(self.maximize, bool):
             raise TrustRegionError(f"maximize is {self.maximize!r}; it must be True or False.")
         for name, bound in _BOUNDS.items():

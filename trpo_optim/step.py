@@ -47,7 +47,7 @@ def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str
         "fisher_products": direction.products,
     }
     if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
-        _require_moving_kl(objective, model, uphill)
+        _require_moving_kl(objective, model)
     if direction.flaw is not None:
         return direction.flaw
 
@@ -70,8 +70,8 @@ def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str
 
     search = mode.search(attempt, prediction, settings)
     figures |= _figures_of_search(search, prediction)
-    if search.trial.finite and abs(search.trial.kl - model.kl) <= model.kl_resolution:
-        _require_moving_kl(objective, model, step / step_norm)
+    if search.trial.finite and _still(search, prediction, model):
+        _require_moving_kl(objective, model)
     if search.outcome is Outcome.ACCEPTED:
         objective.move(step, search.scale)  # the last trial may have lain elsewhere
         figures["step_norm"] = search.scale * step_norm
@@ -124,7 +124,18 @@ def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
     return Outcome.ZERO_GRADIENT if gradient_norm == 0 else None
 
 
-def _require_moving_kl(objective: Objective, model: LocalModel, unit: Tensor) -> None:
-    """Check the KL a tenth of the parameters' length away, far beyond any rounding."""
-    objective.move(unit, 0.1 * max(1.0, float(objective.origin.norm())))
-    require_moving_kl((model.loss, model.kl), objective.values(), model.kl_resolution)
+def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
+    """Return whether the KL stayed where it was after a step that should have moved it."""
+    change = abs(search.trial.kl - model.kl)
+    predicted = search.scale**2 * prediction.kl
+    return change == 0 or change <= model.kl_resolution < predicted
+
+
+def _require_moving_kl(objective: Objective, model: LocalModel) -> None:
+    """Check the KL far away in every parameter, beyond any rounding and whatever the step moves."""
+    objective.move(objective.far_away(), 1.0)
+    try:
+        far = objective.values()
+    except Exception:  # what a sound closure makes of a point that no step goes to
+        return
+    require_moving_kl((model.loss, model.kl), far, model.kl_resolution)

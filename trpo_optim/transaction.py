@@ -25,8 +25,8 @@ class Transaction:
     before every further evaluation and at the end of every step, so that all evaluations of a step
     see the same dropout mask and the same statistics.
 
-    Each way back is idempotent and is run by the step itself before ``with`` runs it again, so that
-    an interrupt that lands inside one is followed by another that completes.
+    The step itself ends the transaction, one way or the other; leaving ``with`` rolls back what an
+    exception or an interrupt kept from ending.
 
     Args:
         vector: The parameters that the step may move.
@@ -40,7 +40,7 @@ class Transaction:
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
-        self._committed = False
+        self._ended = False
         self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> Transaction:
@@ -53,8 +53,8 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Roll back unless the step was committed."""
-        if not self._committed:
+        """Roll back unless the transaction has ended."""
+        if not self._ended:
             self.roll_back()
 
     def begin(self) -> None:
@@ -76,20 +76,26 @@ class Transaction:
         """Return buffers and random state to where they were before the step."""
         for module, name, value in self._replaced.values():
             module._buffers[name] = value
-        for tensor, content in self._written.values():
+        for tensor, content in reversed(self._written.values()):  # the first of two aliases wins
             tensor.detach().copy_(content)
         for generator, state in self._random:
             generator.set_state(state)
+        torch.clear_autocast_cache()  # it does not see parameters that are written in place
+
+    def drew_random_numbers(self) -> bool:
+        """Return whether a generator has moved since the last rewind."""
+        return any(not torch.equal(each.get_state(), state) for each, state in self._random)
 
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
         self._vector.write(self.originals)
         self._settle()
+        self._ended = True
 
     def commit(self) -> None:
         """Keep the parameters as they are now; put back everything else."""
         self._settle()
-        self._committed = True
+        self._ended = True
 
     def _settle(self) -> None:
         self.rewind()
