@@ -4,7 +4,7 @@
 
 Box and Discrete actions; vector environments; GAE; observation and reward scaling; the critic by
 Adam. Everything goes to runs/ENV__MODE__SEED: TensorBoard events, training.png, and checkpoint.pt,
-from which ``--resume`` continues.
+from which ``--resume`` continues. Without it, an earlier run's folder is kept under another name.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ class Batch:
     dones: Tensor  # (T, N), 1 where an episode ended after the step
     next_observations: Tensor  # (N, D), after the last step
     cut: list[tuple[int, int, Tensor]]  # step, environment, final observation: time limits
+    raw_observations: np.ndarray[Any, Any]  # (T * N, D), as they came
 
 
 @dataclass
@@ -195,6 +196,14 @@ def new_run(args: Args) -> Run:
     )
 
 
+def for_envs(run: Run, action: Tensor) -> np.ndarray[Any, Any]:
+    """Return actions as the environments' space has them."""
+    space = run.envs.single_action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return action.cpu().numpy() + int(space.start)
+    return action.cpu().numpy().reshape(-1, *(space.shape or ()))
+
+
 def rollouts(run: Run) -> Iterator[Batch]:
     """Yield one batch after another; episodes run on from each to the next."""
     args, envs = run.args, run.envs
@@ -208,7 +217,7 @@ def rollouts(run: Run) -> Iterator[Batch]:
             raws.append(raw)
             with torch.no_grad():
                 action = run.policy(run.normalise(raw)).sample()
-            raw, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+            raw, reward, terminated, truncated, info = envs.step(for_envs(run, action))
             done = terminated | truncated
             actions.append(action)
             rewards.append(reward)
@@ -233,8 +242,8 @@ def rollouts(run: Run) -> Iterator[Batch]:
             dones=torch.as_tensor(np.stack(dones), dtype=torch.float32).to(args.device),
             next_observations=run.normalise(raw),
             cut=cut,
+            raw_observations=np.concatenate(raws),
         )
-        run.observation_stats.update(np.concatenate(raws))
 
 
 @torch.no_grad()
@@ -357,6 +366,15 @@ def load(run: Run) -> None:
         torch.cuda.set_rng_state_all(content["random_cuda"])
 
 
+def make_way(folder: Path) -> None:
+    """Rename the folder of an earlier run with the same settings, so that nothing of it is lost."""
+    if (folder / "checkpoint.pt").exists():
+        number = 1
+        while (old := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(old)
+
+
 def comparable(args: Args) -> dict[str, Any]:
     """Return the settings that must not change in mid-run."""
     free = {"resume", "device", "run_dir", "total_steps", "checkpoint_every", "threads"}
@@ -413,6 +431,8 @@ def train(args: Args) -> Run:
             f"most total_steps {args.total_steps}."
         )
     torch.set_num_threads(args.threads)
+    if not args.resume:
+        make_way(args.folder())
     args.folder().mkdir(parents=True, exist_ok=True)
     run = new_run(args)
     if args.resume:
@@ -426,6 +446,7 @@ def train(args: Args) -> Run:
             advantage, target = advantages(run, batch)
             report = update_policy(run, batch, advantage)
             critic_loss = fit_critic(run, batch, target)
+            run.observation_stats.update(batch.raw_observations)
             run.update += 1
             run.kls.append((float(run.step), report.kl))
             log(run, writer, report, critic_loss)

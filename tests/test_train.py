@@ -103,6 +103,42 @@ def test_two_resumptions_give_the_same_numbers(tmp_path: Path) -> None:
     assert same(first, second)
 
 
+def test_a_resumption_has_seen_every_batch(tmp_path: Path) -> None:
+    train.train(small(tmp_path, total_steps=512))
+    run = train.train(small(tmp_path, resume=True))
+    assert run.observation_stats.count == pytest.approx(1024, abs=1)
+    assert run.return_stats.count == pytest.approx(1024, abs=1)
+
+
+def test_a_new_run_keeps_the_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for _ in range(3):
+        train.train(small(folder, total_steps=256))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"run", "run.1", "run.2"}
+    assert checkpoint(tmp_path / "run.1")["update"] == 2
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Discrete(3, start=-1),
+        gym.spaces.Discrete(2),
+        gym.spaces.Box(-9, 9, (2, 2), np.float32),
+        gym.spaces.Box(-9, 9, (3,), np.float32),
+    ],
+    ids=str,
+)
+def test_actions_reach_the_environments_in_their_spaces_form(
+    tmp_path: Path, space: gym.Space[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train.new_run(small(tmp_path))
+    monkeypatch.setattr(run.envs, "single_action_space", space)
+    policy = train.Policy(4, space, run.args)
+    actions = train.for_envs(run, policy(torch.zeros(200, 4)).sample())
+    assert all(space.contains(each) for each in actions)
+
+
 def test_killed_at_any_moment_it_loses_no_more_than_since_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:
@@ -196,6 +232,7 @@ def test_advantages_equal_the_sum_that_defines_them(tmp_path: Path) -> None:
         dones=dones,
         next_observations=torch.randn(4, 4),
         cut=[(7, 1, final)],  # environment 1 met the time limit, 0 and 2 terminated
+        raw_observations=np.zeros((steps * 4, 4)),
     )
     advantage, target = train.advantages(run, batch)
 

@@ -25,7 +25,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
     ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
     ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors. It
-    may return the new policy's distribution as a third value. It never calls ``backward()``.
+    may return the new policy's distribution as a third value, which changes nothing yet. It never
+    calls ``backward()``.
 
     =========== ================== ==================================== =========================
     mode        direction          length                               accepted if

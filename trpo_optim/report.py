@@ -96,8 +96,8 @@ class StepReport:
         trial_kl: The closure's KL at the trial, in nats.
         closure_evaluations: How often the closure was called.
         fisher_products: How many Fisher-vector products were made.
-        engine: What differentiated the closure: ``"torch.func"``, ``"double backward"``, or
-            ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
+        engine: What differentiated the closure: ``"double backward"``, ``"torch.func"`` (compiled
+            modules), or ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
     """
 
     outcome: Outcome
