@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils.checkpoint import checkpoint
 
-from trpo_optim import TrustRegionError
+from trpo_optim import TrustRegionError, curvature
+from trpo_optim.autograd_graph import have_second_derivatives
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, _by_double_backward, _by_torch_func, second_order
 from trpo_optim.parameter_vector import ParameterVector
@@ -285,13 +286,48 @@ def compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_policy_is_differentiated_by_torch_func() -> None:
+@pytest.mark.parametrize("mode", ["trpo", "natural", "vanilla"])
+def test_a_compiled_policy_takes_the_step_of_a_plain_one(mode: str) -> None:
+    plain, compiled = with_middle(nn.LayerNorm(6)), with_middle(nn.LayerNorm(6))
+    compiled.policy.compile(backend="aot_eager")
+    expected = plain.optimizer(mode=mode).step(plain.closure)
+    report = compiled.optimizer(mode=mode).step(compiled.closure)
+    assert report.outcome is expected.outcome
+    torch.testing.assert_close(compiled.vector(), plain.vector(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_of_a_compiled_policy_are_exact(
+    engine: Callable[[Objective], LocalModel],
+) -> None:
     problem = with_middle(nn.Identity())
     oracle = problem.dense_fisher()
     problem.policy.compile(backend="aot_eager")
-    with linearized(problem) as (model, _):
-        assert model.engine == "torch.func"
+    with linearized(problem, engine) as (model, _):
         torch.testing.assert_close(dense(model), oracle, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_graph_is_not_taken_for_one_with_second_derivatives() -> None:
+    layer = nn.Linear(2, 2)
+    layer.compile(backend="aot_eager")
+    output = layer(torch.ones(2)).square().sum()
+    (gradient,) = torch.autograd.grad(output, layer.weight, create_graph=True)
+    assert not have_second_derivatives([gradient])
+    weight = torch.ones(2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(weight.pow(3).sum(), weight, create_graph=True)
+    assert have_second_derivatives([gradient, None])
+
+
+def test_what_double_backward_refuses_goes_to_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature, "_by_double_backward", lambda _: "refused")
+    problem, plain = gaussian(), gaussian()
+    report = problem.optimizer().step(problem.closure)
+    assert report.engine == "torch.func"
+    monkeypatch.undo()
+    assert plain.optimizer().step(plain.closure).engine == "double backward"
+    torch.testing.assert_close(problem.vector(), plain.vector(), rtol=1e-12, atol=1e-14)
 
 
 def test_a_traced_policy_that_hides_its_parameters_is_not_missed_in_silence() -> None:
@@ -405,5 +441,17 @@ def test_a_mistake_in_the_closure_comes_out_as_torch_words_it() -> None:
         return problem.closure()
 
     with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        problem.optimizer().step(closure)
+    assert type(caught.value) is RuntimeError
+
+
+def test_numpy_inside_the_closure_comes_out_as_torch_words_it() -> None:
+    problem = gaussian()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        problem.policy(problem.observations).base_dist.loc.numpy()
+        return problem.closure()
+
+    with pytest.raises(RuntimeError, match="numpy") as caught:
         problem.optimizer().step(closure)
     assert type(caught.value) is RuntimeError

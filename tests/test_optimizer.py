@@ -17,7 +17,7 @@ from problems import MODES, GaussianPolicy, Problem, gaussian
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from trpo_optim import StepReport, TrustRegionOptimizer
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer
 
 TESTS = Path(__file__).parent
 
@@ -246,3 +246,12 @@ def test_it_sits_beside_another_optimizer_whose_gradients_it_leaves_alone() -> N
         assert value is not None
         assert torch.equal(gradient, value)
     adam.step()
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused() -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer()
+    before = optimizer.state_dict()
+    with pytest.raises(TrustRegionError, match="another kind of optimizer"):
+        optimizer.load_state_dict(torch.optim.Adam(problem.parameters()).state_dict())
+    assert optimizer.state_dict() == before

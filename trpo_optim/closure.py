@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 import torch.distributions
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
@@ -126,7 +128,7 @@ class Objective:
     def _watched(self, twins: dict[int, Tensor]) -> Values:
         watch = _Watch(self._transaction, self.vector.parameters, twins)
         try:
-            with watch:
+            with _eager(), watch:
                 return self._evaluate()
         finally:
             watch.remove()
@@ -142,6 +144,18 @@ class Objective:
         if any(parameter.grad is not None for parameter in self.vector.parameters):
             raise TrustRegionError(BACKWARD_CALLED)
         return values
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Return a context in which compiled modules run as they were written.
+
+    Their compiled form has no second derivatives, and compiling would trace the watch too. Where
+    nothing can have been compiled, the compiler stays unimported.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 class _Watch(TorchFunctionMode):
@@ -204,8 +218,9 @@ class _Watch(TorchFunctionMode):
         return value
 
     def _shares_memory(self, tensor: Tensor) -> bool:
-        """Whether a plain tensor overlaps a parameter; the inside of torch.func has no memory."""
-        if is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided:
+        """Whether a plain tensor overlaps a parameter; what torch traces through has no memory."""
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if not plain or is_functorch_wrapped_tensor(tensor):
             return False
         candidates = self._storages.get(tensor.untyped_storage().data_ptr(), ())
         start, end = _span(tensor)

@@ -65,8 +65,8 @@ def first_order(objective: Objective) -> LocalModel:
 def second_order(objective: Objective) -> LocalModel:
     """Return the local model; one evaluation of the closure wherever double backward can go.
 
-    Double backward runs the same operations as the trials, whatever they are. What it refuses,
-    compiled modules, torch.func takes.
+    Double backward runs the same operations as the trials, whatever they are. What it refuses is
+    handed to torch.func.
 
     Args:
         objective: The closure.
@@ -78,20 +78,21 @@ def second_order(objective: Objective) -> LocalModel:
         TrustRegionError: If neither engine can differentiate the closure.
         RuntimeError: Whatever the closure itself raises.
     """
-    refusals: list[str] = []
-    for engine in (_by_double_backward, _by_torch_func):
-        try:
-            model = engine(objective)
-        except RuntimeError as error:
-            if not raised_by_torch(error) or str(error) in refusals:
-                raise
-            model = str(error)
-        if isinstance(model, LocalModel):
-            return model
-        refusals.append(model)
+    model = _by_double_backward(objective)
+    if isinstance(model, LocalModel):
+        return model
+    refusal = model
+    try:
+        model = _by_torch_func(objective)
+    except RuntimeError as error:
+        if not raised_by_torch(error):
+            raise
+        model = str(error)
+    if isinstance(model, LocalModel):
+        return model
     raise TrustRegionError(
         "Neither engine can differentiate the closure twice.\n"
-        f"double backward: {refusals[0]}\ntorch.func: {refusals[1]}\n"
+        f"double backward: {refusal}\ntorch.func: {model}\n"
         "Replace the operation that they name by one with second derivatives, or use "
         "mode='vanilla', which needs first derivatives alone."
     )
@@ -103,8 +104,11 @@ def _by_double_backward(objective: Objective) -> LocalModel | str:
     started = now()
     values = objective.with_graph()
     require_attached(values, parameters, started)
-    gradient = _gradient(values.loss, parameters, retain_graph=True)
-    kl_gradient = _gradient(values.kl, parameters, create_graph=True)
+    try:
+        gradient = _gradient(values.loss, parameters, retain_graph=True)
+        kl_gradient = _gradient(values.kl, parameters, create_graph=True)
+    except RuntimeError as error:
+        return str(error)
     if not have_second_derivatives(kl_gradient):
         return "compiled modules have no second derivatives"
     curved = [

@@ -147,6 +147,22 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the hyperparameters of a saved state.
+
+        Args:
+            state_dict: What ``state_dict`` returned.
+
+        Raises:
+            TrustRegionError: If it is that of another kind of optimizer.
+        """
+        if any("mode" not in group for group in state_dict["param_groups"]):
+            raise TrustRegionError(
+                "The state has no 'mode': it is that of another kind of optimizer, whose lr and "
+                "other settings mean something else. Load a TrustRegionOptimizer's state."
+            )
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and the last report."""
         return {**super().__getstate__(), "last_report": self.last_report}

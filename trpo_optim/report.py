@@ -57,7 +57,8 @@ class Outcome(enum.Enum):
     NO_IMPROVEMENT = (
         "The line search ended without enough improvement of the loss; the step was withdrawn. "
         "Lower max_kl, use a larger batch, lower improvement_ratio or raise max_backtracks; if it "
-        "happens at every step, check the sign of the loss."
+        "happens at every step, check that the loss depends on the parameters' values and that the "
+        "closure evaluates the same batch each time."
     )
 
 
@@ -96,8 +97,8 @@ class StepReport:
         trial_kl: The closure's KL at the trial, in nats.
         closure_evaluations: How often the closure was called.
         fisher_products: How many Fisher-vector products were made.
-        engine: What differentiated the closure: ``"double backward"``, ``"torch.func"`` (compiled
-            modules), or ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
+        engine: What differentiated the closure: ``"double backward"``, ``"torch.func"`` where that
+            was refused, or ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
     """
 
     outcome: Outcome
