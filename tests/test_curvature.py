@@ -311,8 +311,8 @@ def test_products_of_a_compiled_policy_are_exact(
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_graph_is_not_taken_for_one_with_second_derivatives() -> None:
     layer = nn.Linear(2, 2)
-    layer.compile(backend="aot_eager")
-    output = layer(torch.ones(2)).square().sum()
+    compiled: Any = torch.compile(layer, backend="aot_eager")
+    output = compiled(torch.ones(2)).square().sum()
     (gradient,) = torch.autograd.grad(output, layer.weight, create_graph=True)
     assert not have_second_derivatives([gradient])
     weight = torch.ones(2, requires_grad=True)
