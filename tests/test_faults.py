@@ -235,6 +235,16 @@ def weight_of(problem: Problem) -> Tensor:
     return problem.parameters()[0][0, 0]
 
 
+def assert_outcome(
+    problem: Problem, mode: str, fault: Callable[[Problem], Change], outcome: Outcome
+) -> None:
+    """Check that a fault at the first call ends in an outcome, and that nothing has moved."""
+    before = Snapshot.of(problem.policy)
+    report, _ = step(problem, mode, fault(problem), 1)
+    assert report.outcome is outcome
+    assert before.differences(Snapshot.of(problem.policy)) == []
+
+
 GRADIENTS: list[tuple[str, Callable[[Problem], Change], Outcome]] = [
     (
         "NaN gradient",
@@ -255,11 +265,7 @@ GRADIENTS: list[tuple[str, Callable[[Problem], Change], Outcome]] = [
 def test_a_gradient_that_leads_nowhere_is_an_outcome(
     make: Callable[[], Problem], mode: str, fault: Callable[[Problem], Change], outcome: Outcome
 ) -> None:
-    problem = make()
-    before = Snapshot.of(problem.policy)
-    report, _ = step(problem, mode, fault(problem), 1)
-    assert report.outcome is outcome
-    assert before.differences(Snapshot.of(problem.policy)) == []
+    assert_outcome(make(), mode, fault, outcome)
 
 
 @problems
@@ -277,11 +283,7 @@ def test_a_gradient_that_leads_nowhere_is_an_outcome(
 def test_a_curvature_that_is_none_is_an_outcome(
     make: Callable[[], Problem], mode: str, fault: Callable[[Problem], Change], outcome: Outcome
 ) -> None:
-    problem = make()
-    before = Snapshot.of(problem.policy)
-    report, _ = step(problem, mode, fault(problem), 1)
-    assert report.outcome is outcome
-    assert before.differences(Snapshot.of(problem.policy)) == []
+    assert_outcome(make(), mode, fault, outcome)
 
 
 def test_negative_curvature_met_on_the_way_ends_the_solve_with_the_last_good_iterate() -> None:
