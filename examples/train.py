@@ -182,14 +182,13 @@ def new_run(args: Args) -> Run:
     observations = math.prod(envs.single_observation_space.shape or ())
     policy = Policy(observations, envs.single_action_space, args).to(args.device)
     critic = mlp(observations, args.hidden, 1, gain=1.0).to(args.device)
-    max_kl = args.max_kl
     return Run(
         args=args,
         envs=envs,
         policy=policy,
         critic=critic,
         optimizer=TrustRegionOptimizer(
-            policy.parameters(), mode=args.mode, max_kl=max_kl, lr=args.lr
+            policy.parameters(), mode=args.mode, max_kl=args.max_kl, lr=args.lr
         ),
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr),
         observation_stats=RunningMeanStd(shape=(observations,)),

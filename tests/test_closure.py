@@ -10,7 +10,8 @@ from problems import MODES, PROBLEMS, Problem, gaussian
 from torch import Tensor
 from torch.nn import functional
 
-from trpo_optim.closure import _written_by, raised_by_torch
+from trpo_optim.closure import raised_by_torch
+from trpo_optim.watch import written_by
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,7 +71,7 @@ def test_in_place_writes_are_seen_before_they_happen(
     written: list[str],
 ) -> None:
     named = {"x": torch.zeros(3), "y": torch.ones(3)}
-    found = list(_written_by(*call(named["x"], named["y"])))
+    found = list(written_by(*call(named["x"], named["y"])))
     assert [name for name, tensor in named.items() if any(tensor is each for each in found)] == (
         written
     )

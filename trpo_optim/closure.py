@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import CodeType
@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributions
-from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
+from torch import Tensor
 
 from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.transaction import Transaction
+from trpo_optim.watch import Watch
 
 __all__ = ["Closure", "Objective", "raised_by_torch"]
 
@@ -126,7 +125,7 @@ class Objective:
         return values.loss.item(), values.kl.item()
 
     def _watched(self, twins: dict[int, Tensor]) -> Values:
-        watch = _Watch(self._transaction, self.vector.parameters, twins)
+        watch = Watch(self._transaction, self.vector.parameters, twins)
         try:
             with _eager(), watch:
                 return self._evaluate()
@@ -158,107 +157,6 @@ def _eager() -> AbstractContextManager[object]:
     return context
 
 
-class _Watch(TorchFunctionMode):
-    """Replaces parameters by their twins in every torch call, and looks at what else comes in.
-
-    Two things are looked for: tensors that are about to be written in place, and tensors from
-    outside the closure that share a parameter's memory, which every trial would move.
-    """
-
-    def __init__(
-        self,
-        transaction: Transaction,
-        parameters: Sequence[Tensor],
-        twins: Mapping[int, Tensor],
-    ) -> None:
-        super().__init__()
-        self._transaction = transaction
-        self._twins = twins
-        self._storages: dict[int, list[Tensor]] = {}
-        for each in parameters:
-            self._storages.setdefault(each.untyped_storage().data_ptr(), []).append(each)
-        self._known = {id(each): each for each in parameters}  # and their views made inside
-
-    def remove(self) -> None:
-        """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
-        if _get_current_function_mode() is self:
-            _pop_mode()
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call ``func`` on the twins."""
-        keywords = kwargs or {}
-        for tensor in _written_by(func, args, keywords):
-            self._transaction.remember_written(tensor)
-        result = func(
-            *[self._replaced(value) for value in args],
-            **{name: self._replaced(value) for name, value in keywords.items()},
-        )
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor) and self._shares_memory(each):
-                self._known[id(each)] = each
-        return result
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in self._known and self._shares_memory(value):
-                raise TrustRegionError(
-                    "The closure uses a tensor from outside that shares memory with a parameter, "
-                    "such as the scale of the old distribution: it would move with every trial. "
-                    "clone() it when the old distribution is made."
-                )
-            return self._twins.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)(self._replaced(each) for each in value)
-        return value
-
-    def _shares_memory(self, tensor: Tensor) -> bool:
-        """Whether a plain tensor overlaps a parameter; what torch traces through has no memory."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-        if not plain or is_functorch_wrapped_tensor(tensor):
-            return False
-        candidates = self._storages.get(tensor.untyped_storage().data_ptr(), ())
-        start, end = _span(tensor)
-        return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's memory begins and ends, in bytes."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
-
-
-def _written_by(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[Tensor]:
-    """Yield the tensors that a torch call writes in place, or may write."""
-    name = getattr(func, "__name__", "")
-    if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
-        raise TrustRegionError(
-            "The closure assigns to the .data of a tensor, which no derivative can follow. Write "
-            "in place instead, with copy_()."
-        )
-    targets: list[Any] = [kwargs.get("out")]
-    if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
-        targets += [*args[1:], *kwargs.values()]
-    elif (
-        name == "__setitem__"
-        or name.startswith("__i")
-        or (name.endswith("_") and not name.endswith("__"))
-    ):
-        targets += args[:1]
-    for target in targets:
-        for each in target if isinstance(target, tuple | list) else (target,):
-            if isinstance(each, Tensor) and not each.requires_grad:
-                yield each
-
-
 def _passed_through_backward(error: BaseException) -> bool:
     """Whether an exception came out of a call of backward()."""
     return any(frame is torch.autograd.backward.__code__ for frame in _code_of(error))
@@ -267,7 +165,8 @@ def _passed_through_backward(error: BaseException) -> bool:
 def raised_by_torch(error: BaseException) -> bool:
     """Return whether torch refused something, rather than the user's own code raising.
 
-    Errors of torch calls made by the closure surface in this file, through which they are watched.
+    Errors of torch calls made by the closure surface in this package, through which they are
+    watched.
 
     Args:
         error: An exception with its traceback.

@@ -138,6 +138,8 @@ def _by_double_backward(objective: Objective) -> LocalModel | str:
 def _by_torch_func(objective: Objective) -> LocalModel | str:
     """Differentiate by vjp(grad), or return why that would not be the closure's derivative."""
     parameters = objective.vector.parameters
+    if any(parameter._backward_hooks for parameter in parameters):
+        return "it ignores the hooks on the parameters' gradients"
     twins = [parameter.detach() for parameter in parameters]
     attached = True
 
@@ -165,8 +167,6 @@ def _by_torch_func(objective: Objective) -> LocalModel | str:
         return "it does not reach some of the parameters"
     if not attached:
         raise TrustRegionError(DETACHED)
-    if any(parameter._backward_hooks for parameter in parameters):
-        return "it ignores the hooks on the parameters' gradients"
     if objective.drew_random_numbers():
         return "it may draw other random numbers, such as a dropout mask, than the trials"
 

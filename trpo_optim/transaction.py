@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -65,9 +66,7 @@ class Transaction:
 
     def remember_written(self, tensor: Tensor) -> None:
         """Keep the content of a tensor that is about to be written in place."""
-        transient = tensor.grad_fn is not None or torch._C._functorch.is_functorch_wrapped_tensor(
-            tensor
-        )
+        transient = tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor)
         if not transient and id(tensor) not in self._written:
             with torch._C._DisableFuncTorch():  # a copy made at a transform's level dies with it
                 self._written[id(tensor)] = (tensor, tensor.detach().clone())
@@ -90,12 +89,10 @@ class Transaction:
         """Put back everything, the parameters too."""
         self._vector.write(self.originals)
         self._settle()
-        self._ended = True
 
     def commit(self) -> None:
         """Keep the parameters as they are now; put back everything else."""
         self._settle()
-        self._ended = True
 
     def _settle(self) -> None:
         self.rewind()
@@ -103,6 +100,7 @@ class Transaction:
             parameter.grad = grad
         if self._hook is not None:
             self._hook.remove()
+        self._ended = True
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""
