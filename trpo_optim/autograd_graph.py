@@ -9,10 +9,55 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from trpo_optim.closure_checks import DETACHED, Values
+from trpo_optim.closure_checks import DETACHED
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["have_second_derivatives", "now", "reaches", "require_attached"]
+__all__ = [
+    "Edge",
+    "below",
+    "edge_of",
+    "have_second_derivatives",
+    "now",
+    "passes_by",
+    "reaches",
+    "require_attached",
+]
+
+Edge = tuple[Any, int]
+"""A tensor's place in the graph: the node that made it, and which of its outputs it is."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Return the place of a tensor that requires a gradient."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def below(edge: Edge) -> list[Edge]:
+    """Return the places of what a tensor was made from, towards the parameters."""
+    return [child for child in edge[0].next_functions if child[0] is not None]
+
+
+def passes_by(value: Tensor, stops: Iterable[Edge], parameters: Iterable[Tensor]) -> bool:
+    """Return whether a value depends on a parameter other than through given places.
+
+    Args:
+        value: With its graph.
+        stops: Where no way is followed further.
+        parameters: The parameters to look for.
+    """
+    leaves = set(map(id, parameters))
+    ended = set(stops)
+    stack = [edge_of(value)]
+    while stack:
+        edge = stack.pop()
+        if edge in ended:
+            continue
+        if id(getattr(edge[0], "variable", None)) in leaves:
+            return True
+        ended.add(edge)
+        stack.extend(below(edge))
+    return False
 
 
 def now() -> int:
@@ -49,7 +94,7 @@ def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int
     return found
 
 
-def require_attached(values: Values, parameters: Sequence[Tensor], started: int) -> None:
+def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> None:
     """Check that loss and KL each depend on the parameters.
 
     Args:
@@ -60,16 +105,16 @@ def require_attached(values: Values, parameters: Sequence[Tensor], started: int)
     Raises:
         TrustRegionError: If one does not, or does so through the old policy.
     """
-    for value in (values.loss, values.kl):
+    for value in values:
         if not reaches([value], parameters, started):
             raise TrustRegionError(DETACHED)
 
 
-def have_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> bool:
-    """Return whether backward can go through the gradient of the KL.
+def have_second_derivatives(gradient: Iterable[Tensor | None]) -> bool:
+    """Return whether backward can go through a gradient.
 
     Args:
-        kl_gradient: The gradient of the KL, with its graph.
+        gradient: The gradient, with its graph.
 
     Returns:
         False where a compiled module lies behind it.
@@ -79,7 +124,7 @@ def have_second_derivatives(kl_gradient: Iterable[Tensor | None]) -> bool:
             these by a node that raises when backward passes it, but backward to given inputs goes
             round it and takes the second derivative for zero.
     """
-    names = {node.name() for node, _ in _nodes(each for each in kl_gradient if each is not None)}
+    names = {node.name() for node, _ in _nodes(each for each in gradient if each is not None)}
     if "torch::autograd::Error" in names:
         raise TrustRegionError(
             "The KL passes through an autograd.Function whose backward is marked "

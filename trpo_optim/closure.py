@@ -53,7 +53,6 @@ class Objective:
         self.evaluations = 0
         self._closure = closure
         self._transaction = transaction
-        self.origin = vector.gather(transaction.originals)
 
     def at(self, *twins: Tensor) -> Values:
         """Evaluate with each parameter replaced by its twin, wherever it is used.
@@ -84,23 +83,6 @@ class Objective:
         """Return whether the evaluation since the last rewind drew random numbers."""
         return self._transaction.drew_random_numbers()
 
-    def move(self, step: Tensor, scale: float) -> None:
-        """Put the parameters at origin + scale · step; the transaction decides if they may stay.
-
-        Args:
-            step: Shape (n,).
-            scale: The share of it to take.
-        """
-        self.vector.write(self.vector.scatter(self.origin + scale * step))
-
-    def far_away(self) -> Tensor:
-        """Return a move of a tenth of each parameter's length, fixed and along no axis."""
-        waves = torch.arange(1.0, len(self.origin) + 1, device=self.vector.device).sin()
-        pieces = zip(self.vector.scatter(self.origin), self.vector.scatter(waves), strict=True)
-        return self.vector.gather(
-            [0.1 * max(1.0, float(here.norm())) * wave / wave.norm() for here, wave in pieces]
-        )
-
     def values(self) -> tuple[float, float]:
         """Return the loss and the KL where the parameters now are, without a graph.
 
@@ -122,7 +104,7 @@ class Objective:
             if not _raised_in(error, torch.distributions.__file__):
                 raise
             return math.nan, math.nan
-        return values.loss.item(), values.kl.item()
+        return values.numbers()
 
     def _watched(self, twins: dict[int, Tensor]) -> Values:
         watch = Watch(self._transaction, self.vector.parameters, twins)

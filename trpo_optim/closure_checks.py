@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -35,10 +36,18 @@ BACKWARD_CALLED = (
 
 @dataclass(frozen=True)
 class Values:
-    """What one evaluation returned: the loss and the KL, scalar tensors."""
+    """What one evaluation returned: the loss and the KL, scalar tensors, and the third value."""
 
     loss: Tensor
     kl: Tensor
+    third: Any = None
+
+    def numbers(self) -> tuple[float, float]:
+        """Return loss and KL as floats, in one transfer to the host where that is possible."""
+        if self.loss.device != self.kl.device:
+            return self.loss.item(), self.kl.item()
+        loss, kl = torch.stack([self.loss.detach(), self.kl.detach()]).tolist()
+        return loss, kl
 
 
 def checked_values(returned: Any) -> Values:
@@ -79,7 +88,7 @@ def checked_values(returned: Any) -> Values:
             f"The closure's third value is {_kind(returned[2])}. Return the new policy's "
             "torch.distributions.Distribution (or a tensor, or a tuple of these), or leave it out."
         )
-    return Values(returned[0], returned[1])
+    return Values(*returned)
 
 
 def _is_distribution(value: Any) -> bool:

@@ -1,27 +1,28 @@
-"""Gradient of the loss and Fisher-vector products: two engines that give one operator."""
+"""Gradient of the loss and Fisher-vector products: three engines that give one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trpo_optim.autograd_graph import (
-    have_second_derivatives,
-    now,
-    reaches,
-    require_attached,
-)
+from trpo_optim.autograd_graph import have_second_derivatives, now, reaches, require_attached
 from trpo_optim.closure import Objective, raised_by_torch
 from trpo_optim.closure_checks import DETACHED, Values
+from trpo_optim.gauss_newton import gauss_newton
+from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["LocalModel", "first_order", "second_order"]
+__all__ = ["LocalModel", "Product", "first_order", "second_order"]
 
 Product = Callable[[Tensor], Tensor]
+"""v ↦ Fv for vectors of shape (n,)."""
+
+Made = tuple[Sequence["Tensor | None"] | None, Product]
+"""What an engine gives: the gradient of the loss by parameters, if it is wanted, and products."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class LocalModel:
         loss: The closure's first value.
         kl: The closure's KL, in nats; about zero.
         kl_resolution: KLs closer than this cannot be told apart, in nats.
-        gradient: ∇loss, shape (n,).
+        gradient: ∇loss, shape (n,); empty where it was not asked for.
         product: v ↦ Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed.
         engine: The name of what differentiates.
+        curvature_kl: The KL behind the products, in nats; about zero.
+        fallback: Why the third value did not make the products Gauss–Newton, if it did not.
     """
 
     loss: float
@@ -43,6 +46,8 @@ class LocalModel:
     gradient: Tensor
     product: Product
     engine: str
+    curvature_kl: float = 0.0
+    fallback: str = ""
 
 
 def first_order(objective: Objective) -> LocalModel:
@@ -57,85 +62,95 @@ def first_order(objective: Objective) -> LocalModel:
     parameters = objective.vector.parameters
     started = now()
     values = objective.with_graph()
-    require_attached(values, parameters, started)
-    gradient = _gradient(values.loss, parameters)
-    return _model(objective, values, gradient, _no_product, "autograd")
+    require_attached((values.loss, values.kl), parameters, started)
+    made = _slopes(values.loss, parameters), _no_product
+    return _model(objective.vector, values, made, "autograd")
 
 
-def second_order(objective: Objective) -> LocalModel:
-    """Return the local model; one evaluation of the closure wherever double backward can go.
+def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
+    """Return the local model; one evaluation of the closure wherever plain autograd can go.
 
-    Double backward runs the same operations as the trials, whatever they are. What it refuses is
-    handed to torch.func.
+    With a third value, products are Gauss–Newton where that is the same operator. Otherwise double
+    backward makes them: it runs the same operations as the trials, whatever they are. What it
+    refuses is handed to torch.func.
 
     Args:
         objective: The closure.
+        gradient: Whether the gradient of the loss is wanted too.
 
     Returns:
         The model, with the engine that made it.
 
     Raises:
-        TrustRegionError: If neither engine can differentiate the closure.
+        TrustRegionError: If no engine can differentiate the closure.
         RuntimeError: Whatever the closure itself raises.
     """
-    model = _by_double_backward(objective)
-    if isinstance(model, LocalModel):
-        return model
-    refusal = model
-    try:
-        model = _by_torch_func(objective)
-    except RuntimeError as error:
-        if not raised_by_torch(error):
-            raise
-        model = str(error)
-    if isinstance(model, LocalModel):
-        return model
-    raise TrustRegionError(
-        "Neither engine can differentiate the closure twice.\n"
-        f"double backward: {refusal}\ntorch.func: {model}\n"
-        "Replace the operation that they name by one with second derivatives, or use "
-        "mode='vanilla', which needs first derivatives alone."
-    )
-
-
-def _by_double_backward(objective: Objective) -> LocalModel | str:
-    """Differentiate by backward through a retained backward, or return why that cannot be."""
-    parameters = objective.vector.parameters
+    vector = objective.vector
     started = now()
     values = objective.with_graph()
-    require_attached(values, parameters, started)
+    loss = values.loss if gradient else None
+    wanted = [values.kl] if loss is None else [loss, values.kl]
+    require_attached(wanted, vector.parameters, started)
+    fallback = ""
+    if values.third is not None:
+        made = gauss_newton(loss, values.kl, values.third, vector)
+        if not isinstance(made, str):
+            return _model(vector, values, made, "Gauss-Newton")
+        fallback = made
+    engine = "double backward"
+    made = _by_double_backward(loss, values.kl, vector)
+    if isinstance(made, str):
+        refusal, engine = made, "torch.func"
+        try:
+            made = _by_torch_func(objective, gradient=gradient)
+        except RuntimeError as error:
+            if not raised_by_torch(error):
+                raise
+            made = str(error)
+        if isinstance(made, str):
+            raise TrustRegionError(
+                "Neither engine can differentiate the closure twice.\n"
+                f"double backward: {refusal}\ntorch.func: {made}\n"
+                "Replace the operation that they name by one with second derivatives, or use "
+                "mode='vanilla', which needs first derivatives alone."
+            )
+    return _model(vector, values, made, engine, fallback)
+
+
+def _by_double_backward(loss: Tensor | None, kl: Tensor, vector: ParameterVector) -> Made | str:
+    """Differentiate by backward through a retained backward, or return why that cannot be."""
+    parameters = vector.parameters
     try:
-        gradient = _gradient(values.loss, parameters, retain_graph=True)
-        kl_gradient = _gradient(values.kl, parameters, create_graph=True)
+        slopes = None if loss is None else _slopes(loss, parameters, retain_graph=True)
+        kl_slopes = _slopes(kl, parameters, create_graph=True)
     except RuntimeError as error:
         return str(error)
-    if not have_second_derivatives(kl_gradient):
+    if not have_second_derivatives(kl_slopes):
         return "compiled modules have no second derivatives"
-    curved = [
-        (index, piece)
-        for index, piece in enumerate(kl_gradient)
-        if piece is not None and piece.requires_grad
-    ]
+    curved = {
+        index: slope
+        for index, slope in enumerate(kl_slopes)
+        if slope is not None and slope.requires_grad
+    }
 
-    def product(vector: Tensor) -> Tensor:
-        pieces = objective.vector.scatter(vector)
-        outputs = [piece for _, piece in curved]
-        if not outputs:
-            return torch.zeros_like(vector)
-        return objective.vector.gather(
+    def product(direction: Tensor) -> Tensor:
+        pieces = vector.scatter(direction)
+        if not curved:
+            return torch.zeros_like(direction)
+        return vector.gather(
             torch.autograd.grad(
-                outputs,
+                list(curved.values()),
                 parameters,
-                [pieces[index] for index, _ in curved],
+                [pieces[index] for index in curved],
                 retain_graph=True,
                 allow_unused=True,
             )
         )
 
-    return _model(objective, values, gradient, product, "double backward")
+    return slopes, product
 
 
-def _by_torch_func(objective: Objective) -> LocalModel | str:
+def _by_torch_func(objective: Objective, *, gradient: bool) -> Made | str:
     """Differentiate by vjp(grad), or return why that would not be the closure's derivative."""
     parameters = objective.vector.parameters
     if any(parameter._backward_hooks for parameter in parameters):
@@ -146,41 +161,41 @@ def _by_torch_func(objective: Objective) -> LocalModel | str:
     def values_of(*inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         nonlocal attached
         values = objective.at(*inputs)
-        attached = values.loss.requires_grad and values.kl.requires_grad
+        attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)
         return (values.loss, values.kl), (values.loss, values.kl)
 
-    def gradients(*inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], Any]]:
+    def slopes_of(*inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, Any]]:
         (loss, kl), pull, pair = _vjp(values_of, *inputs)
-        with torch.no_grad():
-            loss_gradient = pull((torch.ones_like(loss), torch.zeros_like(kl)))
-        kl_gradient = pull((torch.zeros_like(loss), torch.ones_like(kl)))
-        have_second_derivatives(kl_gradient)
-        return kl_gradient, (loss_gradient, pair)
+        slopes = None
+        if gradient:
+            with torch.no_grad():
+                slopes = pull((torch.ones_like(loss), torch.zeros_like(kl)))
+        kl_slopes = pull((torch.zeros_like(loss), torch.ones_like(kl)))
+        have_second_derivatives(kl_slopes)
+        return kl_slopes, (slopes, pair)
 
     objective.rewind()
     started = now()
     with torch.enable_grad():
-        _, pull, (loss_gradient, pair) = _vjp(gradients, *twins)
-    values = Values(*pair)
+        _, pull, (slopes, pair) = _vjp(slopes_of, *twins)
     # The twins carry no graph of their own: what still has one has gone round them.
-    if reaches((values.loss, values.kl), parameters, started):
+    if reaches(pair, parameters, started):
         return "it does not reach some of the parameters"
     if not attached:
         raise TrustRegionError(DETACHED)
     if objective.drew_random_numbers():
         return "it may draw other random numbers, such as a dropout mask, than the trials"
 
-    def product(vector: Tensor) -> Tensor:
+    def product(direction: Tensor) -> Tensor:
         with torch.no_grad():
-            return objective.vector.gather(pull(tuple(objective.vector.scatter(vector))))
+            return objective.vector.gather(pull(tuple(objective.vector.scatter(direction))))
 
-    gradient = objective.vector.gather(loss_gradient)
-    return _model(objective, values, gradient, product, "torch.func")
+    return slopes, product
 
 
-def _gradient(
+def _slopes(
     value: Tensor,
-    parameters: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
     *,
     retain_graph: bool = False,
     create_graph: bool = False,
@@ -201,17 +216,14 @@ def _vjp(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 def _model(
-    objective: Objective,
-    values: Values,
-    gradient: Tensor | tuple[Tensor | None, ...],
-    product: Product,
-    engine: str,
+    vector: ParameterVector, values: Values, made: Made, engine: str, fallback: str = ""
 ) -> LocalModel:
     """Assemble the model, with a product whose refusal is an error that names the engine."""
+    slopes, product = made
 
-    def named_product(vector: Tensor) -> Tensor:
+    def named_product(direction: Tensor) -> Tensor:
         try:
-            return product(vector)
+            return product(direction)
         except RuntimeError as error:
             raise TrustRegionError(
                 f"The KL cannot be differentiated twice ({engine}): {error}\n"
@@ -219,13 +231,15 @@ def _model(
                 "mode='vanilla', which needs first derivatives alone."
             ) from error
 
+    loss, kl = values.numbers()
     return LocalModel(
-        loss=values.loss.item(),
-        kl=values.kl.item(),
+        loss=loss,
+        kl=kl,
         kl_resolution=min(10 * torch.finfo(values.kl.dtype).eps, 1e-6),
-        gradient=gradient if isinstance(gradient, Tensor) else objective.vector.gather(gradient),
+        gradient=torch.empty(0) if slopes is None else vector.gather(slopes),
         product=named_product,
         engine=engine,
+        fallback=fallback,
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trpo_optim.closure import Objective
+from trpo_optim.batch import Batch
 from trpo_optim.conjugate_gradient import Ending, conjugate_gradient
-from trpo_optim.curvature import LocalModel, first_order, second_order
+from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial, backtrack, whole_step
 from trpo_optim.report import Outcome
@@ -43,7 +43,7 @@ class Direction:
 class Mode:
     """One way to take a step; another is another row of ``MODES``."""
 
-    linearize: Callable[[Objective], LocalModel]
+    linearize: Callable[[Batch], LocalModel]
     direction: Callable[[LocalModel, Tensor, Hyperparameters], Direction]
     length: Callable[[Hyperparameters, float, float], float]
     search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
@@ -101,7 +101,7 @@ def gradient_direction(
 
 
 MODES = {
-    "trpo": Mode(second_order, natural_direction, natural_length, backtrack),
-    "natural": Mode(second_order, natural_direction, natural_length, whole_step),
-    "vanilla": Mode(first_order, gradient_direction, vanilla_length, whole_step),
+    "trpo": Mode(Batch.second_order, natural_direction, natural_length, backtrack),
+    "natural": Mode(Batch.second_order, natural_direction, natural_length, whole_step),
+    "vanilla": Mode(Batch.first_order, gradient_direction, vanilla_length, whole_step),
 }

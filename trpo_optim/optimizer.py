@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.closure import Closure, Objective
+from trpo_optim.batch import Batch
+from trpo_optim.closure import Closure
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import StepReport, TrustRegionError
@@ -25,8 +26,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
     ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
     ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors. It
-    may return the new policy's distribution as a third value, which changes nothing yet. It never
-    calls ``backward()``.
+    may return as a third value the new policy's distribution, or the tensors that parametrise it:
+    that changes no result and halves the price. It never calls ``backward()``.
 
     =========== ================== ==================================== =========================
     mode        direction          length                               accepted if
@@ -101,27 +102,40 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().__init__(params, asdict(defaults))
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> StepReport:  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
+    def step(  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        curvature: Closure | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> StepReport:
         """Take one step, or none.
 
         Args:
             closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It is
-                called once with derivatives and once per trial without.
+                called once with derivatives and once per trial without. A list of closures, one
+                per micro-batch, stands for their weighted mean and takes the memory of one: each
+                is called once more for every product.
+            curvature: A closure of the same kind, for a part of the batch: its KL gives the
+                Fisher-vector products; its loss is not used. Gradient, trials and acceptance stay
+                with ``closure``. Mode ``"vanilla"`` has no use for it.
+            weights: One number above 0 per closure of a list, usually its number of samples.
+                None: all the same.
 
         Returns:
             What was done, also kept as ``last_report``.
 
         Raises:
-            TrustRegionError: If the closure or a hyperparameter is misused; nothing has moved.
+            TrustRegionError: If a closure or a hyperparameter is misused; nothing has moved.
         """
         settings = self._settings()
         vector = ParameterVector(self._trainable())
         figures: dict[str, Any] = {}
         with torch.inference_mode(False), torch.no_grad(), Transaction(vector) as transaction:
             transaction.begin()
-            objective = Objective(closure, vector, transaction)
-            outcome = take_step(objective, settings, figures)
-            report = StepReport(outcome, closure_evaluations=objective.evaluations, **figures)
+            batch = Batch(closure, weights, curvature, vector, transaction)
+            outcome = take_step(batch, transaction, settings, figures)
+            report = StepReport(outcome, closure_evaluations=batch.evaluations, **figures)
             if report.accepted:
                 transaction.commit()
             else:

@@ -95,10 +95,13 @@ class StepReport:
         backtracks: How many further trials the line search made after the first.
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
-        closure_evaluations: How often the closure was called.
+        closure_evaluations: How often a closure was called, all of a step's together.
         fisher_products: How many Fisher-vector products were made.
-        engine: What differentiated the closure: ``"double backward"``, ``"torch.func"`` where that
-            was refused, or ``"autograd"`` for first derivatives alone (mode ``"vanilla"``).
+        engine: What differentiated the closure: ``"Gauss-Newton"`` where its third value allows,
+            else ``"double backward"``, ``"torch.func"`` where that was refused, or ``"autograd"``
+            for first derivatives alone (mode ``"vanilla"``).
+        fallback: Why a third value did not make the products Gauss–Newton, and the Hessian was
+            taken; empty where it did, or where there was none.
     """
 
     outcome: Outcome
@@ -121,6 +124,7 @@ class StepReport:
     closure_evaluations: int = 0
     fisher_products: int = 0
     engine: str = ""
+    fallback: str = ""
 
     def __post_init__(self) -> None:
         """Derive ``accepted`` from the outcome, so that the two cannot disagree."""

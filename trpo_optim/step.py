@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from trpo_optim.closure import Objective
+from trpo_optim.batch import Batch
 from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
 from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial
 from trpo_optim.modes import MODES
 from trpo_optim.report import Outcome
+from trpo_optim.transaction import Transaction
 
 __all__ = ["take_step"]
 
 
-def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str, Any]) -> Outcome:
+def take_step(
+    batch: Batch, transaction: Transaction, settings: Hyperparameters, figures: dict[str, Any]
+) -> Outcome:
     """Go through one step, noting its figures on the way.
 
     Args:
-        objective: The closure; its parameters are moved.
+        batch: The closures.
+        transaction: Moves their parameters.
         settings: The hyperparameters.
         figures: Filled with the fields of a ``StepReport``, as far as the step comes.
 
@@ -31,15 +36,17 @@ def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str
         anywhere.
     """
     mode = MODES[settings.mode]
-    model = mode.linearize(objective)
+    model = mode.linearize(batch)
     sign = 1.0 if settings.maximize else -1.0
     uphill, gradient_norm = _normalized(sign * model.gradient)
     figures |= _figures_of_model(model, gradient_norm)
     if (flaw := _flaw(model, gradient_norm)) is not None:
         return flaw
-    require_zero_kl(model.kl, model.kl_resolution, settings.max_kl)
+    for kl in (model.kl, model.curvature_kl):
+        require_zero_kl(kl, model.kl_resolution, settings.max_kl)
 
     direction = mode.direction(model, uphill, settings)
+    model = replace(model, product=_released)  # and with it the graph, before the trials
     figures |= {
         "curvature": gradient_norm * gradient_norm * direction.curvature,
         "cg_iterations": direction.iterations,
@@ -47,7 +54,7 @@ def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str
         "fisher_products": direction.products,
     }
     if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
-        _require_moving_kl(objective, model)
+        _require_moving_kl(batch, transaction, model)
     if direction.flaw is not None:
         return direction.flaw
 
@@ -64,18 +71,22 @@ def take_step(objective: Objective, settings: Hyperparameters, figures: dict[str
     )
 
     def attempt(scale: float) -> Trial:
-        objective.move(step, scale)
-        loss, kl = objective.values()
+        transaction.move(step, scale)
+        loss, kl = batch.values()
         return Trial(loss, kl, sign * (loss - model.loss))
 
     search = mode.search(attempt, prediction, settings)
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
-        _require_moving_kl(objective, model)
+        _require_moving_kl(batch, transaction, model)
     if search.outcome is Outcome.ACCEPTED:
-        objective.move(step, search.scale)  # the last trial may have lain elsewhere
+        transaction.move(step, search.scale)  # the last trial may have lain elsewhere
         figures["step_norm"] = search.scale * step_norm
     return search.outcome
+
+
+def _released(_: Tensor) -> Tensor:
+    raise NotImplementedError
 
 
 def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]:
@@ -85,6 +96,7 @@ def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]
         "kl": model.kl,
         "gradient_norm": gradient_norm,
         "engine": model.engine,
+        "fallback": model.fallback,
     }
 
 
@@ -131,11 +143,11 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _require_moving_kl(objective: Objective, model: LocalModel) -> None:
+def _require_moving_kl(batch: Batch, transaction: Transaction, model: LocalModel) -> None:
     """Check the KL far away in every parameter, beyond any rounding and whatever the step moves."""
-    objective.move(objective.far_away(), 1.0)
+    transaction.move(transaction.far_away(), 1.0)
     try:
-        far = objective.values()
+        far = batch.values()
     except Exception:  # what a sound closure makes of a point that no step goes to
         return
     require_moving_kl((model.loss, model.kl), far, model.kl_resolution)

@@ -34,8 +34,8 @@ class Transaction:
     """
 
     def __init__(self, vector: ParameterVector) -> None:
-        self.originals = [parameter.detach().clone() for parameter in vector.parameters]
         self._vector = vector
+        self._origin = vector.gather([each.detach() for each in vector.parameters])
         self._grads = [parameter.grad for parameter in vector.parameters]
         self._random = [(each, each.get_state()) for each in _generators(vector.device)]
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
@@ -85,9 +85,29 @@ class Transaction:
         """Return whether a generator has moved since the last rewind."""
         return any(not torch.equal(each.get_state(), state) for each, state in self._random)
 
+    def move(self, step: Tensor, scale: float) -> None:
+        """Put the parameters at origin + scale · step; whether they may stay is decided later.
+
+        Args:
+            step: Shape (n,).
+            scale: The share of it to take.
+        """
+        self._vector.write(self._vector.scatter(torch.add(self._origin, step, alpha=scale)))
+
+    def far_away(self) -> Tensor:
+        """Return a move of a tenth of each parameter's length, fixed and along no axis."""
+        waves = torch.arange(1.0, len(self._origin) + 1, device=self._vector.device).sin()
+        pieces = (self._vector.scatter(each) for each in (self._origin, waves))
+        return self._vector.gather(
+            [
+                0.1 * max(1.0, float(here.norm())) * wave / wave.norm()
+                for here, wave in zip(*pieces, strict=True)
+            ]
+        )
+
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
-        self._vector.write(self.originals)
+        self._vector.write(self._vector.scatter(self._origin))
         self._settle()
 
     def commit(self) -> None:

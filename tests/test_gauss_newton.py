@@ -1,0 +1,198 @@
+"""Gauss–Newton products against dense Hessians and closed forms, for every kind of third value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as td
+from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
+from torch.nn import functional
+
+from trpo_optim.closure import Objective
+from trpo_optim.curvature import LocalModel, second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.transaction import Transaction
+
+SAMPLES, OUTPUTS = 12, 3
+
+Make = Callable[[Tensor, Tensor], Distribution]
+"""From outputs (N, 6) and free parameters (3,) to a distribution."""
+
+
+def positive(x: Tensor) -> Tensor:
+    return functional.softplus(x) + 0.3
+
+
+def triangular(x: Tensor) -> Tensor:
+    lower = torch.diag_embed(positive(x[..., :2]))
+    lower[..., 1, 0] = x[..., 2]
+    return lower
+
+
+SMOOTH: dict[str, Make] = {
+    "normal, free scale": lambda x, free: td.Normal(x[:, :3], free.exp()),
+    "normal, own scale": lambda x, free: td.Normal(x[:, :3], positive(x[:, 3:])),
+    "normal, joint": lambda x, free: td.Independent(td.Normal(x[:, :3], free.exp()), 1),
+    "normal, scale from the mean": lambda x, free: td.Normal(x[:, :3], positive(x[:, :3])),
+    "squashed normal": lambda x, free: td.TransformedDistribution(
+        td.Normal(x[:, :3], free.exp()), [td.TanhTransform()]
+    ),
+    "log-normal": lambda x, free: td.LogNormal(x[:, :3], positive(x[:, 3:])),
+    "beta": lambda x, free: td.Beta(positive(x[:, :3]), positive(x[:, 3:])),
+    "gamma": lambda x, free: td.Gamma(positive(x[:, :3]), positive(x[:, 3:])),
+    "dirichlet": lambda x, free: td.Dirichlet(positive(x)),
+    "exponential": lambda x, free: td.Exponential(positive(x)),
+    "poisson": lambda x, free: td.Poisson(positive(x)),
+    "bernoulli, logits": lambda x, free: td.Bernoulli(logits=x),
+    "bernoulli, probabilities": lambda x, free: td.Bernoulli(probs=x.sigmoid()),
+    "categorical, logits": lambda x, free: td.Categorical(logits=x),
+    "categorical, probabilities": lambda x, free: td.Categorical(probs=positive(x)),
+    "categorical, many": lambda x, free: td.Independent(
+        td.Categorical(logits=x.view(SAMPLES, 2, 3)), 1
+    ),
+    "one-hot": lambda x, free: td.OneHotCategorical(logits=x),
+    "multivariate, scale": lambda x, free: td.MultivariateNormal(
+        x[:, :2], scale_tril=triangular(x[:, 2:5])
+    ),
+    "multivariate, covariance": lambda x, free: td.MultivariateNormal(
+        x[:, :2], triangular(x[:, 2:5]) @ triangular(x[:, 2:5]).mT
+    ),
+    "multivariate, precision": lambda x, free: td.MultivariateNormal(
+        x[:, :2],
+        precision_matrix=triangular(x[:, 2:5]) @ triangular(x[:, 2:5]).mT + torch.eye(2).to(x),
+    ),
+    "low rank": lambda x, free: td.LowRankMultivariateNormal(
+        x[:, :2], x[:, 2:4, None], positive(x[:, 4:])
+    ),
+}
+
+
+class Policy(nn.Module):
+    """A small network and three free parameters, which ``make`` turns into a distribution."""
+
+    def __init__(self, make: Make) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2]))
+        self.make = make
+
+    def forward(self, observation: Tensor) -> Distribution:
+        return self.make(self.network(observation), self.free)
+
+
+Third = Callable[[Distribution], Any]
+Reduce = Callable[[Tensor], Tensor]
+
+
+def masked(kl: Tensor) -> Tensor:
+    mask = (torch.arange(len(kl)) % 3 > 0).to(kl)
+    return (kl.reshape(len(kl), -1).sum(1) * mask).sum() / mask.sum()
+
+
+@contextmanager
+def linearized(
+    make: Make,
+    third: Third | None = lambda dist: dist,
+    *,
+    reduce: Reduce = Tensor.mean,
+    divergence: Callable[[Distribution, Distribution], Tensor] = kl_divergence,
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[tuple[LocalModel, Policy, Callable[[], Tensor]]]:
+    """Yield the model, the policy and the KL, for a policy with a distribution of that kind."""
+    torch.manual_seed(0)
+    policy = Policy(make).to(dtype)
+    observations = torch.randn(SAMPLES, 4, dtype=dtype)
+    with torch.no_grad():
+        old = policy(observations)
+        actions = old.sample()
+        old_log_prob = old.log_prob(actions)
+        advantages = torch.randn_like(old_log_prob)
+
+    def kl() -> Tensor:
+        return reduce(divergence(old, policy(observations)))
+
+    def closure() -> Any:
+        dist = policy(observations)
+        ratio = (dist.log_prob(actions) - old_log_prob).exp()
+        pair = -(ratio * advantages).mean(), reduce(divergence(old, dist))
+        return pair if third is None else (*pair, third(dist))
+
+    vector = ParameterVector(policy.parameters())
+    with Transaction(vector) as transaction:
+        model = second_order(Objective(closure, vector, transaction))
+        yield model, policy, kl
+
+
+def dense(model: LocalModel) -> Tensor:
+    return torch.stack([model.product(row) for row in torch.eye(len(model.gradient)).double()])
+
+
+def dense_hessian(kl: Callable[[], Tensor], policy: nn.Module) -> Tensor:
+    """Return the Hessian of the KL, row by row, by plain double backward."""
+    parameters = list(policy.parameters())
+    slopes = torch.autograd.grad(kl(), parameters, create_graph=True, materialize_grads=True)
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        if entry.requires_grad
+        else [torch.zeros_like(each) for each in parameters]
+        for entry in torch.cat([slope.reshape(-1) for slope in slopes])
+    ]
+    return torch.stack([torch.cat([each.reshape(-1) for each in row]) for row in rows])
+
+
+@pytest.mark.parametrize("reduce", [Tensor.mean, masked], ids=["mean", "masked"])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_products_equal_the_dense_hessian(name: str, reduce: Reduce) -> None:
+    with linearized(SMOOTH[name], reduce=reduce) as (model, policy, kl):
+        assert (model.engine, model.fallback) == ("Gauss-Newton", "")
+        torch.testing.assert_close(dense(model), dense_hessian(kl, policy), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_gradient_is_that_of_the_loss(name: str) -> None:
+    with linearized(SMOOTH[name]) as (model, _, _):
+        with_third = model.gradient
+    with linearized(SMOOTH[name], None) as (model, _, _):
+        torch.testing.assert_close(with_third, model.gradient, rtol=0, atol=1e-12)
+
+
+LAPLACE: dict[str, Make] = {
+    "own scale": lambda x, free: td.Laplace(x[:, :3], positive(x[:, 3:])),
+    "free scale": lambda x, free: td.Independent(td.Laplace(x[:, :3], free.exp()), 1),
+    "fixed scale": lambda x, free: td.Laplace(x[:, :3] + free, torch.full_like(x[:, :3], 0.7)),
+}
+
+
+@pytest.mark.parametrize("reduce", [Tensor.mean, masked], ids=["mean", "masked"])
+@pytest.mark.parametrize("name", LAPLACE)
+def test_a_laplace_policy_has_its_exact_fisher_matrix(name: str, reduce: Reduce) -> None:
+    """A Laplace's Fisher matrix is 1/b² in location and in scale, where autograd sees a kink."""
+    with linearized(LAPLACE[name], reduce=reduce) as (model, policy, _):
+        assert model.engine == "Gauss-Newton"
+        product = dense(model)
+        torch.manual_seed(0)
+        nn.Linear(4, 5), nn.Linear(5, 6)
+        observations = torch.randn(SAMPLES, 4, dtype=torch.float64)
+        dist = policy(observations)
+        base = dist.base_dist if isinstance(dist, td.Independent) else dist
+        weights = torch.zeros(SAMPLES, 3, dtype=torch.float64, requires_grad=True)
+        joint = weights.sum(1) if isinstance(dist, td.Independent) else weights
+        (weights,) = torch.autograd.grad(reduce(joint), weights)
+        oracle = torch.zeros_like(product)
+        for coordinate in (base.loc, base.scale):
+            if coordinate.requires_grad:
+                jacobian = torch.stack([rows(entry, policy) for entry in coordinate.reshape(-1)])
+                fisher = (weights / base.scale.square()).detach().reshape(-1, 1)
+                oracle += jacobian.T @ (fisher * jacobian)
+    torch.testing.assert_close(product, oracle, rtol=0, atol=1e-12)
+
+
+def rows(entry: Tensor, policy: nn.Module) -> Tensor:
+    parameters = list(policy.parameters())
+    slopes = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([each.reshape(-1) for each in slopes])

@@ -1,0 +1,136 @@
+"""The closures of one step as one: a weighted mean, and curvature from a closure of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.closure import Closure, Objective
+from trpo_optim.curvature import LocalModel, first_order, second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.report import TrustRegionError
+from trpo_optim.transaction import Transaction
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """What one step is taken on: every quantity is the weighted mean over the closures.
+
+    Of several closures, one at a time holds a graph: it is made again for every product, so that
+    memory is that of one. Of a single closure, or of the curvature's own, it is made once.
+
+    Args:
+        closures: One closure, or several of which each evaluates a micro-batch.
+        weights: The share of each, up to a common factor; None for equal shares.
+        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
+        vector: The parameters.
+        transaction: What holds the state that an evaluation may move.
+
+    Raises:
+        TrustRegionError: If a closure cannot be called, or the weights do not fit the closures.
+    """
+
+    def __init__(
+        self,
+        closures: Closure | Sequence[Closure] | None,
+        weights: Sequence[float] | None,
+        curvature: Closure | None,
+        vector: ParameterVector,
+        transaction: Transaction,
+    ) -> None:
+        several = isinstance(closures, list | tuple)
+        parts: Any = closures if several else [closures]
+        self._parts = [Objective(each, vector, transaction) for each in parts]
+        self._weights = _shares(weights, len(parts) if several else None)
+        self._curvature = None
+        if curvature is not None:
+            self._curvature = Objective(curvature, vector, transaction)
+
+    @property
+    def evaluations(self) -> int:
+        """How often a closure was called, whichever."""
+        own = [] if self._curvature is None else [self._curvature]
+        return sum(part.evaluations for part in [*self._parts, *own])
+
+    def values(self) -> tuple[float, float]:
+        """Return the loss and the KL where the parameters now are, without a graph."""
+        pairs = [part.values() for part in self._parts]
+        return self._mean([loss for loss, _ in pairs]), self._mean([kl for _, kl in pairs])
+
+    def first_order(self) -> LocalModel:
+        """Return the local model without curvature."""
+        return self._linearized(first_order)
+
+    def second_order(self) -> LocalModel:
+        """Return the local model with Fisher-vector products."""
+        if self._curvature is not None:
+            model = self._linearized(first_order)
+            other = second_order(self._curvature, gradient=False)
+            return replace(
+                model,
+                product=other.product,
+                curvature_kl=other.kl,
+                engine=other.engine,
+                fallback=other.fallback,
+            )
+        if len(self._parts) == 1:
+            return second_order(self._parts[0])
+        return replace(self._linearized(second_order), product=self._remade_product)
+
+    def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
+        """Return the mean of the parts' models but for the products, which are the last part's."""
+        losses, kls, gradient = [], [], None
+        for part, weight in zip(self._parts, self._weights, strict=True):
+            model = order(part)
+            losses.append(model.loss)
+            kls.append(model.kl)
+            share = model.gradient.mul_(weight) if len(self._parts) > 1 else model.gradient
+            gradient = share if gradient is None else gradient.add_(share)
+        assert gradient is not None  # there is at least one part
+        return replace(model, loss=self._mean(losses), kl=self._mean(kls), gradient=gradient)
+
+    def _remade_product(self, direction: Tensor) -> Tensor:
+        """Return Fv, the graph of each part made for it and dropped again."""
+        total = torch.zeros_like(direction)
+        for part, weight in zip(self._parts, self._weights, strict=True):
+            total.add_(second_order(part, gradient=False).product(direction), alpha=weight)
+        return total
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return sum(weight * value for weight, value in zip(self._weights, values, strict=True))
+
+
+def _shares(weights: Sequence[float] | None, count: int | None) -> list[float]:
+    """Return the weights scaled to a sum of one, for ``count`` closures, or for a single one."""
+    if count is None:
+        if weights is not None:
+            raise TrustRegionError(
+                f"weights is {weights!r}, and there is a single closure. Weights belong to a list "
+                "of closures; leave them out."
+            )
+        return [1.0]
+    if count == 0:
+        raise TrustRegionError(
+            "step() got an empty list of closures. Pass at least one, each for its micro-batch."
+        )
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count:
+        raise TrustRegionError(
+            f"There are {count} closures and {len(given)} weights. Give one weight per closure: "
+            "the number of samples that its means are over."
+        )
+    for weight in given:
+        if not (isinstance(weight, Real) and math.isfinite(weight) and weight > 0):
+            raise TrustRegionError(
+                f"weights holds {weight!r}; each must be a finite number above 0, the number of "
+                "samples that a closure's means are over."
+            )
+    total = math.fsum(given)
+    return [float(weight) / total for weight in given]

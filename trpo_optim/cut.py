@@ -1,0 +1,193 @@
+"""Where the closure's third value cuts the graph between the network and the KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    TransformedDistribution,
+)
+
+from trpo_optim.autograd_graph import Edge, below, edge_of
+
+__all__ = ["Crossing", "find_cut"]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What is known of a tensor of the third value."""
+
+    elementwise: bool = False  # a univariate distribution's: KLs of different elements are apart
+    log_probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A place where the way from the KL to the parameters is cut.
+
+    The KL is differentiated with respect to ``outer``; the network is followed from ``inner``.
+    These differ where the KL is not smooth in ``inner``, or not stationary in ``outer``.
+
+    Attributes:
+        outer: An edge of the graph.
+        inner: The same, or the one below it.
+        elementwise: KLs of different elements do not depend on one another.
+        sign: The slope of ``outer`` in ``inner``, where it is an absolute value; else None.
+        log_probabilities: The value of ``outer``, where that is what it is; else None.
+        dim: The dimension over which their probabilities sum to one.
+    """
+
+    outer: Edge
+    inner: Edge
+    elementwise: bool = False
+    sign: Tensor | None = None
+    log_probabilities: Tensor | None = None
+    dim: int = -1
+
+
+def find_cut(kl: Tensor, third: Any, parameters: Iterable[Tensor]) -> list[Crossing] | str:
+    """Cut every way from the KL to the parameters, at the third value or above it.
+
+    Log-probabilities are cut below their normalisation, where it can be seen, and absolute values
+    at zero (a Laplace's) are crossed as the even functions that they stand in.
+
+    Args:
+        kl: The closure's KL, with its graph.
+        third: The closure's third value: a distribution, a tensor, or a tuple of these.
+        parameters: The optimizer's parameters.
+
+    Returns:
+        The crossings, none of which depends on another, or why there are none.
+    """
+    marks = dict(_marks(third))
+    leaves = set(map(id, parameters))
+    opened: set[Edge] = set()
+    while True:
+        crossings = _crossings(kl, marks, opened, leaves)
+        if isinstance(crossings, str):
+            return crossings
+        nested = _nested(crossings)
+        if not nested:
+            return crossings
+        opened |= nested
+
+
+def _marks(value: Any, *, apart: bool = True) -> Iterator[tuple[Edge, _Mark]]:
+    """Yield the tensors of a third value that the KL may depend on."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield edge_of(value), _Mark()
+    elif isinstance(value, Distribution):
+        wrapped = apart and isinstance(value, Independent | TransformedDistribution)
+        for name, each in vars(value).items():
+            if isinstance(each, Distribution):
+                yield from _marks(each, apart=wrapped)
+            elif isinstance(each, Tensor) and each.requires_grad:
+                univariate = not value.event_shape and each.shape == value.batch_shape
+                normalised = name == "logits" and isinstance(value, Categorical)
+                yield (
+                    edge_of(each),
+                    _Mark(apart and univariate, each.detach() if normalised else None),
+                )
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _marks(each, apart=apart)
+
+
+def _crossings(
+    kl: Tensor, marks: Mapping[Edge, _Mark], opened: Set[Edge], leaves: Set[int]
+) -> list[Crossing] | str:
+    """Return where the ways down from the KL are cut, or which way passes all marks."""
+    found = []
+    stack, seen = [edge_of(kl)], set()
+    while stack:
+        edge = stack.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        crossing = None if edge in opened else _crossing(edge, marks)
+        if crossing is not None:
+            found.append(crossing)
+        elif id(getattr(edge[0], "variable", None)) in leaves:
+            return "the KL depends on a parameter other than through the third value"
+        else:
+            stack.extend(below(edge))
+    return found
+
+
+def _crossing(edge: Edge, marks: Mapping[Edge, _Mark]) -> Crossing | None:
+    mark = marks.get(edge)
+    node = edge[0]
+    kind = node.name()
+    if kind == "LogSoftmaxBackward0":
+        return Crossing(
+            edge,
+            below(edge)[0],
+            log_probabilities=node._saved_result.detach(),
+            dim=_signed(node._saved_dim),
+        )
+    if kind == "SubBackward0" and (normaliser := _normaliser(edge)) is not None:
+        raw, total = normaliser._saved_self.detach(), normaliser._saved_result.detach()
+        return Crossing(
+            edge,
+            below(edge)[0],
+            log_probabilities=raw - total,
+            dim=_signed(normaliser._saved_dim[0]),
+        )
+    if mark is not None:
+        return Crossing(
+            edge, edge, elementwise=mark.elementwise, log_probabilities=mark.log_probabilities
+        )
+    if kind == "AbsBackward0":
+        inside = node._saved_self.detach()
+        if bool((inside == 0).any()):
+            elementwise = all(each.elementwise for each in marks.values())
+            sign = torch.where(inside < 0, -1.0, 1.0).to(inside.dtype)
+            return Crossing(edge, below(edge)[0], elementwise=elementwise, sign=sign)
+    return None
+
+
+def _normaliser(edge: Edge) -> Any:
+    """Return the logsumexp node of x − logsumexp(x), or None where a difference is another."""
+    children = below(edge)
+    if len(children) != 2 or edge[0]._saved_alpha != 1:
+        return None
+    node = children[1][0]
+    if node.name() != "LogsumexpBackward0" or below(children[1]) != children[:1]:
+        return None
+    return node if node._saved_keepdim and len(node._saved_dim) == 1 else None
+
+
+def _signed(dim: int) -> int:
+    """Return a dimension that autograd keeps as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _nested(crossings: Sequence[Crossing]) -> set[Edge]:
+    """Return the outer edges of crossings that themselves depend on another one."""
+    outer = {each.outer for each in crossings}
+
+    def meets(some: Iterable[Crossing]) -> bool:
+        stack: list[Edge] = []
+        for each in some:
+            stack += below(each.inner) if each.inner == each.outer else [each.inner]
+        seen = set()
+        while stack:
+            edge = stack.pop()
+            if edge in outer:
+                return True
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                stack.extend(below(edge))
+        return False
+
+    if len(crossings) < 2 or not meets(crossings):
+        return set()
+    return {each.outer for each in crossings if meets([each])}

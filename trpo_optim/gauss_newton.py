@@ -1,0 +1,87 @@
+"""Gauss–Newton products Jᵀ M J v by two reverse passes, J the outputs' slope in the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.autograd_graph import have_second_derivatives, passes_by
+from trpo_optim.cut import find_cut
+from trpo_optim.output_fisher import output_fisher
+from trpo_optim.parameter_vector import ParameterVector
+
+__all__ = ["gauss_newton"]
+
+
+def gauss_newton(
+    loss: Tensor | None, kl: Tensor, third: Any, vector: ParameterVector
+) -> tuple[Sequence[Tensor | None] | None, Callable[[Tensor], Tensor]] | str:
+    """Return the gradient of the loss and the product with the KL's Fisher matrix.
+
+    J v is the derivative, in u, of the reverse pass u ↦ Jᵀu, whose graph is made once. Made at
+    u = ∂loss/∂z, the same pass gives the gradient of a loss that depends on the parameters through
+    z alone.
+
+    Args:
+        loss: The closure's first value, with its graph; None where its gradient is not wanted.
+        kl: Its KL, with its graph.
+        third: Its third value.
+        vector: The parameters.
+
+    Returns:
+        The gradient by parameters, if wanted, and v ↦ Fv for vectors of shape (n,); or why the
+        third value does not serve.
+    """
+    parameters = vector.parameters
+    cut = find_cut(kl, third, parameters)
+    if isinstance(cut, str):
+        return cut
+    inner = [each.inner for each in cut]
+    try:
+        outputs = output_fisher(kl, cut)
+        if isinstance(outputs, str):
+            return outputs
+        slopes: Sequence[Tensor | None] = [None] * len(cut)
+        whole: Sequence[Tensor | None] | None = None
+        if loss is not None and passes_by(loss, inner, parameters):
+            whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        elif loss is not None:
+            slopes = torch.autograd.grad(loss, outputs.edges, retain_graph=True, allow_unused=True)
+        cotangents = [
+            (torch.zeros_like(like) if slope is None else slope.detach()).requires_grad_()
+            for slope, like in zip(slopes, outputs.templates, strict=True)
+        ]
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(
+                outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
+            )
+    except RuntimeError as error:
+        return str(error)
+    if not have_second_derivatives(pulled):
+        return "compiled modules have no second derivatives"
+    linear = {index: each for index, each in enumerate(pulled) if each is not None}
+    edges, fisher = outputs.edges, outputs.product
+
+    def product(direction: Tensor) -> Tensor:
+        pieces = vector.scatter(direction)
+        tangents = torch.autograd.grad(
+            list(linear.values()),
+            cotangents,
+            [pieces[index] for index in linear],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return vector.gather(
+            torch.autograd.grad(
+                edges, parameters, fisher(tangents), retain_graph=True, allow_unused=True
+            )
+        )
+
+    return None if loss is None else [_detached(each) for each in whole or pulled], product
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
