@@ -232,3 +232,20 @@ def test_the_solution_keeps_the_dtype_of_b(dtype: torch.dtype) -> None:
         f, right_side().to(dtype), damping=0.1, iterations=10, tolerance=1e-3
     )
     assert solution.x.dtype is dtype
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_single_precision_reaches_what_double_precision_reaches_in_as_many_steps(
+    seed: int,
+) -> None:
+    """Outlying eigenvalues make the textbook's residuals lose their orthogonality in float32."""
+    eigenvalues = torch.cat([torch.linspace(0.001, 0.3, N - 4), torch.tensor([2, 5, 11, 25])])
+    f, b = with_eigenvalues(eigenvalues.double(), seed), right_side(seed)
+    krylov = b[:, None]
+    for _ in range(9):  # an orthonormal basis of b, Fb, F²b, ...
+        krylov = torch.linalg.qr(torch.cat([krylov, (f @ krylov[:, -1])[:, None]], 1)).Q
+    projected = krylov.T @ f @ krylov + 1e-3 * torch.eye(10, dtype=f.dtype)
+    expected = krylov @ torch.linalg.solve(projected, krylov.T @ b)
+    single = f.float()
+    solution = conjugate_gradient(single.mv, b.float(), damping=1e-3, iterations=10, tolerance=0.0)
+    assert relative_error(solution.x.double(), expected) < 1e-5

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as td
+from problems import gaussian
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.nn import functional
 
+from trpo_optim import TrustRegionOptimizer
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, second_order
 from trpo_optim.parameter_vector import ParameterVector
@@ -85,7 +87,8 @@ class Policy(nn.Module):
         return self.make(self.network(observation), self.free)
 
 
-Third = Callable[[Distribution], Any]
+Third = Callable[[Any], Any]
+Divergence = Callable[[Any, Any], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -94,16 +97,15 @@ def masked(kl: Tensor) -> Tensor:
     return (kl.reshape(len(kl), -1).sum(1) * mask).sum() / mask.sum()
 
 
-@contextmanager
-def linearized(
+def posed(
     make: Make,
     third: Third | None = lambda dist: dist,
     *,
     reduce: Reduce = Tensor.mean,
-    divergence: Callable[[Distribution, Distribution], Tensor] = kl_divergence,
+    divergence: Divergence = kl_divergence,
     dtype: torch.dtype = torch.float64,
-) -> Iterator[tuple[LocalModel, Policy, Callable[[], Tensor]]]:
-    """Yield the model, the policy and the KL, for a policy with a distribution of that kind."""
+) -> tuple[Policy, Callable[[], Any]]:
+    """Return a policy with a distribution of that kind, and its closure."""
     torch.manual_seed(0)
     policy = Policy(make).to(dtype)
     observations = torch.randn(SAMPLES, 4, dtype=dtype)
@@ -113,29 +115,36 @@ def linearized(
         old_log_prob = old.log_prob(actions)
         advantages = torch.randn_like(old_log_prob)
 
-    def kl() -> Tensor:
-        return reduce(divergence(old, policy(observations)))
-
     def closure() -> Any:
         dist = policy(observations)
         ratio = (dist.log_prob(actions) - old_log_prob).exp()
         pair = -(ratio * advantages).mean(), reduce(divergence(old, dist))
         return pair if third is None else (*pair, third(dist))
 
+    return policy, closure
+
+
+@contextmanager
+def linearized(
+    make: Make, third: Third | None = lambda dist: dist, **options: Any
+) -> Iterator[tuple[LocalModel, Policy, Callable[[], Any]]]:
+    """Yield the local model, the policy and its closure."""
+    policy, closure = posed(make, third, **options)
     vector = ParameterVector(policy.parameters())
     with Transaction(vector) as transaction:
-        model = second_order(Objective(closure, vector, transaction))
-        yield model, policy, kl
+        yield second_order(Objective(closure, vector, transaction)), policy, closure
 
 
 def dense(model: LocalModel) -> Tensor:
     return torch.stack([model.product(row) for row in torch.eye(len(model.gradient)).double()])
 
 
-def dense_hessian(kl: Callable[[], Tensor], policy: nn.Module) -> Tensor:
+def dense_hessian(closure: Callable[[], Any], policy: nn.Module) -> Tensor:
     """Return the Hessian of the KL, row by row, by plain double backward."""
     parameters = list(policy.parameters())
-    slopes = torch.autograd.grad(kl(), parameters, create_graph=True, materialize_grads=True)
+    slopes = torch.autograd.grad(
+        closure()[1], parameters, create_graph=True, materialize_grads=True
+    )
     rows = [
         torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
         if entry.requires_grad
@@ -148,9 +157,9 @@ def dense_hessian(kl: Callable[[], Tensor], policy: nn.Module) -> Tensor:
 @pytest.mark.parametrize("reduce", [Tensor.mean, masked], ids=["mean", "masked"])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_products_equal_the_dense_hessian(name: str, reduce: Reduce) -> None:
-    with linearized(SMOOTH[name], reduce=reduce) as (model, policy, kl):
+    with linearized(SMOOTH[name], reduce=reduce) as (model, policy, closure):
         assert (model.engine, model.fallback) == ("Gauss-Newton", "")
-        torch.testing.assert_close(dense(model), dense_hessian(kl, policy), rtol=0, atol=1e-10)
+        torch.testing.assert_close(dense(model), dense_hessian(closure, policy), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -196,3 +205,137 @@ def rows(entry: Tensor, policy: nn.Module) -> Tensor:
     parameters = list(policy.parameters())
     slopes = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
     return torch.cat([each.reshape(-1) for each in slopes])
+
+
+TENSORS: dict[str, tuple[str, Third]] = {
+    "location and scale": (
+        "normal, own scale",
+        lambda dist: (dist.loc, dist.scale),
+    ),
+    "a list of them": ("normal, joint", lambda dist: [dist.base_dist.loc, dist.base_dist.scale]),
+    "a distribution in a tuple": ("categorical, logits", lambda dist: (dist,)),
+    "normalised logits": ("categorical, logits", lambda dist: dist.logits),
+    "probabilities": ("bernoulli, probabilities", lambda dist: dist.probs),
+    "more than the KL needs": ("normal, joint", lambda dist: (dist, dist.entropy(), dist.mean)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_bare_tensors_serve_as_well(name: str) -> None:
+    family, third = TENSORS[name]
+    with linearized(SMOOTH[family], third) as (model, policy, closure):
+        assert (model.engine, model.fallback) == ("Gauss-Newton", "")
+        torch.testing.assert_close(dense(model), dense_hessian(closure, policy), rtol=0, atol=1e-10)
+
+
+def reverse(old: Distribution, new: Distribution) -> Tensor:
+    return kl_divergence(new, old)
+
+
+def by_probabilities(old: Any, new: Any) -> Tensor:
+    return torch.sum(old.probs * (old.probs.log() - new.probs.log()), -1)
+
+
+def of_mixtures(old: Any, new: Any) -> Tensor:
+    """Return the KL of old against half old, half new: its slope is a KL's, its curvature not."""
+    half = (old.logits.exp() + new.logits.exp()) / 2
+    return torch.sum(old.probs * (old.logits - half.log()), -1)
+
+
+def weighted_by_class(old: Any, new: Any) -> Tensor:
+    weights = torch.arange(1, 7).to(old.probs)
+    return torch.sum(weights * old.probs * (old.logits - new.logits), -1)
+
+
+UNFIT: dict[str, tuple[str, Third, Divergence, str]] = {
+    "one of two parameters": (
+        "normal, own scale",
+        lambda dist: dist.loc,
+        kl_divergence,
+        "other than through",
+    ),
+    "another evaluation's": (
+        "normal, joint",
+        lambda dist: td.Normal(dist.mean * 1.0, dist.stddev * 1.0),
+        kl_divergence,
+        "other than through",
+    ),
+    "what is not stationary": (
+        "categorical, logits",
+        lambda dist: dist.probs,
+        by_probabilities,
+        "not stationary",
+    ),
+    "a KL that is not of its form": (
+        "categorical, logits",
+        lambda dist: dist,
+        of_mixtures,
+        "not linear",
+    ),
+    "a KL of something else": (
+        "categorical, logits",
+        lambda dist: dist,
+        weighted_by_class,
+        "not that of the probabilities",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_serve_falls_back_to_the_hessian_and_says_so(name: str) -> None:
+    family, third, divergence, reason = UNFIT[name]
+    with linearized(SMOOTH[family], third, divergence=divergence) as (model, policy, closure):
+        assert model.engine == "double backward"
+        assert reason in model.fallback
+        torch.testing.assert_close(dense(model), dense_hessian(closure, policy), rtol=0, atol=1e-10)
+
+
+def test_a_reversed_kl_has_the_same_curvature() -> None:
+    name = "categorical, logits"
+    with linearized(SMOOTH[name], divergence=reverse) as (model, policy, closure):
+        torch.testing.assert_close(dense(model), dense_hessian(closure, policy), rtol=0, atol=1e-10)
+
+
+def test_a_loss_that_goes_past_the_distribution_keeps_its_gradient() -> None:
+    problem = gaussian()
+
+    def closure(third: bool) -> Any:
+        dist = problem.policy(problem.observations)
+        loss, kl = problem.values(dist)
+        loss = loss + problem.parameters()[0].square().sum()
+        return (loss, kl, dist) if third else (loss, kl)
+
+    vector = ParameterVector(problem.parameters())
+    models = []
+    for third in (True, False):
+        with Transaction(vector) as transaction:
+            models.append(second_order(Objective(lambda: closure(third), vector, transaction)))  # noqa: B023 (called at once)
+    assert [model.engine for model in models] == ["Gauss-Newton", "double backward"]
+    torch.testing.assert_close(models[0].gradient, models[1].gradient, rtol=0, atol=1e-14)
+
+
+def test_parameters_of_other_optimizers_do_not_hinder() -> None:
+    problem = gaussian()
+    policy = problem.policy
+
+    def closure() -> Any:
+        dist = policy(problem.observations)
+        return *problem.values(dist), dist.base_dist.loc
+
+    optimizer = TrustRegionOptimizer(policy.get_submodule("network.2").parameters())
+    assert optimizer.step(closure).engine == "Gauss-Newton"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_a_step_is_the_same_with_the_third_value_and_without(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    ends = []
+    for third in (True, False):
+        policy, closure = posed(SMOOTH[name], (lambda dist: dist) if third else None, dtype=dtype)
+        report = TrustRegionOptimizer(policy.parameters()).step(closure)
+        assert report.accepted
+        assert report.engine == ("Gauss-Newton" if third else "double backward")
+        ends.append(torch.cat([each.detach().reshape(-1) for each in policy.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=tolerance)

@@ -68,7 +68,10 @@ def _log_softmax_term(kl: Tensor, crossing: Crossing) -> OutputFisher | str:
     """
     log_probabilities, dim = crossing.log_probabilities, crossing.dim
     assert log_probabilities is not None
-    (slope,) = torch.autograd.grad(kl, [GradientEdge(*crossing.outer)], retain_graph=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(kl, [GradientEdge(*crossing.outer)], create_graph=True)
+    if slope.requires_grad:
+        return "the KL is not linear in the log-probabilities that the third value holds"
     mass = slope.neg()
     weight = mass.sum(dim, keepdim=True)
     error = (weight * log_probabilities.exp()).sub_(mass).abs_().max()
