@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as td
+from memory import peak_bytes
 from problems import gaussian
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
@@ -339,3 +340,32 @@ def test_a_step_is_the_same_with_the_third_value_and_without(
         assert report.engine == ("Gauss-Newton" if third else "double backward")
         ends.append(torch.cat([each.detach().reshape(-1) for each in policy.parameters()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("third", [lambda dist: dist, None], ids=["gauss-newton", "hessian"])
+def test_many_categories_need_little_more_memory_than_a_gradient(third: Third | None) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4000))
+    observations = torch.randn(128, 8)
+    with torch.no_grad():
+        old = td.Categorical(logits=network(observations))
+        actions = old.sample()
+        old_log_prob, _ = old.log_prob(actions), old.probs
+
+    def closure() -> Any:
+        dist = td.Categorical(logits=network(observations))
+        loss = -(dist.log_prob(actions) - old_log_prob).exp().mean()
+        pair = loss, kl_divergence(old, dist).mean()
+        return pair if third is None else (*pair, third(dist))
+
+    parameters = list(network.parameters())
+    vector = ParameterVector(parameters)
+    gradient = peak_bytes(lambda: torch.autograd.grad(closure()[0], parameters))
+    with Transaction(vector) as transaction:
+        objective = Objective(closure, vector, transaction)
+
+        def product() -> Tensor:
+            model = second_order(objective)
+            return model.product(model.gradient)
+
+        assert peak_bytes(product) <= 2.5 * gradient

@@ -1,0 +1,261 @@
+"""Micro-batches as one weighted mean, and curvature from a closure of its own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from memory import peak_bytes
+from problems import MODES, PROBLEMS, Problem, Snapshot, gaussian
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from trpo_optim import TrustRegionError
+
+
+def on_rows(problem: Problem, rows: slice, *, third: bool = False) -> Callable[[], Any]:
+    """Return the closure of a part of the batch."""
+    with torch.no_grad():
+        old = problem.policy(problem.observations[rows])
+
+    def closure() -> Any:
+        dist = problem.policy(problem.observations[rows])
+        ratio = (dist.log_prob(problem.actions[rows]) - problem.old_log_prob[rows]).exp()
+        pair = -(ratio * problem.advantages[rows]).mean(), kl_divergence(old, dist).mean()
+        return (*pair, dist) if third else pair
+
+    return closure
+
+
+UNEVEN = [slice(0, 8), slice(8, 31), slice(31, 32), slice(32, 64)]
+
+
+def lengths(chunks: Sequence[slice]) -> list[int]:
+    return [chunk.stop - chunk.start for chunk in chunks]
+
+
+@pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_micro_batches_take_the_step_of_the_whole_batch(
+    make: Callable[[], Problem], mode: str, third: bool
+) -> None:
+    whole, parts = make(), make()
+    expected = whole.optimizer(mode=mode).step(on_rows(whole, slice(0, 64), third=third))
+    closures = [on_rows(parts, chunk, third=third) for chunk in UNEVEN]
+    report = parts.optimizer(mode=mode).step(closures, weights=lengths(UNEVEN))
+    torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
+    counts = {"closure_evaluations"}
+    for name in expected.as_dict().keys() - counts - {"outcome", "engine", "fallback"}:
+        assert report.as_dict()[name] == pytest.approx(
+            expected.as_dict()[name], rel=1e-9, abs=1e-14, nan_ok=True
+        )
+    assert (report.outcome, report.engine) == (expected.outcome, expected.engine)
+
+
+def test_micro_batches_without_weights_count_alike() -> None:
+    whole, parts = gaussian(), gaussian()
+    whole.optimizer().step(whole.closure)
+    quarters = [slice(16 * index, 16 * index + 16) for index in range(4)]
+    parts.optimizer().step([on_rows(parts, chunk) for chunk in quarters])
+    torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
+
+
+def test_eight_micro_batches_in_single_precision_stay_within_rounding() -> None:
+    whole, parts = (gaussian(dtype=torch.float32, samples=512) for _ in range(2))
+    chunks = [slice(64 * index, 64 * index + 64) for index in range(8)]
+    whole.optimizer().step(whole.closure)
+    parts.optimizer().step([on_rows(parts, chunk) for chunk in chunks], weights=[64] * 8)
+    torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
+def test_one_micro_batch_at_a_time_holds_a_graph(third: bool) -> None:
+    problem = gaussian()
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watched(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            nonlocal most
+            values = closure()
+            alive.append(weakref.ref(values[1]))
+            most = max(most, sum(each() is not None for each in alive))
+            return values
+
+        return call
+
+    closures = [watched(on_rows(problem, chunk, third=third)) for chunk in UNEVEN]
+    gc.disable()
+    try:
+        assert problem.optimizer().step(closures, weights=lengths(UNEVEN)).accepted
+    finally:
+        gc.enable()
+    assert most == 1
+
+
+@pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
+def test_eight_micro_batches_need_a_fifth_of_the_memory(third: bool) -> None:
+    problem = gaussian(dtype=torch.float32, samples=8192, hidden=32)
+    chunks = [slice(1024 * index, 1024 * index + 1024) for index in range(8)]
+    parts = [on_rows(problem, chunk, third=third) for chunk in chunks]
+    whole = on_rows(problem, slice(0, 8192), third=third)
+    start = copy.deepcopy(problem.policy.state_dict())
+    reports = []
+
+    def step(closure: Any) -> None:
+        reports.append(problem.optimizer(cg_tolerance=0.0).step(closure))
+        problem.policy.load_state_dict(start)
+
+    full = peak_bytes(lambda: step(whole))
+    assert peak_bytes(lambda: step(parts)) <= 0.2 * full
+    assert [report.fisher_products for report in reports] == [10, 10]
+
+
+def test_curvature_comes_from_its_own_closure_and_all_else_from_the_other() -> None:
+    problem = gaussian()
+    part = on_rows(problem, slice(0, 6))
+    settings = {"cg_iterations": 200, "cg_tolerance": 1e-12, "damping": 0.1}
+    start = problem.vector()
+    gradient = problem.dense_gradient()
+    fisher = Problem(problem.policy, problem.observations[:6]).dense_fisher()
+    report = problem.optimizer(**settings).step(problem.closure, curvature=part)
+    direction = torch.linalg.solve(fisher + 0.1 * torch.eye(len(start)).double(), -gradient)
+    step = problem.vector() - start
+    assert report.accepted
+    torch.testing.assert_close(step / step.norm(), direction / direction.norm())
+    loss, kl = problem.closure()
+    assert (report.loss_after, report.kl) == (loss.item(), kl.item())
+
+
+def test_the_loss_of_the_curvature_closure_is_not_used() -> None:
+    steps = []
+    for spoiled in (False, True):
+        problem = gaussian()
+        part = on_rows(problem, slice(0, 6), third=True)
+
+        def curvature(part: Callable[[], Any] = part, spoiled: bool = spoiled) -> Any:
+            loss, kl, dist = part()
+            return loss.detach() * torch.nan if spoiled else loss, kl, dist
+
+        report = problem.optimizer().step(problem.closure, curvature=curvature)
+        assert (report.accepted, report.engine) == (True, "Gauss-Newton")
+        steps.append(problem.vector())
+    assert torch.equal(*steps)
+
+
+def test_the_part_is_evaluated_once_however_many_products() -> None:
+    problem = gaussian()
+    part, calls = on_rows(problem, slice(0, 6)), []
+
+    def curvature() -> Any:
+        calls.append(1)
+        return part()
+
+    report = problem.optimizer(cg_tolerance=0.0).step(problem.closure, curvature=curvature)
+    assert report.fisher_products == 10
+    assert len(calls) == 1
+    assert report.closure_evaluations == 3 + report.backtracks
+
+
+def test_curvature_on_a_part_goes_with_micro_batches() -> None:
+    whole, parts = gaussian(), gaussian()
+    whole.optimizer().step(whole.closure, curvature=on_rows(whole, slice(0, 6)))
+    parts.optimizer().step(
+        [on_rows(parts, chunk) for chunk in UNEVEN],
+        weights=lengths(UNEVEN),
+        curvature=on_rows(parts, slice(0, 6)),
+    )
+    torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
+
+
+def test_vanilla_has_no_use_for_curvature() -> None:
+    problem = gaussian()
+    report = problem.optimizer(mode="vanilla").step(problem.closure, curvature=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert report.accepted
+
+
+def test_a_dropout_mask_is_the_same_for_every_evaluation_of_a_micro_batch() -> None:
+    torch.manual_seed(0)
+    problem = gaussian()
+    network = problem.policy.network
+    assert isinstance(network, nn.Sequential)
+    masks: list[Tensor] = []
+    dropout = nn.Dropout(0.5)
+    dropout.register_forward_hook(lambda _module, _input, output: masks.append(output == 0))
+    network.insert(2, dropout)
+    state = torch.get_rng_state()
+    closures = []
+    for chunk in (slice(0, 32), slice(32, 64)):
+        torch.set_rng_state(state)
+        closures.append(on_rows(problem, chunk))
+    torch.set_rng_state(state)
+    masks.clear()
+    report = problem.optimizer().step(closures)
+    assert len(masks) == report.closure_evaluations >= 2 * (1 + 10 + 1)
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"closure": []}, "empty list of closures"),
+        ({"closure": [0.5]}, "0.5 for its closure"),
+        ({"closure": [min, min], "weights": [1.0]}, "2 closures and 1 weights"),
+        ({"closure": [min, min], "weights": [1.0, 0.0]}, "weights holds 0.0"),
+        ({"closure": [min], "weights": [float("nan")]}, "weights holds nan"),
+        ({"closure": [min], "weights": ["all"]}, "weights holds 'all'"),
+        ({"closure": min, "weights": [1.0]}, "there is a single closure"),
+        ({"closure": min, "curvature": "part"}, "'part' for its closure"),
+    ],
+)
+def test_misuse_names_what_came_and_the_remedy(arguments: dict[str, Any], message: str) -> None:
+    problem = gaussian()
+    before = Snapshot.of(problem.policy)
+    with pytest.raises(TrustRegionError, match=message):
+        problem.optimizer().step(**arguments)
+    assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+def test_a_curvature_closure_with_another_old_policy_is_refused() -> None:
+    problem, other = gaussian(0), gaussian(1)
+
+    def curvature() -> Any:
+        loss, _ = problem.closure()
+        return loss, kl_divergence(other.old, problem.policy(problem.observations)).mean()
+
+    with pytest.raises(TrustRegionError, match="not about zero"):
+        problem.optimizer().step(problem.closure, curvature=curvature)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_bad_micro_batch_keeps_the_parameters(bad: int) -> None:
+    problem = gaussian()
+    before = Snapshot.of(problem.policy)
+    good = on_rows(problem, slice(0, 32))
+    closures = [good, good]
+    closures[bad] = lambda: tuple(value * torch.nan for value in good())
+    report = problem.optimizer().step(closures)
+    assert not report.accepted
+    assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+def test_an_exception_in_the_last_micro_batch_rolls_back() -> None:
+    problem = gaussian()
+    before = Snapshot.of(problem.policy)
+    good, calls = on_rows(problem, slice(0, 32)), []
+
+    def failing() -> Any:
+        calls.append(1)
+        if len(calls) == 12:  # the first trial
+            raise KeyboardInterrupt
+        return good()
+
+    with pytest.raises(KeyboardInterrupt):
+        problem.optimizer(cg_tolerance=0.0).step([good, failing])
+    assert before.differences(Snapshot.of(problem.policy)) == []
