@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test format clean
+.PHONY: demo test bench format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
 	$(BIN)/python examples/demo.py
@@ -12,6 +12,9 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --cov --cov-report=term-missing
+
+bench: .venv/bench ## time this package beside its peers; writes docs/speed.md and docs/speed.png
+	$(BIN)/python benchmarks/speed.py
 
 format: .venv/dev
 	$(BIN)/ruff format .
@@ -27,6 +30,10 @@ format: .venv/dev
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+.venv/bench: .venv/examples
+	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
 	touch $@
 
 clean:

@@ -1,118 +1,237 @@
-"""What a step costs, in units of one gradient of the loss.
+"""What a step costs, in gradients of the loss and beside other libraries.
 
-    python benchmarks/speed.py
+    make bench
 
-Every figure is the median of interleaved runs in one process, so that a machine whose speed drifts
-does not tilt the ratios.
+Writes docs/speed.md and docs/speed.png. All take the same step, as far as they can: radius and
+damping are of the joint KL, ten iterations of conjugate gradient, no critic.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from memory import peak_bytes
+from peers import Peer, Sb3Contrib, Tianshou
+from scene import Scene
+from timing import Job, taken_in_turn
 
-from trpo_optim import TrustRegionOptimizer
-from trpo_optim.closure import Objective
-from trpo_optim.curvature import second_order
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.transaction import Transaction
+OURS: dict[str, dict[str, Any]] = {
+    "without the third value": {"third": False},
+    "with it": {"third": True},
+    "with it, curvature on 10 %": {"third": True, "share": 0.1},
+}
+PEERS: dict[str, type[Peer]] = {"sb3-contrib": Sb3Contrib, "Tianshou": Tianshou}
 
 
-class Policy(nn.Module):
-    """A Gaussian MLP of the size of HalfCheetah's: 17 observations, 6 actions."""
+@dataclass(frozen=True)
+class Settings:
+    """How the benchmark runs."""
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(17, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()
+    rounds: int = 15
+    """timed rounds of each table; the sweeps behind the picture take a fifth"""
+    threads: int = 2
+    """CPU threads of torch"""
+    device: str = "cpu"
+    """cpu, cuda, ..."""
+    largest_batch: int = 200_000
+    """samples at the end of the sweep over batch sizes"""
+    largest_hidden: int = 3_150
+    """hidden units at the end of the sweep over parameters; 3150 make ten million"""
+    folder: Path = Path("docs")
+    """where speed.md and speed.png go"""
+
+
+def table(*rows: Sequence[object]) -> str:
+    """Return rows as a Markdown table, the first as its head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
+
+
+def in_gradients(settings: Settings) -> str:
+    """Return the table of what a product and an update cost in gradients."""
+    names = [f"update {name}" for name in OURS]
+    rows = [["network", "samples", "gradient (ms)", "product without", "product with it", *names]]
+    for hidden, samples in product((64, 256), (256, 4096, 20480)):
+        scene = Scene(hidden, samples, settings.device)
+        unit = {"gradient": scene.gradient()}
+        jobs = {name: scene.update(**how) for name, how in OURS.items()}
+        updates = taken_in_turn(unit | jobs, settings.rounds, settings.device)
+        # Resetting the weights would end the products' graphs.
+        unit = {"gradient": Job(scene.gradient().run)}
+        jobs = {name: scene.product(third=third) for name, third in (("H", False), ("G", True))}
+        products = taken_in_turn(unit | jobs, settings.rounds, settings.device)
+        rows.append(
+            [
+                f"17–{hidden}–{hidden}–6",
+                str(samples),
+                f"{1000 * updates['gradient'].median:.2f}",
+                *(products[name].over(products["gradient"]) for name in jobs),
+                *(updates[name].over(updates["gradient"]) for name in OURS),
+            ]
         )
-        self.mean = nn.Linear(hidden, 6)
-        self.log_std = nn.Parameter(torch.zeros(6))
-
-    def forward(self, observation: Tensor) -> Distribution:
-        """Return the distribution over actions."""
-        return Independent(Normal(self.mean(self.network(observation)), self.log_std.exp()), 1)
+    return table(*rows)
 
 
-def seconds(jobs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Return each job's median time, the jobs taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat, (name, job) in product(range(repeats + 1), jobs.items()):
-        start = time.perf_counter()
-        job()
-        if device != "cpu":
-            torch.get_device_module(device).synchronize()
-        if repeat:  # the first round warms up
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+def beside_peers(settings: Settings, *, defaults: bool) -> str:
+    """Return the table of how many times faster an update is than a peer's."""
+    peers = {"sb3-contrib": Sb3Contrib} if defaults else PEERS
+    rows = [["samples", "peer", "peer (ms)", *OURS]]
+    for samples in (2048, 8192, 20480):
+        scene = Scene(64, samples, settings.device)
+        jobs = {name: scene.update(**how, defaults=defaults) for name, how in OURS.items()}
+        jobs |= {name: scene.peer(kind, defaults=defaults) for name, kind in peers.items()}
+        times = taken_in_turn(jobs, settings.rounds, settings.device)
+        for peer in peers:
+            ratios = [times[peer].over(times[name]) for name in OURS]
+            rows.append([str(samples), peer, f"{1000 * times[peer].median:.1f}", *ratios])
+    return table(*rows)
 
 
-def measure(hidden: int, samples: int, repeats: int, device: str) -> dict[str, float]:
-    """Return the median times of a gradient, a product and an update of ten products."""
-    torch.manual_seed(0)
-    policy = Policy(hidden).to(device)
-    observations = torch.randn(samples, 17, device=device)
-    advantages = torch.randn(samples, device=device)
-    with torch.no_grad():
-        old = policy(observations)
-        actions = old.sample()
-        old_log_prob = old.log_prob(actions)
-
-    def closure() -> tuple[Tensor, Tensor]:
-        dist = policy(observations)
-        ratio = (dist.log_prob(actions) - old_log_prob).exp()
-        return -(ratio * advantages).mean(), kl_divergence(old, dist).mean()
-
-    parameters = list(policy.parameters())
-    start = [parameter.detach().clone() for parameter in parameters]
-    optimizer = TrustRegionOptimizer(parameters, cg_iterations=10, cg_tolerance=0.0)
-
-    def gradient() -> object:
-        return torch.autograd.grad(closure()[0], parameters)
-
-    def update() -> None:
-        torch._foreach_copy_([parameter.detach() for parameter in parameters], start)
-        optimizer.step(closure)
-
-    vector = ParameterVector(parameters)
-    with Transaction(vector) as transaction:
-        model = second_order(Objective(closure, vector, transaction))
-        times = seconds(
-            {"gradient": gradient, "product": lambda: model.product(model.gradient)},
-            repeats,
-            device,
-        )
-    # A step writes the parameters, which ends the model's graph: hence a second round.
-    again = seconds({"gradient": gradient, "update": update}, repeats, device)
-    times["update"] = again["update"] * times["gradient"] / again["gradient"]
-    return times
+def memory(settings: Settings) -> str:
+    """Return the table of the memory that one update needs at its peak."""
+    scene = Scene(64, 20480, settings.device)
+    jobs = {"one gradient": scene.gradient()}
+    jobs |= {f"update {name}": scene.update(**how) for name, how in OURS.items()}
+    jobs["update with it, 8 micro-batches"] = scene.update(third=True, chunks=8)
+    jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
+    rows = [["", "peak (MiB)", "gradients"]]
+    unit = 0
+    for name, job in jobs.items():
+        job.prepare()
+        peak = peak_bytes(job.run, settings.device)
+        unit = unit or peak
+        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}"])
+    return table(*rows)
 
 
-def main(repeats: int = 15, threads: int = 2, device: str = "cpu") -> None:
-    """Print the table.
+def sweep(
+    settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene], *, peers: bool = True
+) -> dict[str, float]:
+    """Draw the time of an update against one size; return the slopes of log–log.
 
     Args:
-        repeats: Timed runs of each job.
-        threads: CPU threads of torch.
-        device: Where to run: cpu, cuda, ...
+        settings: How to run.
+        axis: Where to draw.
+        label: Of the horizontal axis.
+        scenes: By size.
+        peers: Whether to draw them too.
+
+    Returns:
+        By job, the power of the size that the time grows with.
     """
-    torch.set_num_threads(threads)
-    print("| network | samples | gradient (ms) | product (gradients) | update (gradients) |")
-    print("| --- | --- | --- | --- | --- |")
-    for hidden, samples in product((64, 256), (256, 2048, 20480)):
-        times = measure(hidden, samples, repeats, device)
-        unit = times["gradient"]
-        print(
-            f"| 17-{hidden}-{hidden}-6 | {samples} | {1000 * unit:.2f} | "
-            f"{times['product'] / unit:.2f} | {times['update'] / unit:.1f} |"
-        )
+    lines: dict[str, list[float]] = {}
+    for scene in scenes.values():
+        jobs = {name: scene.update(**how) for name, how in OURS.items()}
+        if peers:
+            jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
+        times = taken_in_turn(jobs, max(3, settings.rounds // 5), settings.device)
+        for name, each in times.items():
+            lines.setdefault(name, []).append(each.median)
+    sizes = list(scenes)
+    for name, line in lines.items():
+        axis.loglog(sizes, line, "o--" if name in PEERS else "o-", markersize=4, label=name)
+    axis.set(xlabel=label, ylabel="seconds per update")
+    logs = np.log(sizes)
+    return {name: float(np.polyfit(logs, np.log(line), 1)[0]) for name, line in lines.items()}
+
+
+def sweeps(settings: Settings) -> str:
+    """Draw cost against batch size, parameters and iterations; return the table of slopes."""
+    torch.manual_seed(0)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    device = settings.device
+    batches = [256, 1024, 4096, 16384, 65536, settings.largest_batch]
+    widths = [64, 128, 256, 512, 1024, settings.largest_hidden]
+    by_samples = {size: Scene(64, size, device) for size in batches}
+    by_width = [Scene(width, 512, device) for width in widths]
+    by_parameters = {sum(p.numel() for p in scene.parameters): scene for scene in by_width}
+    by_iterations = {n: Scene(64, 4096, device, iterations=n) for n in (5, 10, 20, 40)}
+    slopes = {
+        "samples": sweep(settings, axes[0], "samples (17–64–64–6)", by_samples),
+        "parameters": sweep(settings, axes[1], "parameters (512 samples)", by_parameters),
+        "iterations": sweep(settings, axes[2], "iterations (4096 samples)", by_iterations),
+    }
+    axes[0].legend(fontsize=8)
+    settings.folder.mkdir(exist_ok=True)
+    figure.savefig(settings.folder / "speed.png", dpi=120)
+    names = [*OURS, *PEERS]
+    rows = [["time grows with", *names]]
+    rows += [[size, *(f"{each[name]:.2f}" for name in names)] for size, each in slopes.items()]
+    return table(*rows)
+
+
+def main(settings: Settings) -> None:
+    """Write the page and its picture."""
+    torch.set_num_threads(settings.threads)
+    where = f"{platform.processor() or platform.machine()}, {settings.threads} threads"
+    if settings.device != "cpu":
+        where = torch.get_device_module(settings.device).get_device_name()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sb3-contrib", "tianshou"))
+    page = PAGE.format(
+        where=where,
+        versions=versions,
+        rounds=settings.rounds,
+        in_gradients=in_gradients(settings),
+        beside_peers=beside_peers(settings, defaults=False),
+        at_defaults=beside_peers(settings, defaults=True),
+        memory=memory(settings),
+        slopes=sweeps(settings),
+    )
+    (settings.folder / "speed.md").write_text(page)
+    print(page)
+
+
+PAGE = """# What a step costs
+
+Written by `make bench` on {where} ({versions}). Every figure is a ratio of medians over {rounds}
+rounds in which the jobs take turns within one process; in brackets the quartiles of the rounds'
+own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6 actions;
+the third value is the closure's distribution.
+
+## In gradients
+
+The unit is one evaluation of the closure with the gradient of its loss.
+
+{in_gradients}
+
+## Beside other libraries
+
+How many times faster an update of ten products is, 17–64–64–6, critics switched off, all with the
+same radius and damping in joint KL (a peer that averages the KL over action dimensions is given a
+sixth of each).
+
+{beside_peers}
+
+At both sides' defaults (sb3-contrib: 15 iterations, its damping 0.1), the radius the same:
+
+{at_defaults}
+
+## Memory
+
+What one update of ten products allocates at its peak, 17–64–64–6, 20 480 samples.
+
+{memory}
+
+## Against size
+
+![Seconds per update against samples, parameters and iterations](speed.png)
+
+The power of each size with which the time grows, fitted over the picture's points (1 is linear):
+
+{slopes}
+"""
 
 
 if __name__ == "__main__":

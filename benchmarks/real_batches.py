@@ -1,0 +1,195 @@
+"""Batches of real policies, with which to study how good one trust-region step is.
+
+    PYTHONPATH=examples python benchmarks/real_batches.py
+
+Training as in examples/train.py, with its defaults, is stopped early; what the policy of that
+moment then sees and does goes into a pool, large enough to take a step on some of its rollouts and
+to judge that step on all the others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from unittest.mock import patch
+
+import gymnasium as gym
+import torch
+import train
+import tyro
+from torch import Tensor
+
+ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1")
+UPDATES = (0, 20, 100)
+ROLLOUTS = 32
+
+
+@dataclass(frozen=True)
+class RealBatch:
+    """Rows that one policy collected."""
+
+    observations: Tensor  # (N, D), normalised as in training
+    actions: Tensor  # (N,) or (N, A)
+    advantages: Tensor  # (N,), of mean 0 and standard deviation 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What one policy saw and did: R consecutive rollouts of T environment steps each.
+
+    The rows of a rollout go by time, and at each time over the environments side by side.
+    """
+
+    env_id: str
+    updates: int  # of the policy, before the pool was collected
+    policy: train.Policy  # the one that acted: deepcopy it before you take a step
+    observations: Tensor  # (R, T, D), normalised by the statistics of training
+    actions: Tensor  # (R, T) or (R, T, A)
+    advantages: Tensor  # (R, T), as GAE gives them
+    returns: Tensor  # (E,), of the episodes that ended in the pool
+
+    def split(self, own: Sequence[int]) -> tuple[RealBatch, RealBatch]:
+        """Divide the pool into a batch to take a step on and one to judge the step on.
+
+        Args:
+            own: The numbers of the rollouts of the first batch, each once. Neighbours share
+                episodes. Where all episodes are of one length (HalfCheetah, a solved CartPole), a
+                rollout sees one phase of them and evenly spaced ones the same: draw at random.
+
+        Returns:
+            The named rollouts as one batch and all others as another, the advantages of each
+            normalised over its own rows.
+
+        Raises:
+            ValueError: If a number names no rollout or comes twice, or a batch would be empty.
+        """
+        count, named = len(self.advantages), set(own)
+        if not named < set(range(count)) or not 0 < len(own) == len(named):
+            raise ValueError(
+                f"own must name some, but not all, of the rollouts 0 to {count - 1}, each once; "
+                f"got {list(own)}."
+            )
+        return self._batch(own), self._batch([each for each in range(count) if each not in named])
+
+    def _batch(self, rollouts: Sequence[int]) -> RealBatch:
+        rows = torch.tensor(rollouts)
+        advantages = self.advantages[rows].flatten()
+        return RealBatch(
+            observations=self.observations[rows].flatten(0, 1),
+            actions=self.actions[rows].flatten(0, 1),
+            advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8),
+        )
+
+
+def make(env_id: str, updates: int) -> Pool:
+    """Train a policy and collect its pool, the same bits each time (torch on one thread).
+
+    The first rollout is the very batch that training would have gone on with. Training counts a
+    batch's returns before it scales the batch's rewards; so the first rollout's count here, too,
+    and set one scale for the whole pool. Everything else is frozen before it.
+
+    Args:
+        env_id: The Gymnasium environment.
+        updates: After how many updates to stop.
+
+    Returns:
+        The pool.
+    """
+    run = train.new_run(train.Args(env_id=env_id))
+    batches = train.rollouts(run)
+    for batch in islice(batches, updates):
+        advantage, target = train.advantages(run, batch)
+        train.update_policy(run, batch, advantage)
+        train.fit_critic(run, batch, target)
+        run.observation_stats.update(batch.raw_observations)
+        run.update += 1
+    before = len(run.episodes)
+    rollouts = [next(batches)]
+    with patch.object(run.return_stats, "update"):
+        rollouts.extend(islice(batches, ROLLOUTS - 1))
+    run.envs.close()
+    return Pool(
+        env_id=env_id,
+        updates=updates,
+        policy=run.policy,
+        observations=torch.stack([each.observations.flatten(0, 1) for each in rollouts]),
+        actions=torch.stack([each.actions.flatten(0, 1) for each in rollouts]),
+        advantages=torch.stack([train.advantages(run, each)[0].flatten() for each in rollouts]),
+        returns=torch.tensor([value for _, value in run.episodes[before:]]),
+    )
+
+
+def save(pool: Pool, path: Path) -> None:
+    """Write a pool so that whatever happens, there is a whole file or none."""
+    names = ("observations", "actions", "advantages", "returns")
+    content = {name: getattr(pool, name) for name in names} | {"policy": pool.policy.state_dict()}
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    with half.open("wb") as file:  # torch.save writes a path's name into the file
+        torch.save(content, file)
+    half.replace(path)
+
+
+def load(path: Path, env_id: str, updates: int) -> Pool:
+    """Return a saved pool."""
+    content = torch.load(path, weights_only=True)
+    weights = content.pop("policy")
+    outputs = len(weights["network.4.bias"])
+    box = gym.spaces.Box(-math.inf, math.inf, (outputs,))
+    space = box if "log_std" in weights else gym.spaces.Discrete(outputs)
+    policy = train.Policy(content["observations"].shape[-1], space, train.Args())
+    policy.load_state_dict(weights)
+    return Pool(env_id=env_id, updates=updates, policy=policy, **content)
+
+
+def pools(folder: Path) -> list[Pool]:
+    """Return the pools of all environments and numbers of updates, in this order.
+
+    Torch's random state and number of threads are afterwards what they were.
+
+    Args:
+        folder: Where the pools are kept. Those that are missing are made, which takes minutes;
+            those that are there are taken as they are, even if training has changed since.
+
+    Returns:
+        The pools.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result, threads = [], torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(train.Args.threads)
+        try:
+            for env_id, updates in product(ENVIRONMENTS, UPDATES):
+                path = folder / f"{env_id}__{updates}.pt"
+                if not path.exists():
+                    save(make(env_id, updates), path)
+                result.append(load(path, env_id, updates))
+        finally:
+            torch.set_num_threads(threads)
+    return result
+
+
+def main(folder: Path = Path("runs/pools")) -> None:
+    """Make the pools that are missing and print a table of all.
+
+    Args:
+        folder: Where the pools are kept.
+    """
+    columns = ["environment", "updates", "samples", "episodes", "mean return"]
+    columns += ["std of advantages", "entropy", "mean log std"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for pool in pools(folder):
+        entropy = pool.policy(pool.observations.flatten(0, 1)).entropy().mean()
+        log_std = "" if pool.policy.discrete else f"{pool.policy.log_std.mean():.3f}"
+        print(
+            f"| {pool.env_id} | {pool.updates} | {pool.advantages.numel()} | {len(pool.returns)} "
+            f"| {pool.returns.mean():.1f} | {pool.advantages.std():.3f} | {entropy:.3f} "
+            f"| {log_std} |"
+        )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

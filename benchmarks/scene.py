@@ -1,0 +1,125 @@
+"""One policy and one batch, and the updates of every library on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peers import Peer, PeerBatch
+from timing import Job
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+from trpo_optim import TrustRegionOptimizer
+from trpo_optim.closure import Closure, Objective
+from trpo_optim.curvature import second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.transaction import Transaction
+
+OBSERVATIONS, ACTIONS = 17, 6  # HalfCheetah's
+RADIUS, DAMPING, ITERATIONS = 0.01, 0.1, 10
+
+
+class Policy(nn.Module):
+    """A Gaussian MLP of two hidden tanh layers."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(OBSERVATIONS, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, ACTIONS),
+        )
+        self.log_std = nn.Parameter(torch.zeros(ACTIONS))
+
+    def forward(self, observation: Tensor) -> Distribution:
+        """Return the distribution over actions."""
+        return Independent(Normal(self.network(observation), self.log_std.exp()), 1)
+
+
+@dataclass
+class Scene:
+    """A policy, a batch, and the jobs on them."""
+
+    hidden: int
+    samples: int
+    device: str = "cpu"
+    iterations: int = ITERATIONS
+    policy: Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Draw the batch."""
+        torch.manual_seed(0)
+        self.policy = Policy(self.hidden).to(self.device)
+        self.observations = torch.randn(self.samples, OBSERVATIONS, device=self.device)
+        with torch.no_grad():
+            dist = self.policy(self.observations)
+            self.actions = dist.sample()
+            self.old_log_prob = dist.log_prob(self.actions)
+        advantages = torch.randn(self.samples, device=self.device) + self.actions[:, 0]
+        self.advantages = (advantages - advantages.mean()) / advantages.std()
+        self.parameters = list(self.policy.parameters())
+        self._start = [parameter.detach().clone() for parameter in self.parameters]
+
+    def closure(self, rows: slice = slice(None), *, third: bool) -> Closure:
+        """Return the closure on some of the samples."""
+        observations, actions = self.observations[rows], self.actions[rows]
+        with torch.no_grad():
+            old = self.policy(observations)
+
+        def closure() -> Any:
+            dist = self.policy(observations)
+            ratio = (dist.log_prob(actions) - self.old_log_prob[rows]).exp()
+            pair = -(ratio * self.advantages[rows]).mean(), kl_divergence(old, dist).mean()
+            return (*pair, dist) if third else pair
+
+        return closure
+
+    def reset(self) -> None:
+        """Put the starting weights back, in place."""
+        torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self._start)
+
+    def gradient(self) -> Job:
+        """Evaluate the closure and differentiate its loss: the unit of all costs."""
+        closure = self.closure(third=True)
+        return Job(lambda: torch.autograd.grad(closure()[0], self.parameters), self.reset)
+
+    def update(
+        self, *, third: bool, share: float = 1.0, chunks: int = 1, defaults: bool = False
+    ) -> Job:
+        """Take one step; ``share`` of the batch gives the curvature."""
+        solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
+        optimizer = TrustRegionOptimizer(
+            self.parameters, max_kl=RADIUS, cg_iterations=self.iterations, **solver
+        )
+        size = self.samples // chunks
+        parts = [slice(size * index, size * (index + 1)) for index in range(chunks)]
+        closures = [self.closure(rows, third=third) for rows in parts]
+        part = None
+        if share < 1:
+            part = self.closure(slice(0, int(share * self.samples)), third=third)
+        whole = closures if chunks > 1 else closures[0]
+        return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
+
+    def product(self, *, third: bool) -> Job:
+        """Multiply one vector by the Fisher matrix."""
+        self.reset()
+        vector = ParameterVector(self.parameters)
+        closure = self.closure(third=third)
+        model = second_order(Objective(closure, vector, Transaction(vector)))
+        return Job(lambda: model.product(model.gradient))
+
+    def peer(self, kind: type[Peer], *, defaults: bool = False) -> Job:
+        """Take one step by another library, from the same point on the same batch."""
+        batch = PeerBatch(self.observations, self.actions, self.advantages, self.old_log_prob)
+        peer = kind(
+            self.policy,
+            batch,
+            max_kl=RADIUS,
+            damping=None if defaults else DAMPING,
+            cg_iterations=None if defaults else self.iterations,
+        )
+        return Job(peer.update, peer.reset)
