@@ -18,6 +18,8 @@ from trpo_optim.line_search import Prediction, Search, Trial, backtrack, whole_s
 
 DELTA = 0.01
 ABOVE = math.nextafter(DELTA, 1.0)
+PREDICTED = 0.97 * DELTA  # the most that does not shorten the first trial
+FULL = Trial(loss=-1.0, kl=0.95 * DELTA, improvement=1.0)
 GOOD = Trial(loss=-1.0, kl=0.5 * DELTA, improvement=1.0)
 AT_RADIUS = Trial(loss=-1.0, kl=DELTA, improvement=1.0)
 BEYOND = Trial(loss=-1.0, kl=2 * DELTA, improvement=1.0)
@@ -38,7 +40,7 @@ def search(
     attempt: Callable[[float], Trial],
     *,
     promised: float = 1.0,
-    predicted_kl: float = DELTA,
+    predicted_kl: float = PREDICTED,
     **changes: Any,
 ) -> tuple[Search, list[float]]:
     """A backtracking search, and the scales that it tried."""
@@ -77,9 +79,58 @@ def test_whole_step_refuses_what_is_not_finite(place: str, value: float) -> None
 
 
 def test_a_good_full_step_is_taken_after_one_trial() -> None:
-    result, scales = search(scripted([GOOD]))
-    assert result == Search(Outcome.ACCEPTED, GOOD, 1.0, 0)
+    result, scales = search(scripted([FULL]))
+    assert result == Search(Outcome.ACCEPTED, FULL, 1.0, 0)
     assert scales == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "first"), [(0.0, 1.0), (0.25, 1.0), (0.97, 1.0), (1.0, 0.97), (4.0, 0.97 / 4)]
+)
+def test_the_first_trial_aims_just_inside_the_radius_by_the_model(
+    predicted: float, first: float
+) -> None:
+    _, scales = search(scripted([AT_RADIUS]), predicted_kl=predicted * DELTA)
+    assert scales == [pytest.approx(math.sqrt(first))]
+
+
+def test_a_first_trial_far_inside_the_radius_is_lengthened_by_what_it_measured() -> None:
+    result, scales = search(improving(lambda t: 0.7 * DELTA * t**2), predicted_kl=DELTA)
+    assert result.outcome is Outcome.ACCEPTED
+    assert scales == [pytest.approx(math.sqrt(0.97)), pytest.approx(math.sqrt(1.4))]
+    assert result.trial.kl == pytest.approx(0.98 * DELTA)
+
+
+def test_a_first_trial_is_lengthened_once_and_at_most_to_twice_its_length() -> None:
+    result, scales = search(improving(lambda t: 1e-3 * DELTA * t**2))
+    assert scales == [1.0, 2.0]
+    assert (result.outcome, result.scale) == (Outcome.ACCEPTED, 2.0)
+
+
+def test_a_kl_that_stays_at_zero_is_no_reason_to_go_on() -> None:
+    result, scales = search(improving(lambda _: 0.0))
+    assert (result.outcome, scales) == (Outcome.ACCEPTED, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25])
+def test_what_lr_asks_for_is_not_lengthened_to_the_radius(share: float) -> None:
+    result, scales = search(improving(lambda t: share * DELTA * t**2), predicted_kl=share * DELTA)
+    assert (result.outcome, scales) == (Outcome.ACCEPTED, [1.0])
+
+
+@pytest.mark.parametrize("second", [WORSE, FEEBLE, Trial(-1.0, 0.95 * DELTA, 0.9)])
+def test_where_going_further_does_not_improve_more_the_first_trial_is_taken(
+    second: Trial,
+) -> None:
+    result, scales = search(scripted([GOOD, second]))
+    assert result == Search(Outcome.ACCEPTED, GOOD, 1.0, 1)
+    assert scales[1] > 1
+
+
+def test_where_going_further_leaves_the_radius_the_next_trial_lies_between() -> None:
+    result, scales = search(scripted([GOOD, BEYOND, AT_RADIUS]))
+    assert result == Search(Outcome.ACCEPTED, AT_RADIUS, scales[2], 2)
+    assert scales[0] < scales[2] < scales[1]
 
 
 @pytest.mark.parametrize("earlier", [[], [BEYOND], [WORSE], [BEYOND, WORSE], [WORSE, BEYOND]])
@@ -120,9 +171,9 @@ def test_an_overshoot_is_shortened_to_just_below_the_radius_by_what_it_measured(
         backtrack_ratio=backtrack_ratio,
     )
     assert result.outcome is Outcome.ACCEPTED
-    assert 2 <= len(scales) <= trials
+    assert len(scales) <= trials
     assert 0.9 * DELTA <= result.trial.kl <= DELTA
-    if (kl, predicted, trials) in EXACT:
+    if (kl, predicted, trials) in EXACT and len(scales) > 1:
         assert result.trial.kl == pytest.approx(0.98 * DELTA)
 
 
@@ -146,7 +197,7 @@ def test_a_huge_kl_that_never_falls_ends_the_search_by_at_most_hundredfold_cuts(
     assert cuts[-1] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("earlier", [[], [WORSE], [BEYOND, WORSE]])
+@pytest.mark.parametrize("earlier", [[WORSE], [BEYOND, WORSE]])
 def test_without_an_overshoot_just_before_a_low_kl_is_no_reason_to_aim_again(
     earlier: list[Trial],
 ) -> None:
@@ -156,10 +207,10 @@ def test_without_an_overshoot_just_before_a_low_kl_is_no_reason_to_aim_again(
 
 def test_after_an_overshoot_a_trial_below_nine_tenths_of_the_radius_is_aimed_again() -> None:
     enough = Trial(-1.0, 0.9 * DELTA, 1.0)
-    result, scales = search(scripted([BEYOND, enough]))
+    result, scales = search(scripted([BEYOND, enough]), predicted_kl=DELTA)
     assert result == Search(Outcome.ACCEPTED, enough, scales[1], 1)
     less = Trial(-1.0, math.nextafter(0.9 * DELTA, 0.0), 1.0)
-    result, scales = search(scripted([BEYOND, less, AT_RADIUS]))
+    result, scales = search(scripted([BEYOND, less, AT_RADIUS]), predicted_kl=DELTA)
     assert result == Search(Outcome.ACCEPTED, AT_RADIUS, scales[2], 2)
     assert scales[1] < scales[2] < scales[0]
 
@@ -324,7 +375,7 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
         improvement_ratio=improvement_ratio,
     )
     assert len(scales) == result.backtracks + 1 <= max_backtracks + 1
-    assert scales[0] == 1.0
+    assert scales[0] == min(1.0, math.sqrt(0.97 * DELTA / max(predicted_kl, 1e-9)))
     assert result.trial == attempt(result.scale)
     longest, good = math.inf, []
     for scale in scales:
@@ -336,7 +387,8 @@ def test_whatever_the_kl_an_accepted_trial_lies_within_the_radius_and_improves(
         else:
             longest = scale
     if result.outcome is Outcome.ACCEPTED:
-        assert result.scale == good[-1]
+        assert result.scale in good
+        assert result.trial.improvement == max(attempt(scale).improvement for scale in good)
         assert all(attempt(scale).kl < 0.9 * DELTA for scale in good[:-1])
     else:
         assert good == []

@@ -52,7 +52,7 @@ def test_trpo_goes_along_the_dense_solution_by_the_undamped_length(
 def test_natural_is_trpo_without_its_line_search(make: Callable[[], Problem]) -> None:
     problem = make()
     x, fisher = dense_direction(problem, 0.1)
-    move, report = taken(problem, mode="natural", max_kl=0.5, **EXACT)
+    move, report = taken(problem, mode="natural", max_kl=0.5, damping=0.1, **EXACT)
     expected = math.sqrt(2 * 0.5 / float(x @ fisher @ x)) * x
     torch.testing.assert_close(move, expected, rtol=1e-6, atol=1e-12)
     assert report.step_scale == 1
@@ -65,7 +65,7 @@ def test_natural_without_a_radius_takes_lr_times_the_direction(
 ) -> None:
     problem = make()
     x, _ = dense_direction(problem, 0.1)
-    move, _ = taken(problem, mode="natural", max_kl=None, lr=0.3, **EXACT)
+    move, _ = taken(problem, mode="natural", max_kl=None, lr=0.3, damping=0.1, **EXACT)
     torch.testing.assert_close(move, 0.3 * x, rtol=1e-6, atol=1e-12)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Ending", "Solution", "conjugate_gradient"]
+__all__ = ["RELATIVE_DAMPING", "Ending", "Solution", "conjugate_gradient"]
 
 
 class Ending(enum.Enum):
@@ -33,6 +33,7 @@ class Solution:
         products: Products with F that were made.
         residual: ‖b − (F + λI)x‖ / ‖b‖.
         curvature: xᵀFx, undamped.
+        damping: λ.
     """
 
     x: Tensor
@@ -41,29 +42,35 @@ class Solution:
     products: int
     residual: float
     curvature: float
+    damping: float
+
+
+RELATIVE_DAMPING = 0.04
+"""λ over the mean of qᵀFq, where λ is left to the solve; chosen in docs/step-quality.md."""
 
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor],
     b: Tensor,
     *,
-    damping: float,
+    damping: float | None,
     iterations: int,
     tolerance: float,
 ) -> Solution:
     """Solve (F + λI) x = b from x = 0.
 
-    Differs from the textbook in three ways. Residuals are kept, and each new one is made orthogonal
-    to them all: in single precision they else lose that within a few iterations, and rounding grows
-    by four orders of magnitude on its way into x. Fx is carried along with x, so that xᵀFx comes
-    without another product and without the cancellation of xᵀ(F + λI)x − λ‖x‖². And an update that
-    the curvature or its finiteness forbids is thrown away. One transfer to the host per iteration.
+    This is the Lanczos form of the method: an orthonormal basis q of b, Fb, F²b, … and the small
+    tridiagonal matrix T = qᵀFq, from which the iterates of the textbook's recurrences follow. Kept
+    orthogonal, the basis lets no rounding grow: in single precision the recurrences raise it by
+    four orders of magnitude within ten iterations. The basis does not depend on λ, so that λ can be
+    chosen by T; and xᵀFx needs neither another product nor a cancelling difference. One transfer to
+    the host per iteration; memory for ``iterations`` vectors.
 
     Args:
         product: v ↦ Fv for vectors of shape (n,), F symmetric; called once per iteration.
         b: The right-hand side, shape (n,), of a length whose square neither under- nor overflows;
             not modified.
-        damping: λ ≥ 0.
+        damping: λ ≥ 0. None: ``RELATIVE_DAMPING`` times the mean of qᵀFq over the basis.
         iterations: Most iterations, at least 1.
         tolerance: Stop once ‖b − (F + λI)x‖ ≤ tolerance · ‖b‖.
 
@@ -71,47 +78,108 @@ def conjugate_gradient(
         The solution and how it ended.
 
     Source:
-        Hestenes & Stiefel (1952); Schulman et al. (2015), appendix C; Golub & Van Loan, "Matrix
-        Computations" (2013), section 10.3, for reorthogonalisation.
+        Hestenes & Stiefel (1952); Paige & Saunders, "Solution of sparse indefinite systems of
+        linear equations" (1975), for the Lanczos form; Schulman et al. (2015), appendix C.
     """
-    x, fx = torch.zeros_like(b), torch.zeros_like(b)
-    residual = direction = b
-    squared = b.dot(b)
-    initial = current = float(squared)
-    basis = b.new_empty(min(iterations, len(b)), len(b))  # the residuals so far, at unit length
-    done = products = 0
-    ending = Ending.ITERATION_LIMIT if current != 0 else Ending.CONVERGED
-    while ending is Ending.ITERATION_LIMIT and done < iterations:
-        f_direction = product(direction)
+    length = float(b.norm())
+    basis = b.new_empty(min(iterations, len(b)), len(b))
+    small = _Tridiagonal([], [])
+    best = _Iterate([], 1.0 if math.isfinite(length) else math.nan, damping or 0.0)
+    products = 0
+    ending = Ending.ITERATION_LIMIT
+    if length == 0:
+        best, ending = replace(best, residual=0.0), Ending.CONVERGED
+    elif not math.isfinite(length):
+        ending = Ending.NON_FINITE
+    rest, rest_length = b, length
+    while ending is Ending.ITERATION_LIMIT and products < iterations:
+        torch.div(rest, rest_length, out=basis[products])
+        known = basis[: products + 1]
+        image = product(basis[products])
         products += 1
-        damped = f_direction.add(direction, alpha=damping)
-        curvature = direction.dot(damped)
-        alpha = squared / curvature
-        if done < len(basis):
-            torch.mul(residual, squared.rsqrt(), out=basis[done])
-        next_residual = residual.addcmul(damped, alpha, value=-1)
-        earlier = basis[: done + 1]
-        next_residual -= earlier.T @ (earlier @ next_residual)
-        next_squared = next_residual.dot(next_residual)
-        bend, following = torch.stack([curvature, next_squared]).tolist()
-        if not math.isfinite(bend):
+        bend, rest, rest_length = _beyond(known, image)
+        if not (math.isfinite(bend) and math.isfinite(rest_length)):
             ending = Ending.NON_FINITE
-        elif bend <= 0:
+            break
+        small = small.extended(bend, rest_length)
+        iterate = small.solved(damping)
+        if iterate is None:
             ending = Ending.NON_POSITIVE_CURVATURE
-        elif not math.isfinite(following):
-            ending = Ending.NON_FINITE
-        else:
-            x, fx = x.addcmul(direction, alpha), fx.addcmul(f_direction, alpha)
-            direction = next_residual.addcmul(direction, next_squared / squared)
-            residual, squared, current = next_residual, next_squared, following
-            done += 1
-            if math.sqrt(current) <= tolerance * math.sqrt(initial):
-                ending = Ending.CONVERGED
+            break
+        best = iterate
+        exhausted = rest_length <= torch.finfo(b.dtype).eps * abs(bend) or products == len(b)
+        if best.residual <= tolerance or exhausted:
+            ending = Ending.CONVERGED
+    done = len(best.y)
+    y = [length * each for each in best.y]
     return Solution(
-        x=x,
+        x=_combined(basis[:done], y),
         ending=ending,
         iterations=done,
         products=products,
-        residual=math.sqrt(current / initial) if initial else 0.0,
-        curvature=float(x.dot(fx)),
+        residual=best.residual,
+        curvature=small.bend_along(y),
+        damping=best.damping,
     )
+
+
+def _beyond(basis: Tensor, image: Tensor) -> tuple[float, Tensor, float]:
+    """Return a product's component along the last of a basis, what lies beyond all, its length."""
+    with torch.autocast(basis.device.type, enabled=False):
+        components = basis @ image
+        rest = image - basis.T @ components
+        rest -= basis.T @ (basis @ rest)  # what rounding left of the components
+        bend, length = torch.stack([components[-1], rest.norm()]).tolist()
+    return bend, rest, length
+
+
+def _combined(basis: Tensor, y: list[float]) -> Tensor:
+    with torch.autocast(basis.device.type, enabled=False):
+        return basis.T @ basis.new_tensor(y)
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    """y with (T + λI) y = e₁, the residual ‖b − (F + λI)x‖ / ‖b‖ of x = ‖b‖ qy, and λ."""
+
+    y: list[float]
+    residual: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class _Tridiagonal:
+    """T = qᵀFq, and beneath it the length of what the last product adds to the basis."""
+
+    diagonal: list[float]
+    below: list[float]
+
+    def extended(self, diagonal: float, below: float) -> _Tridiagonal:
+        """Return T with another row and column."""
+        return _Tridiagonal([*self.diagonal, diagonal], [*self.below, below])
+
+    def solved(self, damping: float | None) -> _Iterate | None:
+        """Solve by LDLᵀ; None where T + λI is not positive definite."""
+        if damping is None:
+            damping = RELATIVE_DAMPING * math.fsum(self.diagonal) / len(self.diagonal)
+        pivots: list[float] = []
+        z: list[float] = []
+        for index, entry in enumerate(self.diagonal):
+            above = self.below[index - 1] if index else 0.0
+            factor = above / pivots[-1] if index else 0.0
+            pivots.append(entry + damping - factor * above)
+            z.append(-factor * z[-1] if index else 1.0)
+            if not pivots[-1] > 0:
+                return None
+        y: list[float] = []
+        for index in reversed(range(len(z))):
+            after = self.below[index] / pivots[index] * y[-1] if y else 0.0
+            y.append(z[index] / pivots[index] - after)
+        return _Iterate(y[::-1], self.below[-1] * abs(y[0]), damping)
+
+    def bend_along(self, y: list[float]) -> float:
+        """Return yᵀTy for the leading block of y's size."""
+        size = len(y)
+        own = math.fsum(t * each * each for t, each in zip(self.diagonal, y, strict=False))
+        cross = math.fsum(self.below[i] * y[i] * y[i + 1] for i in range(size - 1))
+        return own + 2 * cross

@@ -31,7 +31,7 @@ class Hyperparameters:
     max_kl: float | None
     max_norm: float | None
     lr: float
-    damping: float
+    damping: float | None
     cg_iterations: int
     cg_tolerance: float
     backtrack_ratio: float
@@ -105,7 +105,11 @@ _BOUNDS = {
         lambda value: value >= 0,
         "a finite Python number of at least 0 (1.0 takes the whole step)",
     ),
-    "damping": _Bound(lambda value: value >= 0, "a finite number of at least 0"),
+    "damping": _Bound(
+        lambda value: value >= 0,
+        "a finite number of at least 0, or None for a share of the curvature that the solve meets",
+        optional=True,
+    ),
     "cg_iterations": _Bound(lambda value: value >= 1, "a whole number of at least 1", whole=True),
     "cg_tolerance": _Bound(
         lambda value: 0 <= value < 1,

@@ -11,8 +11,12 @@ from trpo_optim.report import Outcome
 
 __all__ = ["Prediction", "Search", "Trial", "backtrack", "whole_step"]
 
-_TARGET, _ENOUGH = 0.98, 0.9
-"""Shares of the radius: where a shortened step aims, and from where on it is not aimed again."""
+_FIRST, _TARGET, _ENOUGH = 0.97, 0.98, 0.9
+"""Shares of the radius: where the first trial aims by the model, where a further one aims by what
+was measured, and from where on no other is made. See docs/step-quality.md."""
+
+_MOST_GROWTH = 2.0
+"""How many times the first trial may be lengthened."""
 
 _Point = tuple[float, float]
 """A share of the step, and the KL measured there."""
@@ -72,12 +76,13 @@ def whole_step(
 def backtrack(
     attempt: Callable[[float], Trial], prediction: Prediction, settings: Hyperparameters
 ) -> Search:
-    """Shorten the step until KL ≤ δ and the improvement is a fair share of the predicted one.
+    """Fit the step's length until KL ≤ δ and the improvement is a fair share of the predicted one.
 
-    A trial beyond the radius is followed by one that aims just inside it, by the KLs measured so
-    far, and if that falls far short, by one between the two. A trial that improves too little is
-    shortened by ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next
-    to such a point is not a safe one.
+    The first trial aims just inside the radius, by the local model. One beyond the radius is
+    followed by one that aims just inside it by the KLs measured so far, and if that falls far
+    short, by one between the two. A first trial that falls far short is lengthened once. A trial
+    that improves too little is shortened by ``backtrack_ratio``. A trial that is NaN or infinite
+    ends the search: a step next to such a point is not a safe one.
 
     Args:
         attempt: From a share of the step to the trial there.
@@ -92,7 +97,9 @@ def backtrack(
         Schulman et al. (2015), appendix C, step 3.
     """
     radius = float("inf") if settings.max_kl is None else settings.max_kl
-    scale = 1.0
+    aim = min(radius, prediction.kl)  # less than the radius where lr < 1 asks for less
+    first = _FIRST * radius
+    scale = math.sqrt(first / prediction.kl) if prediction.kl > first else 1.0
     known: _Point | None = None  # the other measured point of the bracket
     beyond: _Point | None = None  # the last point beyond the radius
     short: Search | None = None  # acceptable, but with much of the radius left
@@ -109,16 +116,20 @@ def backtrack(
         elif trial.improvement <= 0 or trial.improvement < promised:
             last = replace(accepted, outcome=Outcome.NO_IMPROVEMENT)
             beyond = None
-        elif beyond is None or trial.kl >= _ENOUGH * radius:
+        elif short is not None and trial.improvement < short.trial.improvement:
+            break
+        elif trial.kl >= _ENOUGH * aim or (beyond is None and backtracks > 0):
             return accepted
         else:
             short = accepted
             known = (scale, trial.kl)
         if beyond is not None:
             scale = beyond[0] * _share(_TARGET * radius, prediction.kl, known, beyond)
+        elif backtracks == 0 and short is not None:
+            scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * aim / max(trial.kl, 1e-300)))
         else:
             scale *= settings.backtrack_ratio
-        if short is not None and (beyond is None or scale <= short.scale):
+        if short is not None and scale <= short.scale:
             break
     return last if short is None else replace(short, backtracks=backtracks)
 

@@ -28,6 +28,7 @@ class Direction:
         iterations: Iterations of conjugate gradient behind it.
         products: Fisher-vector products behind it.
         residual: The solve's relative residual.
+        damping: λ.
         flaw: Why no step can follow it, or None.
     """
 
@@ -36,6 +37,7 @@ class Direction:
     iterations: int = 0
     products: int = 0
     residual: float = float("nan")
+    damping: float = float("nan")
     flaw: Outcome | None = None
 
 
@@ -78,6 +80,7 @@ def natural_direction(model: LocalModel, unit: Tensor, settings: Hyperparameters
         iterations=solution.iterations,
         products=solution.products,
         residual=solution.residual,
+        damping=solution.damping,
         flaw=flaw,
     )
 

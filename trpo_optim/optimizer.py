@@ -48,7 +48,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             None, with mode ``"natural"`` alone: no radius, the fixed rate ``lr``.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
         lr: Multiplies the step; what learning-rate schedulers move.
-        damping: λ ≥ 0 in (F + λI) x = g.
+        damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
+            basis q of the directions that the solve goes through.
         cg_iterations: Most Fisher-vector products in one solve.
         cg_tolerance: Stop the solve at ‖residual‖ ≤ ``cg_tolerance`` · ‖g‖.
         backtrack_ratio: What a trial that improves too little multiplies the step by. One beyond
@@ -78,7 +79,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_kl: float | None = 0.01,
         max_norm: float | None = None,
         lr: float = 1.0,
-        damping: float = 0.1,
+        damping: float | None = None,
         cg_iterations: int = 10,
         cg_tolerance: float = 1e-4,
         backtrack_ratio: float = 0.5,

@@ -92,6 +92,7 @@ class StepReport:
         curvature: xᵀFx, with x the (unscaled) direction and F undamped.
         cg_iterations: Iterations of conjugate gradient behind the direction.
         cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at its end.
+        damping: λ of the solve: the hyperparameter, or what stood in for None.
         backtracks: How many further trials the line search made after the first.
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
@@ -118,6 +119,7 @@ class StepReport:
     curvature: float = _NAN
     cg_iterations: int = 0
     cg_residual: float = _NAN
+    damping: float = _NAN
     backtracks: int = 0
     trial_loss: float = _NAN
     trial_kl: float = _NAN

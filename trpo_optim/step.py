@@ -51,6 +51,7 @@ def take_step(
         "curvature": gradient_norm * gradient_norm * direction.curvature,
         "cg_iterations": direction.iterations,
         "cg_residual": direction.residual,
+        "damping": direction.damping,
         "fisher_products": direction.products,
     }
     if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
