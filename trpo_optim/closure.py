@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -109,15 +109,18 @@ class Objective:
     def _watched(self, twins: dict[int, Tensor]) -> Values:
         watch = Watch(self._transaction, self.vector.parameters, twins)
         try:
-            with _eager(), watch:
-                return self._evaluate()
+            return self._evaluate(_eager(), watch)
         finally:
             watch.remove()
 
-    def _evaluate(self) -> Values:
+    def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
         self.evaluations += 1
         try:
-            values = checked_values(self._closure())
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                returned = self._closure()
+            values = checked_values(returned)
         except RuntimeError as error:
             if _passed_through_backward(error):
                 raise TrustRegionError(BACKWARD_CALLED) from error

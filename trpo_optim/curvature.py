@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ __all__ = ["LocalModel", "Product", "first_order", "second_order"]
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""
 
-Made = tuple[Sequence["Tensor | None"] | None, Product]
-"""What an engine gives: the gradient of the loss by parameters, if it is wanted, and products."""
+Made = tuple["Tensor | None", Product]
+"""What an engine gives: the gradient of the loss, if it is wanted, and products."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def first_order(objective: Objective) -> LocalModel:
     started = now()
     values = objective.with_graph()
     require_attached((values.loss, values.kl), parameters, started)
-    made = _slopes(values.loss, parameters), _no_product
-    return _model(objective.vector, values, made, "autograd")
+    gradient = _slope(values.loss, objective.vector)
+    return _model(values, (gradient, _no_product), "autograd")
 
 
 def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
@@ -95,7 +95,7 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
     if values.third is not None:
         made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
-            return _model(vector, values, made, "Gauss-Newton")
+            return _model(values, made, "Gauss-Newton")
         fallback = made
     engine = "double backward"
     made = _by_double_backward(loss, values.kl, vector)
@@ -114,40 +114,29 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
                 "Replace the operation that they name by one with second derivatives, or use "
                 "mode='vanilla', which needs first derivatives alone."
             )
-    return _model(vector, values, made, engine, fallback)
+    return _model(values, made, engine, fallback)
 
 
 def _by_double_backward(loss: Tensor | None, kl: Tensor, vector: ParameterVector) -> Made | str:
     """Differentiate by backward through a retained backward, or return why that cannot be."""
-    parameters = vector.parameters
     try:
-        slopes = None if loss is None else _slopes(loss, parameters, retain_graph=True)
-        kl_slopes = _slopes(kl, parameters, create_graph=True)
+        gradient = None if loss is None else _slope(loss, vector, retain_graph=True)
+        kl_slope = _slope(kl, vector, create_graph=True)
     except RuntimeError as error:
         return str(error)
-    if not have_second_derivatives(kl_slopes):
+    if not have_second_derivatives([kl_slope]):
         return "compiled modules have no second derivatives"
-    curved = {
-        index: slope
-        for index, slope in enumerate(kl_slopes)
-        if slope is not None and slope.requires_grad
-    }
 
     def product(direction: Tensor) -> Tensor:
-        pieces = vector.scatter(direction)
-        if not curved:
+        if not kl_slope.requires_grad:
             return torch.zeros_like(direction)
         return vector.gather(
             torch.autograd.grad(
-                list(curved.values()),
-                parameters,
-                [pieces[index] for index in curved],
-                retain_graph=True,
-                allow_unused=True,
+                kl_slope, vector.parameters, direction, retain_graph=True, allow_unused=True
             )
         )
 
-    return slopes, product
+    return gradient, product
 
 
 def _by_torch_func(objective: Objective, *, gradient: bool) -> Made | str:
@@ -190,24 +179,25 @@ def _by_torch_func(objective: Objective, *, gradient: bool) -> Made | str:
         with torch.no_grad():
             return objective.vector.gather(pull(tuple(objective.vector.scatter(direction))))
 
-    return slopes, product
+    return objective.vector.gather(slopes) if gradient else None, product
 
 
-def _slopes(
+def _slope(
     value: Tensor,
-    parameters: Sequence[Tensor],
+    vector: ParameterVector,
     *,
     retain_graph: bool = False,
     create_graph: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> Tensor:
     with torch.enable_grad():
-        return torch.autograd.grad(
+        slopes = torch.autograd.grad(
             value,
-            parameters,
+            vector.parameters,
             allow_unused=True,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
         )
+        return vector.gather(slopes)
 
 
 def _vjp(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -215,11 +205,9 @@ def _vjp(function: Callable[..., Any], *inputs: Tensor) -> Any:
     return torch.func.vjp(function, *inputs, has_aux=True)
 
 
-def _model(
-    vector: ParameterVector, values: Values, made: Made, engine: str, fallback: str = ""
-) -> LocalModel:
+def _model(values: Values, made: Made, engine: str, fallback: str = "") -> LocalModel:
     """Assemble the model, with a product whose refusal is an error that names the engine."""
-    slopes, product = made
+    gradient, product = made
 
     def named_product(direction: Tensor) -> Tensor:
         try:
@@ -236,7 +224,7 @@ def _model(
         loss=loss,
         kl=kl,
         kl_resolution=min(10 * torch.finfo(values.kl.dtype).eps, 1e-6),
-        gradient=torch.empty(0) if slopes is None else vector.gather(slopes),
+        gradient=torch.empty(0) if gradient is None else gradient,
         product=named_product,
         engine=engine,
         fallback=fallback,

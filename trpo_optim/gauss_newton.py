@@ -18,7 +18,7 @@ __all__ = ["gauss_newton"]
 
 def gauss_newton(
     loss: Tensor | None, kl: Tensor, third: Any, vector: ParameterVector
-) -> tuple[Sequence[Tensor | None] | None, Callable[[Tensor], Tensor]] | str:
+) -> tuple[Tensor | None, Callable[[Tensor], Tensor]] | str:
     """Return the gradient of the loss and the product with the KL's Fisher matrix.
 
     J v is the derivative, in u, of the reverse pass u ↦ Jᵀu, whose graph is made once. Made at
@@ -32,8 +32,8 @@ def gauss_newton(
         vector: The parameters.
 
     Returns:
-        The gradient by parameters, if wanted, and v ↦ Fv for vectors of shape (n,); or why the
-        third value does not serve.
+        The gradient, if wanted, and v ↦ Fv, for vectors of shape (n,); or why the third value does
+        not serve.
     """
     parameters = vector.parameters
     cut = find_cut(kl, third, parameters)
@@ -55,24 +55,19 @@ def gauss_newton(
             for slope, like in zip(slopes, outputs.templates, strict=True)
         ]
         with torch.enable_grad():
-            pulled = torch.autograd.grad(
+            pieces = torch.autograd.grad(
                 outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
             )
+            pulled = vector.gather(pieces)
     except RuntimeError as error:
         return str(error)
-    if not have_second_derivatives(pulled):
+    if not have_second_derivatives([pulled]):
         return "compiled modules have no second derivatives"
-    linear = {index: each for index, each in enumerate(pulled) if each is not None}
     edges, fisher = outputs.edges, outputs.product
 
     def product(direction: Tensor) -> Tensor:
-        pieces = vector.scatter(direction)
         tangents = torch.autograd.grad(
-            list(linear.values()),
-            cotangents,
-            [pieces[index] for index in linear],
-            retain_graph=True,
-            materialize_grads=True,
+            pulled, cotangents, direction, retain_graph=True, materialize_grads=True
         )
         return vector.gather(
             torch.autograd.grad(
@@ -80,8 +75,6 @@ def gauss_newton(
             )
         )
 
-    return None if loss is None else [_detached(each) for each in whole or pulled], product
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    if loss is None:
+        return None, product
+    return pulled.detach() if whole is None else vector.gather(whole), product

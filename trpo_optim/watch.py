@@ -85,7 +85,9 @@ class Watch(TorchFunctionMode):
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
         if not plain or is_functorch_wrapped_tensor(tensor):
             return False
-        candidates = self._storages.get(tensor.untyped_storage().data_ptr(), ())
+        candidates = self._storages.get(tensor.untyped_storage().data_ptr())
+        if candidates is None:
+            return False
         start, end = _span(tensor)
         return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
 
