@@ -105,8 +105,7 @@ class Scene:
         return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
 
     def product(self, *, third: bool) -> Job:
-        """Multiply one vector by the Fisher matrix."""
-        self.reset()
+        """Multiply one vector by the Fisher matrix; a reset would end its graph."""
         vector = ParameterVector(self.parameters)
         closure = self.closure(third=third)
         model = second_order(Objective(closure, vector, Transaction(vector)))

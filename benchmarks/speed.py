@@ -67,7 +67,7 @@ def in_gradients(settings: Settings) -> str:
         unit = {"gradient": scene.gradient()}
         jobs = {name: scene.update(**how) for name, how in OURS.items()}
         updates = taken_in_turn(unit | jobs, settings.rounds, settings.device)
-        # Resetting the weights would end the products' graphs.
+        scene.reset()
         unit = {"gradient": Job(scene.gradient().run)}
         jobs = {name: scene.product(third=third) for name, third in (("H", False), ("G", True))}
         products = taken_in_turn(unit | jobs, settings.rounds, settings.device)
@@ -235,4 +235,4 @@ The power of each size with which the time grows, fitted over the picture's poin
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(tyro.cli(Settings))
