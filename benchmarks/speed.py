@@ -99,19 +99,21 @@ def beside_peers(settings: Settings, *, defaults: bool) -> str:
 
 
 def memory(settings: Settings) -> str:
-    """Return the table of the memory that one update needs at its peak."""
+    """Return the table of the memory that one update needs at its peak, and of its time."""
     scene = Scene(64, 20480, settings.device)
     jobs = {"one gradient": scene.gradient()}
     jobs |= {f"update {name}": scene.update(**how) for name, how in OURS.items()}
     jobs["update with it, 8 micro-batches"] = scene.update(third=True, chunks=8)
     jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
-    rows = [["", "peak (MiB)", "gradients"]]
+    times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
+    rows = [["", "peak (MiB)", "in one gradient's", "time, in one gradient's"]]
     unit = 0
     for name, job in jobs.items():
         job.prepare()
         peak = peak_bytes(job.run, settings.device)
         unit = unit or peak
-        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}"])
+        slower = times[name].over(times["one gradient"])
+        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}", slower])
     return table(*rows)
 
 
