@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peers import Peer, PeerBatch
+from real_batches import Pool
 from timing import Job
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
@@ -42,25 +44,38 @@ class Policy(nn.Module):
 
 @dataclass
 class Scene:
-    """A policy, a batch, and the jobs on them."""
+    """A policy, a batch, and the jobs on them.
+
+    The batch is the first rows of a real policy's, or without one Gaussian noise.
+    """
 
     hidden: int
     samples: int
     device: str = "cpu"
     iterations: int = ITERATIONS
-    policy: Policy = field(init=False)
+    pool: Pool | None = None
+    policy: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        """Draw the batch."""
+        """Take or draw the batch."""
         torch.manual_seed(0)
-        self.policy = Policy(self.hidden).to(self.device)
-        self.observations = torch.randn(self.samples, OBSERVATIONS, device=self.device)
+        if self.pool is None:
+            self.policy = Policy(self.hidden)
+            observations = torch.randn(self.samples, OBSERVATIONS)
+            actions = self.policy(observations).sample()
+            advantages = torch.randn(self.samples) + actions[:, 0]
+        else:
+            self.policy = copy.deepcopy(self.pool.policy)
+            rows = (self.pool.observations, self.pool.actions, self.pool.advantages)
+            observations, actions, advantages = (
+                each.flatten(0, 1)[: self.samples] for each in rows
+            )
+        self.policy.to(self.device)
+        self.observations = observations.to(self.device)
+        self.actions = actions.to(self.device)
+        self.advantages = ((advantages - advantages.mean()) / advantages.std()).to(self.device)
         with torch.no_grad():
-            dist = self.policy(self.observations)
-            self.actions = dist.sample()
-            self.old_log_prob = dist.log_prob(self.actions)
-        advantages = torch.randn(self.samples, device=self.device) + self.actions[:, 0]
-        self.advantages = (advantages - advantages.mean()) / advantages.std()
+            self.old_log_prob = self.policy(self.observations).log_prob(self.actions)
         self.parameters = list(self.policy.parameters())
         self._start = [parameter.detach().clone() for parameter in self.parameters]
 

@@ -105,8 +105,7 @@ def closure(policy: Any, batch: RealBatch) -> Callable[[], Any]:
 
 
 def dense_fisher(policy: Any, observations: Tensor) -> Tensor:
-    """Return the Fisher matrix in float64, from one Jacobian per observation; (n, n)."""
-    policy = copy.deepcopy(policy).double()
+    """Return the Fisher matrix, from one Jacobian per observation, summed in float64; (n, n)."""
     names = [name for name, _ in policy.named_parameters()]
     weights = {name: each.detach() for name, each in policy.network.named_parameters()}
 
@@ -119,7 +118,7 @@ def dense_fisher(policy: Any, observations: Tensor) -> Tensor:
     size = sum(each.numel() for each in weights.values())
     fisher = torch.zeros(n, n, dtype=torch.float64)
     jacobian = vmap(jacrev(outputs), (None, 0))
-    for rows in observations.double().split(512):
+    for rows in observations.split(512):
         pieces = jacobian(weights, rows)
         flat = torch.cat([pieces[name].flatten(2) for name in weights], -1)  # (rows, outputs, size)
         if policy.discrete:
@@ -129,7 +128,7 @@ def dense_fisher(policy: Any, observations: Tensor) -> Tensor:
         else:
             flat /= policy.log_std.detach().exp()[:, None]
         flat = flat.flatten(0, 1)
-        fisher[first : first + size, first : first + size] += flat.T @ flat
+        fisher[first : first + size, first : first + size] += (flat.T @ flat).double()
     fisher /= len(observations)
     if not policy.discrete:
         rest = torch.ones(n, dtype=torch.bool)

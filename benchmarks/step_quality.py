@@ -30,22 +30,20 @@ FIXED = [0.03, 0.1, 0.3]
 SHARES = [0.01, 0.02, 0.04, 0.08]
 
 
-def directions(case: Case, other: Case, *, dense: bool) -> Iterator[tuple[str, Tensor]]:
+def directions(case: Case, other: Case) -> Iterator[tuple[str, Tensor]]:
     """Yield every candidate's direction, by name.
 
     Args:
         case: What the step is taken on.
         other: Another batch of the same policy, where a warm start comes from.
-        dense: Whether to solve densely too.
     """
     yield "gradient", case.uphill
     fisher = dense_fisher(case.policy, case.own.observations)
-    if dense:
-        identity = torch.eye(len(fisher), dtype=torch.float64)
-        for damping in DENSE:
-            factor = torch.linalg.cholesky(fisher + damping * identity)
-            solution = torch.cholesky_solve(case.uphill.double()[:, None], factor)[:, 0]
-            yield f"dense, λ = {damping:g}", solution
+    identity = torch.eye(len(fisher), dtype=torch.float64)
+    for damping in DENSE:
+        factor = torch.linalg.cholesky(fisher + damping * identity)
+        solution = torch.cholesky_solve(case.uphill.double()[:, None], factor)[:, 0]
+        yield f"dense, λ = {damping:g}", solution
     for damping in FIXED:
         yield f"10 products, λ = {damping:g}", case.solved(damping, 10)
     for share in SHARES:
@@ -160,21 +158,21 @@ def landing(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(folder: Path = Path("runs/pools"), splits: int = 3, threads: int = 2) -> None:
+def main(folder: Path = Path("runs/pools"), splits: int = 2, threads: int = 2) -> None:
     """Print the tables and draw the picture.
 
     Args:
         folder: Where the pools are kept; missing ones are made.
-        splits: Ways to part each pool, for batches of 2048; a third of it for larger ones.
+        splits: Ways to part each pool, for batches of 2048; half of it for those of 8192.
         threads: CPU threads of torch.
     """
     torch.set_num_threads(threads)
     print(landing(folder))
     sums: dict[int, dict[str, Gains]] = {}
-    for size in (2, 8, 16):
+    for size in (2, 8):
         found: dict[str, list[Gains]] = {}
-        for case, other in cases(folder, size, splits if size == 2 else max(1, splits // 3)):
-            for name, direction in directions(case, other, dense=True):
+        for case, other in cases(folder, size, splits if size == 2 else max(1, splits // 2)):
+            for name, direction in directions(case, other):
                 found.setdefault(name, []).append(case.gains(direction))
         sums[size] = {
             name: Gains(
