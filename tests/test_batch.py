@@ -74,8 +74,11 @@ def test_eight_micro_batches_in_single_precision_stay_within_rounding() -> None:
     torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [UNEVEN, [slice(0, 64)]], ids=["several", "one"])
 @pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
-def test_one_micro_batch_at_a_time_holds_a_graph(third: bool) -> None:
+def test_one_closure_at_a_time_holds_a_graph_and_none_during_the_trials(
+    third: bool, chunks: list[slice]
+) -> None:
     problem = gaussian()
     alive: list[weakref.ref[Tensor]] = []
     most = 0
@@ -90,10 +93,12 @@ def test_one_micro_batch_at_a_time_holds_a_graph(third: bool) -> None:
 
         return call
 
-    closures = [watched(on_rows(problem, chunk, third=third)) for chunk in UNEVEN]
+    closures = [watched(on_rows(problem, chunk, third=third)) for chunk in chunks]
     gc.disable()
     try:
-        assert problem.optimizer().step(closures, weights=lengths(UNEVEN)).accepted
+        report = problem.optimizer(damping=1e-4, max_kl=0.05).step(closures)
+        assert report.accepted
+        assert report.backtracks > 0
     finally:
         gc.enable()
     assert most == 1
