@@ -85,10 +85,10 @@ class Batch:
         return replace(self._linearized(second_order), product=self._remade_product)
 
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
-        """Return the mean of the parts' models but for the products, which are the last part's."""
+        """Return the mean of the parts' models, without products."""
         losses, kls, gradient = [], [], None
         for part, weight in zip(self._parts, self._weights, strict=True):
-            model = order(part)
+            model = order(part).released()
             losses.append(model.loss)
             kls.append(model.kl)
             share = model.gradient.mul_(weight) if len(self._parts) > 1 else model.gradient

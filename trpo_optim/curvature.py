@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class LocalModel:
     engine: str
     curvature_kl: float = 0.0
     fallback: str = ""
+
+    def released(self) -> LocalModel:
+        """Return the model without its products, and so without the graph that they hold."""
+        return replace(self, product=_no_product)
 
 
 def first_order(objective: Objective) -> LocalModel:

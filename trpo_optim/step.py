@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +45,7 @@ def take_step(
         require_zero_kl(kl, model.kl_resolution, settings.max_kl)
 
     direction = mode.direction(model, uphill, settings)
-    model = replace(model, product=_released)  # and with it the graph, before the trials
+    model = model.released()  # the trials need no graph
     figures |= {
         "curvature": gradient_norm * gradient_norm * direction.curvature,
         "cg_iterations": direction.iterations,
@@ -84,10 +83,6 @@ def take_step(
         transaction.move(step, search.scale)  # the last trial may have lain elsewhere
         figures["step_norm"] = search.scale * step_norm
     return search.outcome
-
-
-def _released(_: Tensor) -> Tensor:
-    raise NotImplementedError
 
 
 def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]:
