@@ -244,7 +244,9 @@ def test_a_dropout_mask_is_the_same_for_every_evaluation_of_a_micro_batch() -> N
         ({"closure": [min, min], "weights": [1.0]}, "2 closures and 1 weights"),
         ({"closure": [min, min], "weights": [1.0, 0.0]}, "weights holds 0.0"),
         ({"closure": [min], "weights": [float("nan")]}, "weights holds nan"),
-        ({"closure": [min], "weights": ["all"]}, "weights holds 'all'"),
+        ({"closure": [min], "weights": ["all"]}, r"weights is \['all'\]; it must hold one number"),
+        ({"closure": [min], "weights": 3}, "weights is 3; it must hold one number"),
+        ({"closure": [min], "curvature": [min]}, "In curvature: step\\(\\) got"),
         ({"closure": min, "weights": [1.0]}, "there is a single closure"),
         ({"closure": min, "curvature": "part"}, "'part' for its closure"),
     ],
@@ -264,8 +266,32 @@ def test_a_curvature_closure_with_another_old_policy_is_refused() -> None:
         loss, _ = problem.closure()
         return loss, kl_divergence(other.old, problem.policy(problem.observations)).mean()
 
-    with pytest.raises(TrustRegionError, match="not about zero"):
+    with pytest.raises(TrustRegionError, match=r"In curvature: .* not about zero"):
         problem.optimizer().step(problem.closure, curvature=curvature)
+
+
+def test_one_small_micro_batch_with_another_old_policy_is_refused_and_named() -> None:
+    problem, other = gaussian(0), gaussian(1)
+    stale = Problem(problem.policy, problem.observations)
+    stale.old = other.old
+    parts = [on_rows(problem, slice(0, 64)), stale.closure]
+    with pytest.raises(TrustRegionError, match=r"In closure 2 of 2: .* not about zero"):
+        problem.optimizer().step(parts, weights=[1e6, 1])
+
+
+def test_a_mistake_in_a_micro_batch_says_in_which() -> None:
+    problem = gaussian()
+    good = on_rows(problem, slice(0, 32))
+    with pytest.raises(TrustRegionError, match="In closure 2 of 3: The closure returned"):
+        problem.optimizer().step([good, lambda: good()[:1], good])
+
+
+def test_weights_may_be_a_tensor_and_closures_come_from_a_generator() -> None:
+    whole, parts = gaussian(), gaussian()
+    whole.optimizer().step(whole.closure)
+    closures = (on_rows(parts, chunk) for chunk in UNEVEN)
+    parts.optimizer().step(closures, weights=torch.tensor(lengths(UNEVEN)))
+    torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

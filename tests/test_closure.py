@@ -93,3 +93,9 @@ def test_errors_of_torch_are_told_from_the_users_own() -> None:
 
     assert not raised_by_torch(caught(own))
     assert raised_by_torch(caught(lambda: torch.nn.Linear(2, 3)(torch.zeros(5))))
+
+
+def test_a_third_value_of_none_counts_as_none() -> None:
+    problem = gaussian()
+    report = problem.optimizer().step(lambda: (*problem.closure(), None))
+    assert (report.accepted, report.engine, report.fallback) == (True, "double backward", "")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -39,19 +39,26 @@ class Batch:
 
     def __init__(
         self,
-        closures: Closure | Sequence[Closure] | None,
-        weights: Sequence[float] | None,
+        closures: Closure | Iterable[Closure] | None,
+        weights: Iterable[float] | None,
         curvature: Closure | None,
         vector: ParameterVector,
         transaction: Transaction,
     ) -> None:
-        several = isinstance(closures, list | tuple)
-        parts: Any = closures if several else [closures]
-        self._parts = [Objective(each, vector, transaction) for each in parts]
-        self._weights = _shares(weights, len(parts) if several else None)
+        several = isinstance(closures, Iterable) and not (
+            callable(closures) or isinstance(closures, str)
+        )
+        given: list[Any] = list(closures) if several else [closures]  # type: ignore[arg-type]  # as just tested
+        self._weights = _shares(weights, len(given) if several else None)
+        self._parts: list[Objective] = []
+        for index, each in enumerate(given, start=1):
+            name = f"closure {index} of {len(given)}" if several else ""
+            with _blaming(name):
+                self._parts.append(Objective(each, vector, transaction, name))
         self._curvature = None
         if curvature is not None:
-            self._curvature = Objective(curvature, vector, transaction)
+            with _blaming("curvature"):
+                self._curvature = Objective(curvature, vector, transaction, "curvature")
 
     @property
     def evaluations(self) -> int:
@@ -61,8 +68,13 @@ class Batch:
 
     def values(self) -> tuple[float, float]:
         """Return the loss and the KL where the parameters now are, without a graph."""
-        pairs = [part.values() for part in self._parts]
-        return self._mean([loss for loss, _ in pairs]), self._mean([kl for _, kl in pairs])
+        losses, kls = [], []
+        for part in self._parts:
+            with _blaming(part.name):
+                loss, kl = part.values()
+            losses.append(loss)
+            kls.append(kl)
+        return self._mean(losses), self._mean(kls)
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
@@ -72,42 +84,58 @@ class Batch:
         """Return the local model with Fisher-vector products."""
         if self._curvature is not None:
             model = self._linearized(first_order)
-            other = second_order(self._curvature, gradient=False)
+            with _blaming("curvature"):
+                other = second_order(self._curvature, gradient=False)
             return replace(
                 model,
                 product=other.product,
-                curvature_kl=other.kl,
+                kls={**model.kls, **other.kls},
                 engine=other.engine,
                 fallback=other.fallback,
             )
         if len(self._parts) == 1:
-            return second_order(self._parts[0])
+            with _blaming(self._parts[0].name):
+                return second_order(self._parts[0])
         return replace(self._linearized(second_order), product=self._remade_product)
 
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
         """Return the mean of the parts' models, without products."""
-        losses, kls, gradient = [], [], None
+        losses, kls, gradient = [], dict[str, float](), None
         for part, weight in zip(self._parts, self._weights, strict=True):
-            model = order(part).released()
+            with _blaming(part.name):
+                model = order(part).released()
             losses.append(model.loss)
-            kls.append(model.kl)
+            kls |= model.kls
             share = model.gradient.mul_(weight) if len(self._parts) > 1 else model.gradient
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
-        return replace(model, loss=self._mean(losses), kl=self._mean(kls), gradient=gradient)
+        mean_kl = self._mean(list(kls.values()))
+        return replace(model, loss=self._mean(losses), kl=mean_kl, kls=kls, gradient=gradient)
 
     def _remade_product(self, direction: Tensor) -> Tensor:
         """Return Fv, the graph of each part made for it and dropped again."""
         total = torch.zeros_like(direction)
         for part, weight in zip(self._parts, self._weights, strict=True):
-            total.add_(second_order(part, gradient=False).product(direction), alpha=weight)
+            with _blaming(part.name):
+                total.add_(second_order(part, gradient=False).product(direction), alpha=weight)
         return total
 
     def _mean(self, values: Sequence[float]) -> float:
         return sum(weight * value for weight, value in zip(self._weights, values, strict=True))
 
 
-def _shares(weights: Sequence[float] | None, count: int | None) -> list[float]:
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Have a misuse say which of several closures it was found in."""
+    try:
+        yield
+    except TrustRegionError as error:
+        if not name:
+            raise
+        raise TrustRegionError(f"In {name}: {error}") from error
+
+
+def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:
     """Return the weights scaled to a sum of one, for ``count`` closures, or for a single one."""
     if count is None:
         if weights is not None:
@@ -120,17 +148,24 @@ def _shares(weights: Sequence[float] | None, count: int | None) -> list[float]:
         raise TrustRegionError(
             "step() got an empty list of closures. Pass at least one, each for its micro-batch."
         )
-    given = [1.0] * count if weights is None else list(weights)
-    if len(given) != count:
+    given = [1.0] * count if weights is None else weights
+    try:
+        plain = [float(weight) for weight in given]
+    except (TypeError, ValueError) as error:
         raise TrustRegionError(
-            f"There are {count} closures and {len(given)} weights. Give one weight per closure: "
+            f"weights is {weights!r}; it must hold one number per closure: the number of samples "
+            "that its means are over."
+        ) from error
+    if len(plain) != count:
+        raise TrustRegionError(
+            f"There are {count} closures and {len(plain)} weights. Give one weight per closure: "
             "the number of samples that its means are over."
         )
-    for weight in given:
-        if not (isinstance(weight, Real) and math.isfinite(weight) and weight > 0):
+    for weight in plain:
+        if not (math.isfinite(weight) and weight > 0):
             raise TrustRegionError(
                 f"weights holds {weight!r}; each must be a finite number above 0, the number of "
                 "samples that a closure's means are over."
             )
-    total = math.fsum(given)
-    return [float(weight) / total for weight in given]
+    total = math.fsum(plain)
+    return [weight / total for weight in plain]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -36,19 +37,25 @@ class Objective:
         closure: The user's closure.
         vector: The parameters that the closure depends on.
         transaction: What holds the state that an evaluation may move.
+        name: Which of a step's closures it is, or empty where there is one.
 
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
     """
 
     def __init__(
-        self, closure: Closure | None, vector: ParameterVector, transaction: Transaction
+        self,
+        closure: Closure | None,
+        vector: ParameterVector,
+        transaction: Transaction,
+        name: str = "",
     ) -> None:
         if not callable(closure):
             raise TrustRegionError(
-                f"step() got {closure!r} for its closure. Pass a function without arguments that "
-                "returns (loss, kl)."
+                f"step() got {reprlib.repr(closure)} for its closure. Pass a function without "
+                "arguments that returns (loss, kl) or (loss, kl, dist)."
             )
+        self.name = name
         self.vector = vector
         self.evaluations = 0
         self._closure = closure

@@ -66,7 +66,8 @@ def checked_values(returned: Any) -> Values:
         count = f"{len(returned)} values" if isinstance(returned, tuple | list) else "one value"
         raise TrustRegionError(
             f"The closure returned {count} ({_kind(returned)}). Return two scalar tensors, "
-            "(loss, kl): the surrogate loss and the mean KL(old || new)."
+            "(loss, kl): the surrogate loss and the mean KL(old || new); or a third value with "
+            "them, (loss, kl, dist), which may be a tuple of tensors."
         )
     for name, value in zip(("loss", "kl"), returned, strict=False):
         if not isinstance(value, Tensor):
@@ -83,7 +84,7 @@ def checked_values(returned: Any) -> Values:
             raise TrustRegionError(
                 f"The closure's {name} is {value.dtype}; it must be real floating point."
             )
-    if len(returned) == 3 and not _is_distribution(returned[2]):
+    if len(returned) == 3 and not (returned[2] is None or _is_distribution(returned[2])):
         raise TrustRegionError(
             f"The closure's third value is {_kind(returned[2])}. Return the new policy's "
             "torch.distributions.Distribution (or a tensor, or a tuple of these), or leave it out."
@@ -101,24 +102,25 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
+def require_zero_kl(kl: float, resolution: float, max_kl: float | None, name: str) -> None:
     """Check that the KL is about zero where the old policy and the new one are the same.
 
     Args:
         kl: The closure's KL at the current parameters, in nats; finite.
         resolution: KLs closer than this cannot be told apart, in nats.
         max_kl: The radius, in nats; a tenth of it counts as about zero.
+        name: Which of a step's closures it is, or empty where there is one.
 
     Raises:
         TrustRegionError: If the KL is anything else.
     """
     limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
-    if abs(kl) > limit:
+    if math.isfinite(kl) and abs(kl) > limit:
         raise TrustRegionError(
-            f"The closure's KL is {kl:g} at the current parameters, not about zero (at most "
-            f"{limit:g}). Compute the old distribution afresh before every step, with the same "
-            "parameters, batch and dropout mask, and return KL(old || new), not an entropy or a "
-            "penalty."
+            f"{f'In {name}: ' * bool(name)}The closure's KL is {kl:g} at the current parameters, "
+            f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
+            "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
+            "not an entropy or a penalty."
         )
 
 
@@ -127,8 +129,7 @@ def require_moving_kl(
 ) -> None:
     """Check that the KL answers to the parameters.
 
-    A KL that stays zero where the loss changes compares the new policy with itself: the trust
-    region would never bind.
+    A KL that stays zero compares the new policy with itself: the trust region would never bind.
 
     Args:
         before: The closure's loss and KL at the current parameters.
@@ -136,13 +137,13 @@ def require_moving_kl(
         resolution: KLs closer than this cannot be told apart, in nats.
 
     Raises:
-        TrustRegionError: If the loss changes there and the KL does not.
+        TrustRegionError: If the KL does not change there, and the loss is a number.
     """
-    (loss_before, kl_before), (loss, kl) = before, far
-    if abs(kl - kl_before) <= resolution and math.isfinite(loss) and loss != loss_before:
+    (_, kl_before), (loss, kl) = before, far
+    if abs(kl - kl_before) <= resolution and math.isfinite(loss):
         raise TrustRegionError(
-            f"The closure's KL stays at {kl:g} however far the parameters move, while the loss "
-            "changes: the trust region would never bind. Compute the old distribution once, "
+            f"The closure's KL stays at {kl:g} however far the parameters move: the trust region "
+            "would never bind. Compute the old distribution and the old log-probabilities once, "
             "outside the closure and detached, and return KL(old || new) of the policy that the "
             "loss uses."
         )

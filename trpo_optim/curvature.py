@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ class LocalModel:
         gradient: ∇loss, shape (n,); empty where it was not asked for.
         product: v ↦ Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed.
         engine: The name of what differentiates.
-        curvature_kl: The KL behind the products, in nats; about zero.
+        kls: The KL of every closure behind the model, by the closure's name; each about zero.
         fallback: Why the third value did not make the products Gauss–Newton, if it did not.
     """
 
@@ -46,7 +46,7 @@ class LocalModel:
     gradient: Tensor
     product: Product
     engine: str
-    curvature_kl: float = 0.0
+    kls: Mapping[str, float]
     fallback: str = ""
 
     def released(self) -> LocalModel:
@@ -68,7 +68,7 @@ def first_order(objective: Objective) -> LocalModel:
     values = objective.with_graph()
     require_attached((values.loss, values.kl), parameters, started)
     gradient = _slope(values.loss, objective.vector)
-    return _model(values, (gradient, _no_product), "autograd")
+    return _model(objective.name, values, (gradient, _no_product), "autograd")
 
 
 def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
@@ -99,7 +99,7 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
     if values.third is not None:
         made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
-            return _model(values, made, "Gauss-Newton")
+            return _model(objective.name, values, made, "Gauss-Newton")
         fallback = made
     engine = "double backward"
     made = _by_double_backward(loss, values.kl, vector)
@@ -118,7 +118,7 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
                 "Replace the operation that they name by one with second derivatives, or use "
                 "mode='vanilla', which needs first derivatives alone."
             )
-    return _model(values, made, engine, fallback)
+    return _model(objective.name, values, made, engine, fallback)
 
 
 def _by_double_backward(loss: Tensor | None, kl: Tensor, vector: ParameterVector) -> Made | str:
@@ -209,7 +209,7 @@ def _vjp(function: Callable[..., Any], *inputs: Tensor) -> Any:
     return torch.func.vjp(function, *inputs, has_aux=True)
 
 
-def _model(values: Values, made: Made, engine: str, fallback: str = "") -> LocalModel:
+def _model(name: str, values: Values, made: Made, engine: str, fallback: str = "") -> LocalModel:
     """Assemble the model, with a product whose refusal is an error that names the engine."""
     gradient, product = made
 
@@ -231,6 +231,7 @@ def _model(values: Values, made: Made, engine: str, fallback: str = "") -> Local
         gradient=torch.empty(0) if gradient is None else gradient,
         product=named_product,
         engine=engine,
+        kls={name: kl},
         fallback=fallback,
     )
 

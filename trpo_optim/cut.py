@@ -116,7 +116,10 @@ def _crossings(
         if crossing is not None:
             found.append(crossing)
         elif id(getattr(edge[0], "variable", None)) in leaves:
-            return "the KL depends on a parameter other than through the third value"
+            return (
+                "the KL depends on a parameter other than through the third value; return the "
+                "very tensors or the distribution that the KL was computed from"
+            )
         else:
             stack.extend(below(edge))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -105,10 +105,10 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
         self,
-        closure: Closure | Sequence[Closure] | None = None,
+        closure: Closure | Iterable[Closure] | None = None,
         *,
         curvature: Closure | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Iterable[float] | None = None,
     ) -> StepReport:
         """Take one step, or none.
 

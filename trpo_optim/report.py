@@ -85,15 +85,16 @@ class StepReport:
         predicted_improvement: gᵀs for the trial, from the gradient alone.
         kl: The closure's KL at the parameters that the step leaves, in nats.
         predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
-        step_scale: The share of the full step that was taken: 1 unless the line search shortened
-            it.
+        step_scale: The multiple of the full step that was taken: 1 without a line search; with
+            one, √0.97 unless it shortened or lengthened the step.
         step_norm: L2 length of the move in parameter space.
         gradient_norm: L2 length of the gradient of the loss.
         curvature: xᵀFx, with x the (unscaled) direction and F undamped.
         cg_iterations: Iterations of conjugate gradient behind the direction.
         cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at its end.
         damping: λ of the solve: the hyperparameter, or what stood in for None.
-        backtracks: How many further trials the line search made after the first.
+        backtracks: How many further trials the line search made after the first, a longer one
+            included.
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
         closure_evaluations: How often a closure was called, all of a step's together.

@@ -39,10 +39,10 @@ def take_step(
     sign = 1.0 if settings.maximize else -1.0
     uphill, gradient_norm = _normalized(sign * model.gradient)
     figures |= _figures_of_model(model, gradient_norm)
+    for name, kl in model.kls.items():
+        require_zero_kl(kl, model.kl_resolution, settings.max_kl, name)
     if (flaw := _flaw(model, gradient_norm)) is not None:
         return flaw
-    for kl in (model.kl, model.curvature_kl):
-        require_zero_kl(kl, model.kl_resolution, settings.max_kl)
 
     direction = mode.direction(model, uphill, settings)
     model = model.released()  # the trials need no graph
