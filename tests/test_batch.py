@@ -320,3 +320,17 @@ def test_an_exception_in_the_last_micro_batch_rolls_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         problem.optimizer(cg_tolerance=0.0).step([good, failing])
     assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+def test_the_report_tells_of_every_engine_and_of_a_third_value_that_did_not_serve() -> None:
+    problem = gaussian()
+    good = on_rows(problem, slice(0, 32), third=True)
+    other = on_rows(problem, slice(32, 64))
+
+    def unfit() -> Any:
+        return *other(), problem.parameters()[0]
+
+    for closures in ([good, unfit], [unfit, good]):
+        report = problem.optimizer(lr=0.0).step(closures)
+        assert set(report.engine.split(" and ")) == {"Gauss-Newton", "double backward"}
+        assert "other than through" in report.fallback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -369,3 +370,100 @@ def test_many_categories_need_little_more_memory_than_a_gradient(third: Third | 
             return model.product(model.gradient)
 
         assert peak_bytes(product) <= 2.5 * gradient
+
+
+class Heads(nn.Module):
+    """A network with two heads, of which the second may read the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.head = nn.Linear(3, 3)
+
+
+TWO: dict[str, Callable[[Tensor, nn.Module], list[Distribution]]] = {
+    "autoregressive categoricals": lambda x, head: [
+        td.Categorical(logits=x),
+        td.Categorical(logits=head(x)),
+    ],
+    "a categorical and a normal that reads its logits": lambda x, head: [
+        td.Categorical(logits=x),
+        td.Independent(td.Normal(head(x), 0.5), 1),
+    ],
+    "the same logits twice": lambda x, head: [td.Categorical(logits=x), td.Categorical(logits=x)],
+    "a normal whose mean goes into a categorical": lambda x, head: [
+        td.Independent(td.Normal(x, 0.5), 1),
+        td.Categorical(logits=head(x)),
+    ],
+    "two heads apart": lambda x, head: [
+        td.Categorical(logits=x[:, :2]),
+        td.Categorical(logits=x[:, 2:] * torch.arange(3).to(x)),
+    ],
+}
+
+
+class Hybrid(Distribution):
+    """Independent parts, kept in a list."""
+
+    def __init__(self, parts: list[Distribution]) -> None:
+        super().__init__(validate_args=False)
+        self.parts = parts
+
+
+@pytest.mark.parametrize("wrap", [tuple, Hybrid], ids=["tuple", "list attribute"])
+@pytest.mark.parametrize("name", TWO)
+def test_several_distributions_may_depend_on_one_another(
+    name: str, wrap: Callable[[list[Distribution]], Any]
+) -> None:
+    torch.manual_seed(0)
+    policy = Heads().double()
+    observations = torch.randn(SAMPLES, 4).double()
+
+    def parts() -> list[Distribution]:
+        return TWO[name](policy.trunk(observations), policy.head)
+
+    with torch.no_grad():
+        old = parts()
+        actions = [dist.sample() for dist in old]
+        weights = torch.randn(SAMPLES).double()
+
+    def closure(third: bool) -> Any:
+        new = parts()
+        pairs = list(zip(old, new, strict=True))
+        log_prob = sum(dist.log_prob(a) for dist, a in zip(new, actions, strict=True))
+        kl = torch.stack([kl_divergence(a, b).mean() for a, b in pairs]).sum()
+        pair = -(torch.as_tensor(log_prob).exp() * weights).mean(), kl
+        return (*pair, wrap(new)) if third else pair
+
+    vector = ParameterVector(policy.parameters())
+    models = []
+    for third in (True, False):
+        objective = Objective(functools.partial(closure, third), vector, Transaction(vector))
+        models.append(second_order(objective))
+    fits = name != "a normal whose mean goes into a categorical"
+    assert [model.engine == "Gauss-Newton" for model in models] == [fits, False]
+    torch.testing.assert_close(models[0].gradient, models[1].gradient, rtol=0, atol=1e-13)
+    torch.testing.assert_close(dense(models[0]), dense(models[1]), rtol=0, atol=1e-12)
+
+
+def of_the_mean_policy(old: Any, new: Any) -> Tensor:
+    """Return the KL of Normals whose means are averaged over neighbouring rows: it couples rows."""
+    pairs = [(dist.loc + dist.loc.roll(1, 0)) / 2 for dist in (old, new)]
+    return kl_divergence(td.Normal(pairs[0], old.scale), td.Normal(pairs[1], new.scale))
+
+
+def of_moment_matched(old: Any, new: Any) -> Tensor:
+    """Return the KL of one Normal per row with the moments of the row's ensemble."""
+    first, second = (
+        td.Normal(dist.loc.mean(1), (dist.scale.square() + dist.loc.square()).mean(1).sqrt())
+        for dist in (old, new)
+    )
+    return kl_divergence(first, second)
+
+
+@pytest.mark.parametrize("divergence", [of_the_mean_policy, of_moment_matched])
+def test_a_kl_that_couples_what_the_distribution_keeps_apart(divergence: Divergence) -> None:
+    make = SMOOTH["normal, own scale"]
+    with linearized(make, divergence=divergence) as (model, policy, closure):
+        assert model.engine == "Gauss-Newton"
+        torch.testing.assert_close(dense(model), dense_hessian(closure, policy), rtol=0, atol=1e-10)

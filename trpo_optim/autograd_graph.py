@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "below",
     "edge_of",
     "have_second_derivatives",
+    "meets",
     "now",
     "passes_by",
     "reaches",
@@ -36,6 +37,24 @@ def edge_of(tensor: Tensor) -> Edge:
 def below(edge: Edge) -> list[Edge]:
     """Return the places of what a tensor was made from, towards the parameters."""
     return [child for child in edge[0].next_functions if child[0] is not None]
+
+
+def meets(starts: Iterable[Edge], targets: Set[Edge]) -> bool:
+    """Return whether any of some places is, or is made from, any of some others.
+
+    Args:
+        starts: Where to begin, towards the parameters.
+        targets: What to look for.
+    """
+    stack, seen = list(starts), set()
+    while stack:
+        edge = stack.pop()
+        if edge in targets:
+            return True
+        if edge not in seen:
+            seen.add(edge)
+            stack.extend(below(edge))
+    return False
 
 
 def passes_by(value: Tensor, stops: Iterable[Edge], parameters: Iterable[Tensor]) -> bool:

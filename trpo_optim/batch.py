@@ -101,16 +101,28 @@ class Batch:
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
         """Return the mean of the parts' models, without products."""
         losses, kls, gradient = [], dict[str, float](), None
+        engines, fallbacks, resolutions = dict[str, None](), [], []
         for part, weight in zip(self._parts, self._weights, strict=True):
             with _blaming(part.name):
                 model = order(part).released()
             losses.append(model.loss)
             kls |= model.kls
+            engines[model.engine] = None
+            fallbacks.append(model.fallback)
+            resolutions.append(model.kl_resolution)
             share = model.gradient.mul_(weight) if len(self._parts) > 1 else model.gradient
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
-        mean_kl = self._mean(list(kls.values()))
-        return replace(model, loss=self._mean(losses), kl=mean_kl, kls=kls, gradient=gradient)
+        return replace(
+            model,
+            loss=self._mean(losses),
+            kl=self._mean(list(kls.values())),
+            kl_resolution=max(resolutions),
+            kls=kls,
+            gradient=gradient,
+            engine=" and ".join(engines),
+            fallback=next(filter(None, fallbacks), ""),
+        )
 
     def _remade_product(self, direction: Tensor) -> Tensor:
         """Return Fv, the graph of each part made for it and dropped again."""
@@ -167,5 +179,6 @@ def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:
                 f"weights holds {weight!r}; each must be a finite number above 0, the number of "
                 "samples that a closure's means are over."
             )
-    total = math.fsum(plain)
-    return [weight / total for weight in plain]
+    largest = max(plain)
+    total = math.fsum(weight / largest for weight in plain)
+    return [weight / largest / total for weight in plain]

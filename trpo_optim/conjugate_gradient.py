@@ -31,7 +31,7 @@ class Solution:
         ending: Why the solve stopped.
         iterations: Completed iterations: those that changed x.
         products: Products with F that were made.
-        residual: ‖b − (F + λI)x‖ / ‖b‖.
+        residual: ‖b − (F + λI)x‖ / ‖b‖, as the small system has it: the true one but for rounding.
         curvature: xᵀFx, undamped.
         damping: λ.
     """

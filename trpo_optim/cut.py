@@ -11,20 +11,18 @@ from torch import Tensor
 from torch.distributions import (
     Categorical,
     Distribution,
-    Independent,
-    TransformedDistribution,
 )
 
-from trpo_optim.autograd_graph import Edge, below, edge_of
+from trpo_optim.autograd_graph import Edge, below, edge_of, meets
 
-__all__ = ["Crossing", "find_cut"]
+__all__ = ["Crossing", "find_cut", "share_inner_edges"]
 
 
 @dataclass(frozen=True)
 class _Mark:
     """What is known of a tensor of the third value."""
 
-    elementwise: bool = False  # a univariate distribution's: KLs of different elements are apart
+    elementwise: bool = False  # a univariate distribution's: its elements' KLs may be apart
     log_probabilities: Tensor | None = None
 
 
@@ -38,7 +36,7 @@ class Crossing:
     Attributes:
         outer: An edge of the graph.
         inner: The same, or the one below it.
-        elementwise: KLs of different elements do not depend on one another.
+        elementwise: KLs of different elements may be expected not to depend on one another.
         sign: The slope of ``outer`` in ``inner``, where it is an absolute value; else None.
         log_probabilities: The value of ``outer``, where that is what it is; else None.
         dim: The dimension over which their probabilities sum to one.
@@ -79,26 +77,22 @@ def find_cut(kl: Tensor, third: Any, parameters: Iterable[Tensor]) -> list[Cross
         opened |= nested
 
 
-def _marks(value: Any, *, apart: bool = True) -> Iterator[tuple[Edge, _Mark]]:
+def _marks(value: Any) -> Iterator[tuple[Edge, _Mark]]:
     """Yield the tensors of a third value that the KL may depend on."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield edge_of(value), _Mark()
     elif isinstance(value, Distribution):
-        wrapped = apart and isinstance(value, Independent | TransformedDistribution)
         for name, each in vars(value).items():
-            if isinstance(each, Distribution):
-                yield from _marks(each, apart=wrapped)
-            elif isinstance(each, Tensor) and each.requires_grad:
+            if isinstance(each, Tensor) and each.requires_grad:
                 univariate = not value.event_shape and each.shape == value.batch_shape
                 normalised = name == "logits" and isinstance(value, Categorical)
-                yield (
-                    edge_of(each),
-                    _Mark(apart and univariate, each.detach() if normalised else None),
-                )
+                yield edge_of(each), _Mark(univariate, each.detach() if normalised else None)
+            elif isinstance(each, Distribution | tuple | list):
+                yield from _marks(each)
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from _marks(each, apart=apart)
+            yield from _marks(each)
 
 
 def _crossings(
@@ -177,20 +171,22 @@ def _nested(crossings: Sequence[Crossing]) -> set[Edge]:
     """Return the outer edges of crossings that themselves depend on another one."""
     outer = {each.outer for each in crossings}
 
-    def meets(some: Iterable[Crossing]) -> bool:
-        stack: list[Edge] = []
-        for each in some:
-            stack += below(each.inner) if each.inner == each.outer else [each.inner]
-        seen = set()
-        while stack:
-            edge = stack.pop()
-            if edge in outer:
-                return True
-            if edge[0] not in seen:
-                seen.add(edge[0])
-                stack.extend(below(edge))
-        return False
+    def starts(crossing: Crossing) -> list[Edge]:
+        own = crossing.inner == crossing.outer
+        return below(crossing.inner) if own else [crossing.inner]
 
-    if len(crossings) < 2 or not meets(crossings):
+    if len(crossings) < 2 or not meets([e for each in crossings for e in starts(each)], outer):
         return set()
-    return {each.outer for each in crossings if meets([each])}
+    return {each.outer for each in crossings if meets(starts(each), outer)}
+
+
+def share_inner_edges(crossings: Sequence[Crossing]) -> bool:
+    """Return whether what lies below one crossing goes through, or is, what lies below another.
+
+    Args:
+        crossings: A cut.
+    """
+    inner = {each.inner for each in crossings}
+    if len(inner) < len(crossings):
+        return True
+    return len(inner) > 1 and meets([e for each in inner for e in below(each)], inner)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.autograd_graph import have_second_derivatives, passes_by
-from trpo_optim.cut import find_cut
+from trpo_optim.cut import find_cut, share_inner_edges
 from trpo_optim.output_fisher import output_fisher
 from trpo_optim.parameter_vector import ParameterVector
 
@@ -46,7 +46,8 @@ def gauss_newton(
             return outputs
         slopes: Sequence[Tensor | None] = [None] * len(cut)
         whole: Sequence[Tensor | None] | None = None
-        if loss is not None and passes_by(loss, inner, parameters):
+        apart = not share_inner_edges(cut)  # else a slope at one of them counts another's, too
+        if loss is not None and not (apart and not passes_by(loss, inner, parameters)):
             whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         elif loss is not None:
             slopes = torch.autograd.grad(loss, outputs.edges, retain_graph=True, allow_unused=True)

@@ -80,7 +80,8 @@ def backtrack(
 
     The first trial aims just inside the radius, by the local model. One beyond the radius is
     followed by one that aims just inside it by the KLs measured so far, and if that falls far
-    short, by one between the two. A first trial that falls far short is lengthened once. A trial
+    short, by one between the two. A first trial that falls far short is lengthened once, unless lr
+    asks for less than the radius. A trial
     that improves too little is shortened by ``backtrack_ratio``. A trial that is NaN or infinite
     ends the search: a step next to such a point is not a safe one.
 
@@ -97,9 +98,9 @@ def backtrack(
         Schulman et al. (2015), appendix C, step 3.
     """
     radius = float("inf") if settings.max_kl is None else settings.max_kl
-    aim = min(radius, prediction.kl)  # less than the radius where lr < 1 asks for less
     first = _FIRST * radius
-    scale = math.sqrt(first / prediction.kl) if prediction.kl > first else 1.0
+    whole = prediction.kl >= first  # not where lr < 1 asks for less than the radius
+    scale = math.sqrt(first / prediction.kl) if whole else 1.0
     known: _Point | None = None  # the other measured point of the bracket
     beyond: _Point | None = None  # the last point beyond the radius
     short: Search | None = None  # acceptable, but with much of the radius left
@@ -108,6 +109,8 @@ def backtrack(
         promised = settings.improvement_ratio * scale * prediction.improvement
         accepted = Search(Outcome.ACCEPTED, trial, scale, backtracks)
         if not trial.finite:
+            if short is not None and beyond is None:
+                break  # only a longer step was not
             return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
         if trial.kl > radius:
             last = replace(accepted, outcome=Outcome.KL_ABOVE_RADIUS)
@@ -118,7 +121,7 @@ def backtrack(
             beyond = None
         elif short is not None and trial.improvement < short.trial.improvement:
             break
-        elif trial.kl >= _ENOUGH * aim or (beyond is None and backtracks > 0):
+        elif trial.kl >= _ENOUGH * radius or (beyond is None and (backtracks > 0 or not whole)):
             return accepted
         else:
             short = accepted
@@ -126,7 +129,7 @@ def backtrack(
         if beyond is not None:
             scale = beyond[0] * _share(_TARGET * radius, prediction.kl, known, beyond)
         elif backtracks == 0 and short is not None:
-            scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * aim / max(trial.kl, 1e-300)))
+            scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * radius / max(trial.kl, 1e-300)))
         else:
             scale *= settings.backtrack_ratio
         if short is not None and scale <= short.scale:
