@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.distributions import (
     Categorical,
     Distribution,
@@ -22,8 +23,9 @@ __all__ = ["Crossing", "find_cut", "share_inner_edges"]
 class _Mark:
     """What is known of a tensor of the third value."""
 
+    tensor: Tensor
     elementwise: bool = False  # a univariate distribution's: its elements' KLs may be apart
-    log_probabilities: Tensor | None = None
+    normalised: bool = False  # log-probabilities
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Crossing:
         sign: The slope of ``outer`` in ``inner``, where it is an absolute value; else None.
         log_probabilities: The value of ``outer``, where that is what it is; else None.
         dim: The dimension over which their probabilities sum to one.
+        owner: What keeps the node of ``inner`` alive where only a tensor or a later node does: that
+            of an ``autograd.Function``. Else None.
     """
 
     outer: Edge
@@ -48,6 +52,7 @@ class Crossing:
     sign: Tensor | None = None
     log_probabilities: Tensor | None = None
     dim: int = -1
+    owner: Any = None
 
 
 def find_cut(kl: Tensor, third: Any, parameters: Iterable[Tensor]) -> list[Crossing] | str:
@@ -81,13 +86,13 @@ def _marks(value: Any) -> Iterator[tuple[Edge, _Mark]]:
     """Yield the tensors of a third value that the KL may depend on."""
     if isinstance(value, Tensor):
         if value.requires_grad:
-            yield edge_of(value), _Mark()
+            yield edge_of(value), _Mark(value)
     elif isinstance(value, Distribution):
         for name, each in vars(value).items():
             if isinstance(each, Tensor) and each.requires_grad:
                 univariate = not value.event_shape and each.shape == value.batch_shape
                 normalised = name == "logits" and isinstance(value, Categorical)
-                yield edge_of(each), _Mark(univariate, each.detach() if normalised else None)
+                yield edge_of(each), _Mark(each, univariate, normalised)
             elif isinstance(each, Distribution | tuple | list):
                 yield from _marks(each)
     elif isinstance(value, tuple | list):
@@ -124,31 +129,45 @@ def _crossing(edge: Edge, marks: Mapping[Edge, _Mark]) -> Crossing | None:
     node = edge[0]
     kind = node.name()
     if kind == "LogSoftmaxBackward0":
+        inner = below(edge)[0]
         return Crossing(
             edge,
-            below(edge)[0],
+            inner,
             log_probabilities=node._saved_result.detach(),
             dim=_signed(node._saved_dim),
+            owner=_owner(inner, node),
         )
     if kind == "SubBackward0" and (normaliser := _normaliser(edge)) is not None:
+        inner = below(edge)[0]
         raw, total = normaliser._saved_self.detach(), normaliser._saved_result.detach()
         return Crossing(
             edge,
-            below(edge)[0],
+            inner,
             log_probabilities=raw - total,
             dim=_signed(normaliser._saved_dim[0]),
+            owner=_owner(inner, node),
         )
     if mark is not None:
         return Crossing(
-            edge, edge, elementwise=mark.elementwise, log_probabilities=mark.log_probabilities
+            edge,
+            edge,
+            elementwise=mark.elementwise,
+            log_probabilities=mark.tensor.detach() if mark.normalised else None,
+            owner=_owner(edge, mark.tensor),
         )
     if kind == "AbsBackward0":
-        inside = node._saved_self.detach()
+        inner, inside = below(edge)[0], node._saved_self.detach()
         if bool((inside == 0).any()):
             elementwise = all(each.elementwise for each in marks.values())
             sign = torch.where(inside < 0, -1.0, 1.0).to(inside.dtype)
-            return Crossing(edge, below(edge)[0], elementwise=elementwise, sign=sign)
+            return Crossing(
+                edge, inner, elementwise=elementwise, sign=sign, owner=_owner(inner, node)
+            )
     return None
+
+
+def _owner(edge: Edge, owner: Any) -> Any:
+    return owner if isinstance(edge[0], BackwardCFunction) else None
 
 
 def _normaliser(edge: Edge) -> Any:

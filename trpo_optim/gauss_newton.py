@@ -64,9 +64,9 @@ def gauss_newton(
         return str(error)
     if not have_second_derivatives([pulled]):
         return "compiled modules have no second derivatives"
-    edges, fisher = outputs.edges, outputs.product
+    edges, fisher, owners = outputs.edges, outputs.product, [each.owner for each in cut]
 
-    def product(direction: Tensor) -> Tensor:
+    def product(direction: Tensor, _owners: Any = owners) -> Tensor:
         tangents = torch.autograd.grad(
             pulled, cotangents, direction, retain_graph=True, materialize_grads=True
         )
