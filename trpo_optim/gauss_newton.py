@@ -64,9 +64,10 @@ def gauss_newton(
         return str(error)
     if not have_second_derivatives([pulled]):
         return "compiled modules have no second derivatives"
-    edges, fisher, owners = outputs.edges, outputs.product, [each.owner for each in cut]
+    edges, fisher = outputs.edges, outputs.product
+    owners = [each.owner for each in cut]
 
-    def product(direction: Tensor, _owners: Any = owners) -> Tensor:
+    def product(direction: Tensor, _kept: Any = owners) -> Tensor:  # as long as the product
         tangents = torch.autograd.grad(
             pulled, cotangents, direction, retain_graph=True, materialize_grads=True
         )

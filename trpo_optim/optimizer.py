@@ -27,7 +27,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
     ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors. It
     may return as a third value the new policy's distribution, or the tensors that parametrise it:
-    that changes no result and halves the price. It never calls ``backward()``.
+    that changes no result and nearly halves the price. It never calls ``backward()``.
 
     =========== ================== ==================================== =========================
     mode        direction          length                               accepted if
@@ -47,14 +47,15 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_kl: δ, the trust region's radius in nats: the batch mean of the joint KL(old ‖ new).
             None, with mode ``"natural"`` alone: no radius, the fixed rate ``lr``.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
-        lr: Multiplies the step; what learning-rate schedulers move.
+        lr: Multiplies the step; what learning-rate schedulers move. In mode ``"trpo"`` a step beyond
+            ``max_kl`` is still shortened to it.
         damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
             basis q of the directions that the solve goes through.
         cg_iterations: Most Fisher-vector products in one solve.
         cg_tolerance: Stop the solve at ‖residual‖ ≤ ``cg_tolerance`` · ‖g‖.
         backtrack_ratio: What a trial that improves too little multiplies the step by. One beyond
             the radius is shortened by the KL that it measured.
-        max_backtracks: How often a step may be shortened before it is given up.
+        max_backtracks: How many further trials a step may take before it is given up.
         improvement_ratio: Least share of the predicted improvement that a trial must deliver.
         maximize: The closure's first value is an objective to be raised.
 
