@@ -102,7 +102,8 @@ def draw(sums: dict[int, dict[str, Gains]], path: Path) -> None:
         label = f"{1024 * size} samples"
         (line,) = left.semilogx(DENSE, [each.held_out / best for each in dense], "o-", label=label)
         colour = line.get_color()
-        left.semilogx(DENSE, [each.own / best for each in dense], "o:", color=colour)
+        most = max(each.own for each in dense)
+        left.semilogx(DENSE, [each.own / most for each in dense], "o:", color=colour)
         ours = gains["10 products, the default damping"]
         left.axhline(ours.held_out / best, color=colour, linewidth=0.8)
         counts = (3, 5, 8, 10, 15, 30)
@@ -111,13 +112,13 @@ def draw(sums: dict[int, dict[str, Gains]], path: Path) -> None:
         right.axhline(gains["sb3-contrib's defaults"].held_out / best, color=colour, linewidth=0.8)
     left.set(
         xlabel="damping of a dense solve",
-        ylabel="gain / best held-out gain of a dense solve",
-        title="held out (solid) and own batch (dotted); thin: the defaults",
-        ylim=(0, None),
+        ylabel="gain / best of the same line",
+        title="held out (solid) and own batch (dotted); thin: held out, our defaults",
+        ylim=(0, 1.1),
     )
     right.set(
         xlabel="products at the default damping",
-        ylabel="held-out gain, same unit",
+        ylabel="held-out gain / best of a dense solve",
         title="thin: sb3-contrib's defaults",
     )
     left.legend()

@@ -47,8 +47,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_kl: δ, the trust region's radius in nats: the batch mean of the joint KL(old ‖ new).
             None, with mode ``"natural"`` alone: no radius, the fixed rate ``lr``.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
-        lr: Multiplies the step; what learning-rate schedulers move. In mode ``"trpo"`` a step beyond
-            ``max_kl`` is still shortened to it.
+        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` still shortens
+            a step beyond ``max_kl``.
         damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
             basis q of the directions that the solve goes through.
         cg_iterations: Most Fisher-vector products in one solve.
