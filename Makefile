@@ -13,7 +13,7 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/mypy
 	$(BIN)/pytest --cov --cov-report=term-missing
 
-bench: .venv/bench ## time this package beside its peers (half an hour); writes docs/speed.md and docs/speed.png
+bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
 	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py
 
 format: .venv/dev

@@ -21,6 +21,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from memory import peak_bytes
 from peers import Peer, Sb3Contrib, Tianshou
 from real_batches import pools
@@ -40,8 +41,8 @@ PEERS: dict[str, type[Peer]] = {"sb3-contrib": Sb3Contrib, "Tianshou": Tianshou}
 class Settings:
     """How the benchmark runs."""
 
-    rounds: int = 15
-    """timed rounds of each table; the sweeps behind the picture take a fifth"""
+    rounds: int = 9
+    """timed rounds of each table; the sweeps behind the picture take a third"""
     threads: int = 2
     """CPU threads of torch"""
     device: str = "cpu"
@@ -142,13 +143,14 @@ def sweep(
         jobs = {name: scene.update(**how) for name, how in OURS.items()}
         if peers:
             jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
-        times = taken_in_turn(jobs, max(3, settings.rounds // 5), settings.device)
+        times = taken_in_turn(jobs, max(3, settings.rounds // 3), settings.device)
         for name, each in times.items():
             lines.setdefault(name, []).append(each.median)
     sizes = list(scenes)
     for name, line in lines.items():
         axis.loglog(sizes, line, "o--" if name in PEERS else "o-", markersize=4, label=name)
     axis.set(xlabel=label, ylabel="seconds per update")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     logs = np.log(sizes)
     return {name: float(np.polyfit(logs, np.log(line), 1)[0]) for name, line in lines.items()}
 
@@ -182,7 +184,7 @@ def sweeps(settings: Settings) -> str:
 def main(settings: Settings) -> None:
     """Write the page and its picture."""
     torch.set_num_threads(settings.threads)
-    where = f"{platform.processor() or platform.machine()}, {settings.threads} threads"
+    where = f"{settings.threads} CPU cores ({platform.machine()})"
     if settings.device != "cpu":
         where = torch.get_device_module(settings.device).get_device_name()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sb3-contrib", "tianshou"))
@@ -202,9 +204,9 @@ def main(settings: Settings) -> None:
 
 PAGE = """# What a step costs
 
-Written by `make bench` on {where} ({versions}). Every figure is a ratio of medians over {rounds}
-rounds in which the jobs take turns within one process; in brackets the quartiles of the rounds'
-own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6 actions;
+Written by `make bench` on {where}, {versions}. Every figure is a ratio of medians over
+{rounds} rounds in which the jobs take turns within one process; in brackets the quartiles of the
+rounds' own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6 actions;
 the third value is the closure's distribution.
 
 ## In gradients

@@ -24,7 +24,6 @@ class _Mark:
     """What is known of a tensor of the third value."""
 
     tensor: Tensor
-    elementwise: bool = False  # a univariate distribution's: its elements' KLs may be apart
     normalised: bool = False  # log-probabilities
 
 
@@ -38,7 +37,6 @@ class Crossing:
     Attributes:
         outer: An edge of the graph.
         inner: The same, or the one below it.
-        elementwise: KLs of different elements may be expected not to depend on one another.
         sign: The slope of ``outer`` in ``inner``, where it is an absolute value; else None.
         log_probabilities: The value of ``outer``, where that is what it is; else None.
         dim: The dimension over which their probabilities sum to one.
@@ -48,7 +46,6 @@ class Crossing:
 
     outer: Edge
     inner: Edge
-    elementwise: bool = False
     sign: Tensor | None = None
     log_probabilities: Tensor | None = None
     dim: int = -1
@@ -90,9 +87,8 @@ def _marks(value: Any) -> Iterator[tuple[Edge, _Mark]]:
     elif isinstance(value, Distribution):
         for name, each in vars(value).items():
             if isinstance(each, Tensor) and each.requires_grad:
-                univariate = not value.event_shape and each.shape == value.batch_shape
                 normalised = name == "logits" and isinstance(value, Categorical)
-                yield edge_of(each), _Mark(each, univariate, normalised)
+                yield edge_of(each), _Mark(each, normalised)
             elif isinstance(each, Distribution | tuple | list):
                 yield from _marks(each)
     elif isinstance(value, tuple | list):
@@ -151,18 +147,14 @@ def _crossing(edge: Edge, marks: Mapping[Edge, _Mark]) -> Crossing | None:
         return Crossing(
             edge,
             edge,
-            elementwise=mark.elementwise,
             log_probabilities=mark.tensor.detach() if mark.normalised else None,
             owner=_owner(edge, mark.tensor),
         )
     if kind == "AbsBackward0":
         inner, inside = below(edge)[0], node._saved_self.detach()
         if bool((inside == 0).any()):
-            elementwise = all(each.elementwise for each in marks.values())
             sign = torch.where(inside < 0, -1.0, 1.0).to(inside.dtype)
-            return Crossing(
-                edge, inner, elementwise=elementwise, sign=sign, owner=_owner(inner, node)
-            )
+            return Crossing(edge, inner, sign=sign, owner=_owner(inner, node))
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def _log_softmax_term(kl: Tensor, crossing: Crossing) -> OutputFisher | str:
 
 
 def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | str:
-    """Return M as the KL's own Hessian, where the KL is stationary."""
+    """Return M as the KL's own Hessian, where the KL is stationary; often that is diagonal."""
     outer = [GradientEdge(*each.outer) for each in crossings]
     with torch.enable_grad():
         slopes = torch.autograd.grad(kl, outer, create_graph=True)
@@ -113,10 +114,12 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
         ]
 
     templates = tuple(slope.detach() for slope in slopes)
-    product: _Product = hessian
-    if all(each.elementwise for each in crossings):
-        written = _elementwise(hessian, templates)
-        product = written if _agree(written, hessian, templates) else hessian
+    diagonal = hessian([torch.ones_like(each) for each in templates])
+
+    def written_out(vectors: Sequence[Tensor]) -> list[Tensor]:
+        return [entry * vector for entry, vector in zip(diagonal, vectors, strict=True)]
+
+    product: _Product = written_out if _agree(written_out, hessian, templates) else hessian
     if not _decrement(templates, product) <= _STATIONARY:
         return "the KL is not stationary in the third value"
 
@@ -134,43 +137,16 @@ def _times(signs: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> list[Te
     ]
 
 
-def _elementwise(hessian: _Product, templates: Sequence[Tensor]) -> _Product:
-    """Return a Hessian as if it coupled only equal elements of equal shapes, written out once."""
-    shapes = [each.shape for each in templates]
-    turn = [shapes[:index].count(shape) for index, shape in enumerate(shapes)]
-    entries: list[tuple[int, int, Tensor]] = []
-    for now in range(max(turn) + 1):
-        probe = [
-            (torch.ones_like if own == now else torch.zeros_like)(each)
-            for own, each in zip(turn, templates, strict=True)
-        ]
-        for row, column in enumerate(hessian(probe)):
-            source = [i for i, own in enumerate(turn) if own == now and shapes[i] == shapes[row]]
-            entries += [(row, index, column) for index in source]
-    filled = torch.stack([entry.any() for _, _, entry in entries]).tolist()
-    entries = [each for each, any_ in zip(entries, filled, strict=True) if any_]
-
-    def product(vectors: Sequence[Tensor]) -> list[Tensor]:
-        result: list[Tensor | None] = [None] * len(templates)
-        for row, source, entry in entries:
-            part, sofar = entry * vectors[source], result[row]
-            result[row] = part if sofar is None else sofar.add_(part)
-        return [
-            torch.zeros_like(template) if each is None else each
-            for each, template in zip(result, templates, strict=True)
-        ]
-
-    return product
-
-
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
     """Return whether two products are the same, by one vector that lies along no axis."""
-    waves = [torch.arange(1.0, each.numel() + 1).to(each).sin().view_as(each) for each in templates]
+    places = torch.arange(sum(each.numel() for each in templates), device=templates[0].device)
+    pieces = torch.split(places.sin(), [each.numel() for each in templates])
+    waves = [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
     pairs = list(zip(left(waves), right(waves), strict=True))
     apart = sum((ours - theirs).abs().sum() for ours, theirs in pairs)
     size = sum(theirs.abs().sum() for _, theirs in pairs)
     difference, whole = torch.stack([apart, size]).tolist()  # type: ignore[list-item]  # sums of tensors
-    return bool(difference <= 1e-2 * whole)
+    return bool(difference <= math.sqrt(torch.finfo(templates[0].dtype).eps) * whole)
 
 
 def _decrement(slopes: Sequence[Tensor], product: _Product) -> float:
