@@ -206,8 +206,8 @@ PAGE = """# What a step costs
 
 Written by `make bench` on {where}, {versions}. Every figure is a ratio of medians over
 {rounds} rounds in which the jobs take turns within one process; in brackets the quartiles of the
-rounds' own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6 actions;
-the third value is the closure's distribution.
+rounds' own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6
+actions; the third value is the closure's distribution.
 
 ## In gradients
 
