@@ -21,6 +21,7 @@ import gymnasium as gym
 import torch
 import train
 import tyro
+from table import table
 from torch import Tensor
 
 ENVIRONMENTS = ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1")
@@ -178,17 +179,15 @@ def main(folder: Path = Path("runs/pools")) -> None:
     Args:
         folder: Where the pools are kept.
     """
-    columns = ["environment", "updates", "samples", "episodes", "mean return"]
-    columns += ["std of advantages", "entropy", "mean log std"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    rows = [["environment", "updates", "samples", "episodes", "mean return"]]
+    rows[0] += ["std of advantages", "entropy", "mean log std"]
     for pool in pools(folder):
         entropy = pool.policy(pool.observations.flatten(0, 1)).entropy().mean()
         log_std = "" if pool.policy.discrete else f"{pool.policy.log_std.mean():.3f}"
-        print(
-            f"| {pool.env_id} | {pool.updates} | {pool.advantages.numel()} | {len(pool.returns)} "
-            f"| {pool.returns.mean():.1f} | {pool.advantages.std():.3f} | {entropy:.3f} "
-            f"| {log_std} |"
-        )
+        counts = [str(pool.updates), str(pool.advantages.numel()), str(len(pool.returns))]
+        means = [f"{pool.returns.mean():.1f}", f"{pool.advantages.std():.3f}", f"{entropy:.3f}"]
+        rows.append([pool.env_id, *counts, *means, log_std])
+    print(table(*rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ damping are of the joint KL, ten iterations of conjugate gradient, no critic.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -26,6 +25,7 @@ from memory import peak_bytes
 from peers import Peer, Sb3Contrib, Tianshou
 from real_batches import pools
 from scene import Scene
+from table import table
 from timing import Job, taken_in_turn
 
 OURS: dict[str, dict[str, Any]] = {
@@ -55,12 +55,6 @@ class Settings:
     """where speed.md and speed.png go"""
     pools: Path = Path("runs/pools")
     """where real batches are kept; missing ones are made"""
-
-
-def table(*rows: Sequence[object]) -> str:
-    """Return rows as a Markdown table, the first as its head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def in_gradients(settings: Settings) -> str:
@@ -123,9 +117,7 @@ def memory(settings: Settings) -> str:
     return table(*rows)
 
 
-def sweep(
-    settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene], *, peers: bool = True
-) -> dict[str, float]:
+def sweep(settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene]) -> dict[str, float]:
     """Draw the time of an update against one size; return the slopes of log–log.
 
     Args:
@@ -133,7 +125,6 @@ def sweep(
         axis: Where to draw.
         label: Of the horizontal axis.
         scenes: By size.
-        peers: Whether to draw them too.
 
     Returns:
         By job, the power of the size that the time grows with.
@@ -141,8 +132,7 @@ def sweep(
     lines: dict[str, list[float]] = {}
     for scene in scenes.values():
         jobs = {name: scene.update(**how) for name, how in OURS.items()}
-        if peers:
-            jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
+        jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
         times = taken_in_turn(jobs, max(3, settings.rounds // 3), settings.device)
         for name, each in times.items():
             lines.setdefault(name, []).append(each.median)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from peers import Sb3Contrib, Tianshou
 from real_batches import RealBatch, pools
 from step_case import RADIUS, Case, Gains, closure, dense_fisher
+from table import table
 from torch import Tensor
 
 from trpo_optim import TrustRegionOptimizer
@@ -92,12 +93,17 @@ def cases(folder: Path, size: int, splits: int) -> Iterator[tuple[Case, Case]]:
             yield Case(pool, order[:size]), Case(pool, order[-size:])
 
 
+def best_of_dense(gains: dict[str, Gains]) -> float:
+    """Return the most that a dense solve gains held out."""
+    return max(gains[f"dense, λ = {damping:g}"].held_out for damping in DENSE)
+
+
 def draw(sums: dict[int, dict[str, Gains]], path: Path) -> None:
     """Draw both gains against the dense solve's damping, and the held-out one against products."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for size, gains in sums.items():
-        best = max(gains[f"dense, λ = {damping:g}"].held_out for damping in DENSE)
+        best = best_of_dense(gains)
         dense = [gains[f"dense, λ = {damping:g}"] for damping in DENSE]
         label = f"{1024 * size} samples"
         (line,) = left.semilogx(DENSE, [each.held_out / best for each in dense], "o-", label=label)
@@ -145,18 +151,13 @@ def landing(folder: Path) -> str:
     for case, _ in cases(folder, 2, 1):
         optimizer = TrustRegionOptimizer(case.policy.parameters(), max_kl=RADIUS)
         real.append(optimizer.step(case.closure))
-    lines = [
-        "| batches | accepted | KL / δ, mean (least) | trials, mean |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = [["batches", "accepted", "KL / δ, mean (least)", "trials, mean"]]
     for name, reports in (("50 random", random), ("9 real", real), ("all", random + real)):
         kls = [report.kl / RADIUS for report in reports if report.accepted]
         trials = statistics.mean(report.backtracks + 1 for report in reports)
-        lines.append(
-            f"| {name} | {len(kls)} of {len(reports)} | {statistics.mean(kls):.3f} "
-            f"({min(kls):.3f}) | {trials:.2f} |"
-        )
-    return "\n".join(lines)
+        landed = f"{statistics.mean(kls):.3f} ({min(kls):.3f})"
+        rows.append([name, f"{len(kls)} of {len(reports)}", landed, f"{trials:.2f}"])
+    return table(*rows)
 
 
 def main(folder: Path = Path("runs/pools"), splits: int = 2, threads: int = 2) -> None:
@@ -182,14 +183,14 @@ def main(folder: Path = Path("runs/pools"), splits: int = 2, threads: int = 2) -
             )
             for name, gains in found.items()
         }
-    columns = "".join(f" {1024 * size}: held out | own |" for size in sums)
-    print(f"| direction |{columns}\n|{' --- |' * (1 + 2 * len(sums))}")
-    for name in sums[2]:
-        cells = ""
-        for gains in sums.values():
-            best = max(gains[f"dense, λ = {damping:g}"].held_out for damping in DENSE)
-            cells += f" {gains[name].held_out / best:.3f} | {gains[name].own / best:.2f} |"
-        print(f"| {name} |{cells}")
+    rows = [["direction"], *([name] for name in sums[2])]
+    for size, gains in sums.items():
+        best = best_of_dense(gains)
+        rows[0] += [f"{1024 * size}: held out", "own"]
+        for row in rows[1:]:
+            here = gains[row[0]]
+            row += [f"{here.held_out / best:.3f}", f"{here.own / best:.2f}"]
+    print(table(*rows))
     draw(sums, Path("docs/step-quality.png"))
 
 

@@ -46,15 +46,7 @@ def meets(starts: Iterable[Edge], targets: Set[Edge]) -> bool:
         starts: Where to begin, towards the parameters.
         targets: What to look for.
     """
-    stack, seen = list(starts), set()
-    while stack:
-        edge = stack.pop()
-        if edge in targets:
-            return True
-        if edge not in seen:
-            seen.add(edge)
-            stack.extend(below(edge))
-    return False
+    return any(edge in targets for edge in _places(starts))
 
 
 def passes_by(value: Tensor, stops: Iterable[Edge], parameters: Iterable[Tensor]) -> bool:
@@ -66,17 +58,19 @@ def passes_by(value: Tensor, stops: Iterable[Edge], parameters: Iterable[Tensor]
         parameters: The parameters to look for.
     """
     leaves = set(map(id, parameters))
-    ended = set(stops)
-    stack = [edge_of(value)]
+    places = _places([edge_of(value)], stops)
+    return any(id(getattr(node, "variable", None)) in leaves for node, _ in places)
+
+
+def _places(starts: Iterable[Edge], stops: Iterable[Edge] = ()) -> Iterator[Edge]:
+    """Yield some places and all below them, without the stops and what lies below these alone."""
+    stack, seen = list(starts), set(stops)
     while stack:
         edge = stack.pop()
-        if edge in ended:
-            continue
-        if id(getattr(edge[0], "variable", None)) in leaves:
-            return True
-        ended.add(edge)
-        stack.extend(below(edge))
-    return False
+        if edge not in seen:
+            seen.add(edge)
+            yield edge
+            stack.extend(below(edge))
 
 
 def now() -> int:

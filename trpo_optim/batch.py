@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure import Closure, Objective
+from trpo_optim.closure_checks import blaming
 from trpo_optim.curvature import LocalModel, first_order, second_order
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
@@ -53,11 +53,11 @@ class Batch:
         self._parts: list[Objective] = []
         for index, each in enumerate(given, start=1):
             name = f"closure {index} of {len(given)}" if several else ""
-            with _blaming(name):
+            with blaming(name):
                 self._parts.append(Objective(each, vector, transaction, name))
         self._curvature = None
         if curvature is not None:
-            with _blaming("curvature"):
+            with blaming("curvature"):
                 self._curvature = Objective(curvature, vector, transaction, "curvature")
 
     @property
@@ -70,7 +70,7 @@ class Batch:
         """Return the loss and the KL where the parameters now are, without a graph."""
         losses, kls = [], []
         for part in self._parts:
-            with _blaming(part.name):
+            with blaming(part.name):
                 loss, kl = part.values()
             losses.append(loss)
             kls.append(kl)
@@ -84,7 +84,7 @@ class Batch:
         """Return the local model with Fisher-vector products."""
         if self._curvature is not None:
             model = self._linearized(first_order)
-            with _blaming("curvature"):
+            with blaming("curvature"):
                 other = second_order(self._curvature, gradient=False)
             return replace(
                 model,
@@ -94,7 +94,7 @@ class Batch:
                 fallback=other.fallback,
             )
         if len(self._parts) == 1:
-            with _blaming(self._parts[0].name):
+            with blaming(self._parts[0].name):
                 return second_order(self._parts[0])
         return replace(self._linearized(second_order), product=self._remade_product)
 
@@ -103,14 +103,14 @@ class Batch:
         losses, kls, gradient = [], dict[str, float](), None
         engines, fallbacks, resolutions = dict[str, None](), [], []
         for part, weight in zip(self._parts, self._weights, strict=True):
-            with _blaming(part.name):
+            with blaming(part.name):
                 model = order(part).released()
             losses.append(model.loss)
             kls |= model.kls
             engines[model.engine] = None
             fallbacks.append(model.fallback)
             resolutions.append(model.kl_resolution)
-            share = model.gradient.mul_(weight) if len(self._parts) > 1 else model.gradient
+            share = model.gradient.mul_(weight)
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
         return replace(
@@ -128,23 +128,12 @@ class Batch:
         """Return Fv, the graph of each part made for it and dropped again."""
         total = torch.zeros_like(direction)
         for part, weight in zip(self._parts, self._weights, strict=True):
-            with _blaming(part.name):
+            with blaming(part.name):
                 total.add_(second_order(part, gradient=False).product(direction), alpha=weight)
         return total
 
     def _mean(self, values: Sequence[float]) -> float:
         return sum(weight * value for weight, value in zip(self._weights, values, strict=True))
-
-
-@contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Have a misuse say which of several closures it was found in."""
-    try:
-        yield
-    except TrustRegionError as error:
-        if not name:
-            raise
-        raise TrustRegionError(f"In {name}: {error}") from error
 
 
 def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:

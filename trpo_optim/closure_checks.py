@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ __all__ = [
     "BACKWARD_CALLED",
     "DETACHED",
     "Values",
+    "blaming",
     "checked_values",
     "require_moving_kl",
     "require_zero_kl",
@@ -102,14 +105,34 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def require_zero_kl(kl: float, resolution: float, max_kl: float | None, name: str) -> None:
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Have a misuse say which of several closures it was found in.
+
+    Args:
+        name: Which of a step's closures it is, or empty where there is one.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrustRegionError: The misuse, named.
+    """
+    try:
+        yield
+    except TrustRegionError as error:
+        if not name:
+            raise
+        raise TrustRegionError(f"In {name}: {error}") from error
+
+
+def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     """Check that the KL is about zero where the old policy and the new one are the same.
 
     Args:
-        kl: The closure's KL at the current parameters, in nats; finite.
+        kl: The closure's KL at the current parameters, in nats; one that is not finite passes.
         resolution: KLs closer than this cannot be told apart, in nats.
         max_kl: The radius, in nats; a tenth of it counts as about zero.
-        name: Which of a step's closures it is, or empty where there is one.
 
     Raises:
         TrustRegionError: If the KL is anything else.
@@ -117,7 +140,7 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None, name: st
     limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
     if math.isfinite(kl) and abs(kl) > limit:
         raise TrustRegionError(
-            f"{f'In {name}: ' * bool(name)}The closure's KL is {kl:g} at the current parameters, "
+            f"The closure's KL is {kl:g} at the current parameters, "
             f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
             "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
             "not an entropy or a penalty."

@@ -16,7 +16,7 @@ from trpo_optim.gauss_newton import gauss_newton
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["LocalModel", "Product", "first_order", "second_order"]
+__all__ = ["LocalModel", "first_order", "second_order"]
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.distributions import (
-    Categorical,
-    Distribution,
-)
+from torch.distributions import Categorical, Distribution
 
 from trpo_optim.autograd_graph import Edge, below, edge_of, meets
 
@@ -64,7 +61,7 @@ def find_cut(kl: Tensor, third: Any, parameters: Iterable[Tensor]) -> list[Cross
         parameters: The optimizer's parameters.
 
     Returns:
-        The crossings, none of which depends on another, or why there are none.
+        The crossings, no outer edge of which depends on another's, or why there are none.
     """
     marks = dict(_marks(third))
     leaves = set(map(id, parameters))

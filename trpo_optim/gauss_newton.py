@@ -46,8 +46,8 @@ def gauss_newton(
             return outputs
         slopes: Sequence[Tensor | None] = [None] * len(cut)
         whole: Sequence[Tensor | None] | None = None
-        apart = not share_inner_edges(cut)  # else a slope at one of them counts another's, too
-        if loss is not None and not (apart and not passes_by(loss, inner, parameters)):
+        # Where inner edges are shared, the slope at one of them would count another's, too.
+        if loss is not None and (share_inner_edges(cut) or passes_by(loss, inner, parameters)):
             whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         elif loss is not None:
             slopes = torch.autograd.grad(loss, outputs.edges, retain_graph=True, allow_unused=True)

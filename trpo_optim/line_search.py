@@ -81,9 +81,9 @@ def backtrack(
     The first trial aims just inside the radius, by the local model. One beyond the radius is
     followed by one that aims just inside it by the KLs measured so far, and if that falls far
     short, by one between the two. A first trial that falls far short is lengthened once, unless lr
-    asks for less than the radius. A trial
-    that improves too little is shortened by ``backtrack_ratio``. A trial that is NaN or infinite
-    ends the search: a step next to such a point is not a safe one.
+    asks for less than the radius. A trial that improves too little is shortened by
+    ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next to such a
+    point is not a safe one, unless only a longer step than an acceptable one met it.
 
     Args:
         attempt: From a share of the step to the trial there.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trpo_optim.batch import Batch
-from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
+from trpo_optim.closure_checks import blaming, require_moving_kl, require_zero_kl
 from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial
@@ -40,7 +40,8 @@ def take_step(
     uphill, gradient_norm = _normalized(sign * model.gradient)
     figures |= _figures_of_model(model, gradient_norm)
     for name, kl in model.kls.items():
-        require_zero_kl(kl, model.kl_resolution, settings.max_kl, name)
+        with blaming(name):
+            require_zero_kl(kl, model.kl_resolution, settings.max_kl)
     if (flaw := _flaw(model, gradient_norm)) is not None:
         return flaw
 
