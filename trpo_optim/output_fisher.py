@@ -139,8 +139,9 @@ def _times(signs: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> list[Te
 
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
     """Return whether two products are the same, by one vector that lies along no axis."""
-    places = torch.arange(sum(each.numel() for each in templates), device=templates[0].device)
-    pieces = torch.split(places.sin(), [each.numel() for each in templates])
+    sizes = [each.numel() for each in templates]
+    wave = torch.arange(sum(sizes), dtype=torch.float32, device=templates[0].device).sin_()
+    pieces = torch.split(wave, sizes)
     waves = [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
     pairs = list(zip(left(waves), right(waves), strict=True))
     apart = sum((ours - theirs).abs().sum() for ours, theirs in pairs)
