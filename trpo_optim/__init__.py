@@ -1,7 +1,19 @@
 """The public names of trpo_optim."""
 
 from trpo_optim.closure import Closure
+from trpo_optim.distributions import entropy, frozen, log_prob, mean_kl, sampled_kl
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import Outcome, StepReport, TrustRegionError
 
-__all__ = ["Closure", "Outcome", "StepReport", "TrustRegionError", "TrustRegionOptimizer"]
+__all__ = [
+    "Closure",
+    "Outcome",
+    "StepReport",
+    "TrustRegionError",
+    "TrustRegionOptimizer",
+    "entropy",
+    "frozen",
+    "log_prob",
+    "mean_kl",
+    "sampled_kl",
+]

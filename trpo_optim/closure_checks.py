@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +90,15 @@ def checked_values(returned: Any) -> Values:
     if len(returned) == 3 and not (returned[2] is None or _is_distribution(returned[2])):
         raise TrustRegionError(
             f"The closure's third value is {_kind(returned[2])}. Return the new policy's "
-            "torch.distributions.Distribution (or a tensor, or a tuple of these), or leave it out."
+            "torch.distributions.Distribution (or a tensor, or a tuple or dict of these), or leave "
+            "it out."
         )
     return Values(*returned)
 
 
 def _is_distribution(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return _is_distribution(tuple(value.values()))
     if isinstance(value, tuple | list):
         return bool(value) and all(map(_is_distribution, value))
     return isinstance(value, Distribution | Tensor)

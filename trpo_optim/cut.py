@@ -57,7 +57,7 @@ def find_cut(kl: Tensor, third: Any, parameters: Iterable[Tensor]) -> list[Cross
 
     Args:
         kl: The closure's KL, with its graph.
-        third: The closure's third value: a distribution, a tensor, or a tuple of these.
+        third: The closure's third value: a distribution, a tensor, or a tuple or dict of these.
         parameters: The optimizer's parameters.
 
     Returns:
@@ -88,8 +88,8 @@ def _marks(value: Any) -> Iterator[tuple[Edge, _Mark]]:
                 yield edge_of(each), _Mark(each, normalised)
             elif isinstance(each, Distribution | tuple | list):
                 yield from _marks(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
+    elif isinstance(value, tuple | list | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
             yield from _marks(each)
 
 
