@@ -10,70 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as td
+from families import SMOOTH, Make, positive
 from memory import peak_bytes
+from networks import SAMPLES
 from problems import gaussian
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
-from torch.nn import functional
 
 from trpo_optim import TrustRegionOptimizer
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, second_order
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.transaction import Transaction
-
-SAMPLES, OUTPUTS = 12, 3
-
-Make = Callable[[Tensor, Tensor], Distribution]
-"""From outputs (N, 6) and free parameters (3,) to a distribution."""
-
-
-def positive(x: Tensor) -> Tensor:
-    return functional.softplus(x) + 0.3
-
-
-def triangular(x: Tensor) -> Tensor:
-    lower = torch.diag_embed(positive(x[..., :2]))
-    lower[..., 1, 0] = x[..., 2]
-    return lower
-
-
-SMOOTH: dict[str, Make] = {
-    "normal, free scale": lambda x, free: td.Normal(x[:, :3], free.exp()),
-    "normal, own scale": lambda x, free: td.Normal(x[:, :3], positive(x[:, 3:])),
-    "normal, joint": lambda x, free: td.Independent(td.Normal(x[:, :3], free.exp()), 1),
-    "normal, scale from the mean": lambda x, free: td.Normal(x[:, :3], positive(x[:, :3])),
-    "squashed normal": lambda x, free: td.TransformedDistribution(
-        td.Normal(x[:, :3], free.exp()), [td.TanhTransform()]
-    ),
-    "log-normal": lambda x, free: td.LogNormal(x[:, :3], positive(x[:, 3:])),
-    "beta": lambda x, free: td.Beta(positive(x[:, :3]), positive(x[:, 3:])),
-    "gamma": lambda x, free: td.Gamma(positive(x[:, :3]), positive(x[:, 3:])),
-    "dirichlet": lambda x, free: td.Dirichlet(positive(x)),
-    "exponential": lambda x, free: td.Exponential(positive(x)),
-    "poisson": lambda x, free: td.Poisson(positive(x)),
-    "bernoulli, logits": lambda x, free: td.Bernoulli(logits=x),
-    "bernoulli, probabilities": lambda x, free: td.Bernoulli(probs=x.sigmoid()),
-    "categorical, logits": lambda x, free: td.Categorical(logits=x),
-    "categorical, probabilities": lambda x, free: td.Categorical(probs=positive(x)),
-    "categorical, many": lambda x, free: td.Independent(
-        td.Categorical(logits=x.view(SAMPLES, 2, 3)), 1
-    ),
-    "one-hot": lambda x, free: td.OneHotCategorical(logits=x),
-    "multivariate, scale": lambda x, free: td.MultivariateNormal(
-        x[:, :2], scale_tril=triangular(x[:, 2:5])
-    ),
-    "multivariate, covariance": lambda x, free: td.MultivariateNormal(
-        x[:, :2], triangular(x[:, 2:5]) @ triangular(x[:, 2:5]).mT
-    ),
-    "multivariate, precision": lambda x, free: td.MultivariateNormal(
-        x[:, :2],
-        precision_matrix=triangular(x[:, 2:5]) @ triangular(x[:, 2:5]).mT + torch.eye(2).to(x),
-    ),
-    "low rank": lambda x, free: td.LowRankMultivariateNormal(
-        x[:, :2], x[:, 2:4, None], positive(x[:, 4:])
-    ),
-}
 
 
 class Policy(nn.Module):

@@ -112,6 +112,12 @@ def test_a_kl_that_stays_at_zero_is_no_reason_to_go_on() -> None:
     assert (result.outcome, scales) == (Outcome.ACCEPTED, [1.0, 2.0])
 
 
+def test_a_negative_kl_is_within_the_radius_and_no_reason_to_go_further() -> None:
+    negative = Trial(loss=-1.0, kl=-0.2 * DELTA, improvement=1.0)
+    result, scales = search(scripted([negative]))
+    assert (result, scales) == (Search(Outcome.ACCEPTED, negative, 1.0, 0), [1.0])
+
+
 @pytest.mark.parametrize("share", [0.01, 0.25])
 def test_what_lr_asks_for_is_not_lengthened_to_the_radius(share: float) -> None:
     result, scales = search(improving(lambda t: share * DELTA * t**2), predicted_kl=share * DELTA)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
+from trpo_optim.second_order import kernels, uncompiled
 from trpo_optim.transaction import Transaction
 from trpo_optim.watch import Watch
 
@@ -116,7 +116,7 @@ class Objective:
     def _watched(self, twins: dict[int, Tensor]) -> Values:
         watch = Watch(self._transaction, self.vector.parameters, twins)
         try:
-            return self._evaluate(_eager(), watch)
+            return self._evaluate(uncompiled(), watch)
         finally:
             watch.remove()
 
@@ -124,7 +124,7 @@ class Objective:
         self.evaluations += 1
         try:
             with ExitStack() as stack:
-                for context in contexts:
+                for context in (kernels(), *contexts):
                     stack.enter_context(context)
                 returned = self._closure()
             values = checked_values(returned)
@@ -135,18 +135,6 @@ class Objective:
         if any(parameter.grad is not None for parameter in self.vector.parameters):
             raise TrustRegionError(BACKWARD_CALLED)
         return values
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Return a context in which compiled modules run as they were written.
-
-    Their compiled form has no second derivatives, and compiling would trace the watch too. Where
-    nothing can have been compiled, the compiler stays unimported.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return context
 
 
 def _passed_through_backward(error: BaseException) -> bool:

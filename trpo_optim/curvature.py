@@ -15,11 +15,14 @@ from trpo_optim.closure_checks import DETACHED, Values
 from trpo_optim.gauss_newton import gauss_newton
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
+from trpo_optim.second_order import remedy
 
 __all__ = ["LocalModel", "first_order", "second_order"]
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""
+
+_VANILLA = "Or use mode='vanilla', which needs first derivatives alone."
 
 Made = tuple["Tensor | None", Product]
 """What an engine gives: the gradient of the loss, if it is wanted, and products."""
@@ -113,10 +116,8 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
             made = str(error)
         if isinstance(made, str):
             raise TrustRegionError(
-                "Neither engine can differentiate the closure twice.\n"
-                f"double backward: {refusal}\ntorch.func: {made}\n"
-                "Replace the operation that they name by one with second derivatives, or use "
-                "mode='vanilla', which needs first derivatives alone."
+                "Neither engine can differentiate the closure twice. "
+                f"{remedy(refusal)} {_VANILLA}\ndouble backward: {refusal}\ntorch.func: {made}"
             )
     return _model(objective.name, values, made, engine, fallback)
 
@@ -218,9 +219,8 @@ def _model(name: str, values: Values, made: Made, engine: str, fallback: str = "
             return product(direction)
         except RuntimeError as error:
             raise TrustRegionError(
-                f"The KL cannot be differentiated twice ({engine}): {error}\n"
-                "Replace the operation that this names by one with second derivatives, or use "
-                "mode='vanilla', which needs first derivatives alone."
+                f"The KL cannot be differentiated twice. {remedy(str(error))} {_VANILLA}\n"
+                f"{engine}: {error}"
             ) from error
 
     loss, kl = values.numbers()

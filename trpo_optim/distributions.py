@@ -104,6 +104,8 @@ def sampled_kl(
         )
     counted = None if mask is None else _checked(mask)
     log_ratio = new_log_prob - old_log_prob
+    if counted is not None and counted.shape == log_ratio.shape:
+        log_ratio = log_ratio.masked_fill(~counted, 0)  # padding may be infinite, its slope not
     excess = _mean(torch.expm1(log_ratio) - log_ratio, counted)
     if low_variance:
         return excess
@@ -170,8 +172,7 @@ def frozen(dist: PolicyT) -> PolicyT:
     """
     for part in _leaves(dist):
         _require_valid(part)
-    copied: PolicyT = _cloned(dist)
-    return copied
+    return copy.deepcopy(dist, {id(each): each.detach().clone() for each in _tensors(dist, set())})
 
 
 def _joint_kl(old: Any, new: Any, batch_dims: int | None, place: str) -> Tensor:
@@ -226,7 +227,8 @@ def _kl(old: Any, new: Any) -> Tensor:
         change: Tensor = old.logits.masked_fill(out, 0) - new.logits.masked_fill(out, 0)
         return old.probs.mul(change).sum(-1)
     if isinstance(old, TransformedDistribution):
-        if old.transforms != new.transforms or _learned(new.transforms):
+        learned = (each.requires_grad for each in _tensors(new.transforms, set(), "_cached_x_y"))
+        if old.transforms != new.transforms or any(learned):
             raise TrustRegionError(
                 f"The old and the new {_name(old)} have different or learned transforms, so "
                 f"that their KL is not that of their bases. {_WITHOUT_CLOSED_FORM}"
@@ -241,19 +243,6 @@ def _kl(old: Any, new: Any) -> Tensor:
             f"The KL of {_name(old)} has no closed form. {_WITHOUT_CLOSED_FORM}"
         ) from error
     return kl
-
-
-def _learned(value: Any) -> bool:
-    """Return whether transforms depend on what is being differentiated."""
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, nn.Module):
-        return any(each.requires_grad for each in value.parameters())
-    if isinstance(value, list | tuple):
-        return any(map(_learned, value))
-    return isinstance(value, Transform) and any(
-        _learned(each) for name, each in vars(value).items() if name != "_cached_x_y"
-    )
 
 
 def _over_action(
@@ -367,18 +356,20 @@ def _leaves(dist: Any) -> Iterator[Distribution]:
         yield from _leaves(part)
 
 
-def _cloned(value: Any) -> Any:
+def _tensors(value: Any, seen: set[int], without: str = "") -> Iterator[Tensor]:
+    """Yield the tensors that make up a policy, but for those under one attribute's name."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
-        other = copy.copy(value)
-        vars(other).update({name: _cloned(each) for name, each in vars(value).items()})
-        return other  # a transform's cache is cloned with it, and as good
-    if isinstance(value, Mapping):
-        return {name: _cloned(each) for name, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_cloned(each) for each in value)
-    return value
+        yield value
+    elif isinstance(value, Distribution | Transform | nn.Module):
+        for name, each in vars(value).items():
+            if name != without:
+                yield from _tensors(each, seen, without)
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each, seen, without)
 
 
 def _name(value: Any) -> str:

@@ -81,7 +81,8 @@ def backtrack(
     The first trial aims just inside the radius, by the local model. One beyond the radius is
     followed by one that aims just inside it by the KLs measured so far, and if that falls far
     short, by one between the two. A first trial that falls far short is lengthened once, unless lr
-    asks for less than the radius. A trial that improves too little is shortened by
+    asks for less than the radius, or its KL is negative, as a sampled one may be: it lies within
+    the radius, but tells nothing of the length. A trial that improves too little is shortened by
     ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next to such a
     point is not a safe one, unless only a longer step than an acceptable one met it.
 
@@ -121,7 +122,9 @@ def backtrack(
             beyond = None
         elif short is not None and trial.improvement < short.trial.improvement:
             break
-        elif trial.kl >= _ENOUGH * radius or (beyond is None and (backtracks > 0 or not whole)):
+        elif trial.kl >= _ENOUGH * radius or (
+            beyond is None and (backtracks > 0 or not whole or trial.kl < 0)
+        ):
             return accepted
         else:
             short = accepted

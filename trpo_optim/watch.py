@@ -11,6 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from trpo_optim.report import TrustRegionError
+from trpo_optim.second_order import recurrence
 from trpo_optim.transaction import Transaction
 
 __all__ = ["Watch", "written_by"]
@@ -58,10 +59,11 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
-        result = func(
-            *[self._replaced(value) for value in args],
-            **{name: self._replaced(value) for name, value in keywords.items()},
-        )
+        with recurrence(func):
+            result = func(
+                *[self._replaced(value) for value in args],
+                **{name: self._replaced(value) for name, value in keywords.items()},
+            )
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and self._shares_memory(each):
                 self._known[id(each)] = each

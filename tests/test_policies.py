@@ -1,0 +1,375 @@
+"""Every network with every family: exact products by every engine, steps that keep the contract.
+
+The table in docs/policies.md is what the first test found. ``UPDATE_DOCS=1 pytest
+tests/test_policies.py`` writes it anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from families import FAMILIES, Family
+from networks import INPUTS, NETWORKS, OUTPUTS, SAMPLES, Autocast, Checkpointed, Network, around
+from problems import Snapshot
+from torch import Tensor, nn
+from torch.distributions import Distribution, Laplace
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trpo_optim import (
+    StepReport,
+    TrustRegionError,
+    TrustRegionOptimizer,
+    curvature,
+    frozen,
+    log_prob,
+    mean_kl,
+    sampled_kl,
+)
+from trpo_optim.closure import Objective
+from trpo_optim.curvature import second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.second_order import recurrence
+from trpo_optim.transaction import Transaction
+
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+
+ENGINES = {"G": "Gauss-Newton", "D": "double backward", "F": "torch.func"}
+
+NOT_BY_TORCH_FUNC = {
+    "LSTM, packed",
+    "TransformerEncoder, dropout",
+    "batch norm",
+    "dropout",
+    "checkpoint, not reentrant",
+    "autograd.Function",
+}
+
+LESS_EXACT = {"Laplace": "DF"}
+"""Engines that take the Hessian of the KL, where that is not the Fisher matrix."""
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+class Policy(nn.Module):
+    """A network and three free parameters, made into a policy's distributions by a family."""
+
+    def __init__(self, network: Network, family: Family) -> None:
+        super().__init__()
+        self.network = network
+        self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2], dtype=floats(network)))
+        self.family = family
+
+    def forward(self) -> Any:
+        return self.family.make(self.network(), self.free)
+
+
+def floats(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+class Setting:
+    """A policy, what its old self did, and the closure on both."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.trained = [each for each in policy.parameters() if each.requires_grad]
+        self.buffers = copy.deepcopy(dict(policy.named_buffers()))
+        self.random = torch.get_rng_state()
+        self.mask = policy.family.mask(SAMPLES) if policy.family.mask else None
+        with torch.no_grad():
+            self.old = frozen(policy())
+            self.rewind()
+            self.actions = sample(self.old)
+            self.old_log_prob = log_prob(self.old, self.actions)
+            self.advantages = torch.randn_like(self.old_log_prob)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Return buffers and random state to where they were before the old policy acted."""
+        torch.set_rng_state(self.random)
+        for name, buffer in self.policy.named_buffers():
+            buffer.copy_(self.buffers[name])
+
+    def closure(self, *, third: bool = True) -> Any:
+        dist = self.policy()
+        new_log_prob = log_prob(dist, self.actions)
+        loss = -((new_log_prob - self.old_log_prob).exp() * self.advantages).mean()
+        if self.policy.family.sampled:
+            kl = sampled_kl(self.old_log_prob, new_log_prob, low_variance=True)
+            parameters = new_log_prob
+        else:
+            kl = mean_kl(self.old, dist, self.mask)
+            parameters = dist
+        return (loss, kl, parameters) if third else (loss, kl)
+
+    def fisher_vector_product(self, direction: Tensor, vector: ParameterVector) -> Tensor:
+        """Return Fv by central differences of the KL's gradient, or by the score's definition."""
+        if self.policy.family.sampled:
+            scores = [self.slope(row, vector) for row in range(SAMPLES)]
+            rows = torch.stack(scores)
+            return rows.T @ (rows @ direction) / SAMPLES
+        origin = vector.gather([each.detach() for each in self.trained])
+        width = 1e-5 / float(direction.norm())
+        ends = []
+        for shift in (width, -width):
+            vector.write(vector.scatter(origin + shift * direction))
+            ends.append(self.slope(None, vector))
+        vector.write(vector.scatter(origin))
+        return (ends[0] - ends[1]) / (2 * width)
+
+    def slope(self, row: int | None, vector: ParameterVector) -> Tensor:
+        """Return the gradient of the KL, or of one action's log-probability."""
+        self.rewind()
+        dist = self.policy()
+        if row is not None:
+            value = log_prob(dist, self.actions)[row]
+        elif isinstance(getattr(dist, "base_dist", None), Laplace):
+            value = laplace_surrogate(self.old.base_dist, dist.base_dist)
+        else:
+            value = mean_kl(self.old, dist, self.mask)
+        slopes = torch.autograd.grad(value, self.trained, allow_unused=True)
+        self.rewind()
+        return vector.gather(slopes)
+
+
+def laplace_surrogate(old: Any, new: Any) -> Tensor:
+    """Return a smooth function with a Laplace's Fisher matrix, 1/b² in location and in scale."""
+    moved = (new.loc - old.loc).square() + (new.scale - old.scale).square()
+    value: Tensor = (moved / (2 * old.scale.square())).sum(1).mean()
+    return value
+
+
+def sample(dist: Any) -> Any:
+    if isinstance(dist, Distribution):
+        return dist.sample()
+    if isinstance(dist, dict):
+        return {name: sample(each) for name, each in dist.items()}
+    return tuple(sample(each) for each in dist)
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[dict[str, dict[str, str]]]:
+    """Collect the engines that are exact, by network and family."""
+    torch._dynamo.reset()
+    yield {}
+    torch._dynamo.reset()
+    Distribution.set_default_validate_args(True)  # compiling switches it off for the process
+
+
+def exact_engines(setting: Setting) -> str:
+    """Return the letters of the engines whose products equal the oracle's."""
+    vector = ParameterVector(setting.trained)
+    direction = torch.randn(
+        sum(each.numel() for each in setting.trained), generator=torch.Generator().manual_seed(0)
+    ).to(vector.dtype)
+    oracle = setting.fisher_vector_product(direction, vector)
+    exact = ""
+    for letter, engine in ENGINES.items():
+        with pytest.MonkeyPatch.context() as patch, Transaction(vector) as transaction:
+            transaction.begin()
+            if letter == "F":
+                patch.setattr(curvature, "_by_double_backward", lambda *_, **__: "refused")
+            closure = functools.partial(setting.closure, third=letter == "G")
+            try:
+                model = second_order(Objective(closure, vector, transaction))
+            except TrustRegionError:
+                continue
+            product = model.product(direction)
+        assert model.engine == engine, model.fallback
+        if torch.allclose(product, oracle, rtol=0, atol=1e-6 * float(oracle.norm())):
+            exact += letter
+    return exact
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_products_are_exact(network: str, found: dict[str, dict[str, str]]) -> None:
+    torch.manual_seed(0)
+    body = NETWORKS[network]().double()
+    found[network] = {
+        name: exact_engines(Setting(Policy(body, family))) for name, family in FAMILIES.items()
+    }
+    refused = "F" * (network in NOT_BY_TORCH_FUNC)
+    assert found[network] == {
+        name: "".join(sorted(set("GDF") - set(refused + LESS_EXACT.get(name, "")), key="GDF".index))
+        for name in FAMILIES
+    }
+
+
+def page(found: dict[str, dict[str, str]]) -> str:
+    """Return docs/policies.md."""
+    heads = ["", *(name.replace(", ", ",<br>") for name in FAMILIES)]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    lines += [
+        " | ".join([name, *(found[name][family] or "–" for family in FAMILIES)])
+        for name in NETWORKS
+    ]
+    table = "\n".join(f"| {line} |" for line in lines)
+    return f"""# Policies
+
+Networks down, distributions across. Each letter is an engine whose Fisher-vector products equalled,
+to 10⁻⁶ in float64, central differences of the KL's gradient (for the sampled KL, the mean of
+∇ln π ∇ln πᵀ; for Laplace, whose KL has a kink, those of a smooth function with the same Fisher
+matrix).
+
+- **G**, Gauss–Newton: the closure returns as its third value the distribution (for the sampled KL,
+  the new log-probabilities).
+- **D**, double backward: it does not.
+- **F**, `torch.func`: what takes over where double backward refuses.
+
+`report.engine` says which one a step used. The optimizer chooses the kernels of attention and
+recurrence, runs compiled modules as they were written, holds the dropout mask and puts buffers
+back; nothing of this is asked of the policy. What torch itself cannot differentiate twice is an
+error that says what to use instead (`nn.EmbeddingBag`, reentrant checkpointing, `torch.cdist`).
+
+Written by `UPDATE_DOCS=1 pytest tests/test_policies.py`, from what that ran.
+
+{table}
+"""
+
+
+def test_the_page_says_what_was_found(found: dict[str, dict[str, str]]) -> None:
+    if found.keys() != NETWORKS.keys():
+        pytest.skip("not every network was run")
+    if os.environ.get("UPDATE_DOCS"):
+        PAGE.write_text(page(found))
+    assert PAGE.read_text() == page(found)
+
+
+def flags() -> list[Any]:
+    """Return the switches of torch.backends that decide on kernels."""
+    backends = torch.backends
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    return [
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+        backends.mha.get_fastpath_enabled(),
+        backends.mkldnn.enabled,
+        *(getattr(backends.cudnn, name) for name in names),
+    ]
+
+
+def require_contract(setting: Setting) -> StepReport:
+    """Take a step and check that it kept the contract; return its report."""
+    policy = setting.policy
+    before, switches = Snapshot.of(policy), flags()
+    report = TrustRegionOptimizer(setting.trained, max_kl=0.01).step(setting.closure)
+    assert report.accepted, report.outcome
+    assert report.engine == "Gauss-Newton"
+    assert report.improvement > 0
+    changed = set(before.differences(Snapshot.of(policy)))
+    assert changed
+    assert changed <= {name for name, each in policy.named_parameters() if each.requires_grad}
+    assert flags() == switches
+    with torch.no_grad():
+        _, kl, *_ = setting.closure()
+    setting.rewind()
+    assert kl.item() == pytest.approx(report.kl, rel=1e-3)
+    assert 0.008 < report.kl <= 0.01
+    return report
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.usefixtures("found")
+def test_a_step_of_any_network_keeps_the_contract(network: str) -> None:
+    torch.manual_seed(0)
+    require_contract(Setting(Policy(NETWORKS[network](), FAMILIES["Categorical"])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_any_family_keeps_the_contract(family: str) -> None:
+    torch.manual_seed(0)
+    require_contract(Setting(Policy(NETWORKS["MLP"](), FAMILIES[family])))
+
+
+def test_a_closure_under_autocast_steps_as_one_in_single_precision() -> None:
+    steps = []
+    for autocast in (True, False):
+        torch.manual_seed(0)
+        body = Autocast()
+        network = Network(body if autocast else body.inner, torch.randn(SAMPLES, INPUTS))
+        setting = Setting(Policy(network, FAMILIES["Categorical"]))
+        start = nn.utils.parameters_to_vector(setting.trained).detach()
+        require_contract(setting)
+        steps.append(nn.utils.parameters_to_vector(setting.trained).detach() - start)
+    similarity = nn.functional.cosine_similarity(steps[0], steps[1], dim=0)
+    assert not torch.equal(steps[0], steps[1])
+    assert similarity > 0.99
+
+
+class Bag(nn.Module):
+    """The bare nn.EmbeddingBag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(10, OUTPUTS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.bag(tokens)
+        return result
+
+
+REFUSED: dict[str, tuple[Callable[[], Network], str]] = {
+    "embedding bag": (
+        lambda: Network(Bag(), torch.arange(2 * SAMPLES).view(-1, 2) % 10),
+        r"nn\.EmbeddingBag has no second derivatives: use nn\.Embedding.*vanilla",
+    ),
+    "reentrant checkpoint": (
+        lambda: around(Checkpointed(reentrant=True)),
+        r"Reentrant checkpointing .* use checkpoint\(\.\.\., use_reentrant=False\)",
+    ),
+    "an attention kernel of the closure's own": (
+        lambda: Network(Flash(), torch.randn(SAMPLES, 2, 5, 8)),
+        r"drop its sdpa_kernel\(\)",
+    ),
+}
+
+
+class Flash(nn.Module):
+    """Attention by a kernel that the closure insists on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.head = nn.Linear(16, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            mixed = nn.functional.scaled_dot_product_attention(self.project(x), x, x)
+        result: Tensor = self.head(mixed[:, :, 0].flatten(1))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_differentiated_twice_is_named_with_the_way_out(name: str) -> None:
+    make, message = REFUSED[name]
+    torch.manual_seed(0)
+    setting = Setting(Policy(make(), FAMILIES["Categorical"]))
+    before, switches = Snapshot.of(setting.policy), flags()
+    optimizer = TrustRegionOptimizer(setting.trained)
+    for third in (True, False):
+        with pytest.raises(TrustRegionError, match=message):
+            optimizer.step(functools.partial(setting.closure, third=third))
+    assert before.differences(Snapshot.of(setting.policy)) == []
+    assert flags() == switches
+
+
+def test_recurrence_runs_without_cudnn_and_convolution_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for function, expected in ((torch.lstm, False), (torch.gru, False), (torch.conv2d, True)):
+        with recurrence(function):
+            assert torch.backends.cudnn.enabled is expected
+        assert torch.backends.cudnn.enabled

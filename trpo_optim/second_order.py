@@ -1,0 +1,84 @@
+"""What PyTorch must be told so that a policy can be differentiated twice, and what it cannot do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["kernels", "recurrence", "remedy", "uncompiled"]
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+_REMEDIES = {
+    "embedding_bag": "nn.EmbeddingBag has no second derivatives: use nn.Embedding, and the sum or "
+    "mean of its output over the bag.",
+    "attention": "The closure asks for an attention kernel that has no second derivatives: drop "
+    "its sdpa_kernel() or flex_attention(), and the optimizer chooses one that has.",
+    "use_reentrant": "Reentrant checkpointing has no second derivatives: use "
+    "checkpoint(..., use_reentrant=False).",
+    "_cudnn_rnn": "A traced module runs a cuDNN recurrence, which has no second derivatives: call "
+    "step() under torch.backends.cudnn.flags(enabled=False).",
+    "grid_sampler": "functional.grid_sample has no second derivatives: use a convolution, or "
+    "interpolate().",
+    "cdist": "torch.cdist has no second derivatives: write the distances out.",
+}
+"""By a part of torch's message."""
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Have attention run by kernels with second derivatives; afterwards all is as it was.
+
+    Every evaluation of a step runs them, since another kernel would draw another dropout mask.
+
+    Yields:
+        Nothing.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def recurrence(func: Callable[..., Any]) -> AbstractContextManager[object]:
+    """Return a context for one torch call, in which a recurrence runs without cuDNN.
+
+    Convolutions keep cuDNN, whose second derivatives torch knows.
+
+    Args:
+        func: The torch function that is about to be called.
+    """
+    if getattr(func, "__name__", "") in _RECURRENT and torch.backends.cudnn.is_available():
+        context: AbstractContextManager[object] = torch.backends.cudnn.flags(enabled=False)
+        return context
+    return nullcontext()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled modules run as they were written.
+
+    Their compiled form has no second derivatives, and compiling would trace the watch too. Where
+    nothing can have been compiled, the compiler stays unimported.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context
+
+
+def remedy(refusal: str) -> str:
+    """Return what to do about an operation that torch cannot differentiate twice.
+
+    Args:
+        refusal: Torch's own words.
+    """
+    known = (text for part, text in _REMEDIES.items() if part in refusal)
+    return next(known, "Replace the operation that this names by one with second derivatives.")
