@@ -24,11 +24,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from trpo_optim import StepReport, TrustRegionOptimizer
+from trpo_optim import StepReport, TrustRegionOptimizer, frozen, mean_kl
 
 
 @dataclass(frozen=True)
@@ -273,13 +273,13 @@ def update_policy(run: Run, batch: Batch, advantage: Tensor) -> StepReport:
     advantage = advantage.flatten()
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     with torch.no_grad():
-        old = run.policy(observations)
+        old = frozen(run.policy(observations))
         old_log_prob = old.log_prob(actions)
 
     def closure() -> tuple[Tensor, Tensor, Distribution]:
         dist = run.policy(observations)
         ratio = (dist.log_prob(actions) - old_log_prob).exp()
-        return -(ratio * advantage).mean(), kl_divergence(old, dist).mean(), dist
+        return -(ratio * advantage).mean(), mean_kl(old, dist), dist
 
     return run.optimizer.step(closure)
 
