@@ -31,6 +31,7 @@ from trpo_optim import (
     frozen,
     log_prob,
     mean_kl,
+    sample,
     sampled_kl,
 )
 from trpo_optim.closure import Objective
@@ -146,14 +147,6 @@ def laplace_surrogate(old: Any, new: Any) -> Tensor:
     moved = (new.loc - old.loc).square() + (new.scale - old.scale).square()
     value: Tensor = (moved / (2 * old.scale.square())).sum(1).mean()
     return value
-
-
-def sample(dist: Any) -> Any:
-    if isinstance(dist, Distribution):
-        return dist.sample()
-    if isinstance(dist, dict):
-        return {name: sample(each) for name, each in dist.items()}
-    return tuple(sample(each) for each in dist)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The public names of trpo_optim."""
 
 from trpo_optim.closure import Closure
-from trpo_optim.distributions import entropy, frozen, log_prob, mean_kl, sampled_kl
+from trpo_optim.distributions import entropy, frozen, log_prob, mean_kl, sample, sampled_kl
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import Outcome, StepReport, TrustRegionError
 
@@ -15,5 +15,6 @@ __all__ = [
     "frozen",
     "log_prob",
     "mean_kl",
+    "sample",
     "sampled_kl",
 ]

@@ -22,7 +22,16 @@ from torch.distributions.transforms import Transform
 
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["entropy", "frozen", "log_prob", "mean_kl", "sampled_kl"]
+__all__ = [
+    "entropy",
+    "frozen",
+    "leaves",
+    "log_prob",
+    "made_of",
+    "mean_kl",
+    "sample",
+    "sampled_kl",
+]
 
 PolicyT = TypeVar("PolicyT", bound="Distribution | Mapping[str, Any] | Sequence[Any]")
 """A distribution, or a dict or tuple of independent ones: one for each part of the action."""
@@ -57,7 +66,7 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
     counted = None if mask is None else _checked(mask)
     kl = _mean(_joint_kl(old, new, None if mask is None else mask.dim(), ""), counted)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
-        for part in _leaves(old):
+        for part in leaves(old):
             _require_valid(part)
     return kl
 
@@ -134,6 +143,23 @@ def log_prob(dist: PolicyT, action: Any) -> Tensor:
     return _summed([log_prob(*pair) for _, *pair in _paired(dist, action, "action", "")])
 
 
+@torch.no_grad()
+def sample(dist: PolicyT) -> Any:
+    """Draw actions, without a graph.
+
+    Args:
+        dist: The distribution, or a dict or tuple of them.
+
+    Returns:
+        One action per element of the batch, in the same form.
+    """
+    if isinstance(dist, Distribution):
+        return dist.sample()
+    if isinstance(dist, Mapping):
+        return {name: sample(part) for name, part in dist.items()}
+    return tuple(sample(part) for part in dist)
+
+
 def entropy(dist: PolicyT) -> Tensor:
     """Return the entropy in nats, joint over the parts of a tuple or dict.
 
@@ -170,7 +196,7 @@ def frozen(dist: PolicyT) -> PolicyT:
     Raises:
         TrustRegionError: If a parameter is NaN or outside its bounds, such as a scale of zero.
     """
-    for part in _leaves(dist):
+    for part in leaves(dist):
         _require_valid(part)
     return copy.deepcopy(dist, {id(each): each.detach().clone() for each in _tensors(dist, set())})
 
@@ -324,7 +350,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _require_valid(dist: Distribution) -> None:
     """Check a distribution's parameters against their bounds, also where torch was told not to."""
-    for inner in _inner(dist):
+    for inner in made_of(dist):
         for name, constraint in _constraints(inner).items():
             value = vars(inner).get(name)
             if isinstance(value, Tensor) and not bool(constraint.check(value).all()):
@@ -340,20 +366,20 @@ def _constraints(dist: Distribution) -> Mapping[str, Constraint]:
     return {} if isinstance(dist, Independent) else dist.arg_constraints
 
 
-def _inner(dist: Distribution) -> Iterator[Distribution]:
+def made_of(dist: Distribution) -> Iterator[Distribution]:
     """Yield a distribution and those that it is made of."""
     yield dist
     for value in vars(dist).values():
         if isinstance(value, Distribution):
-            yield from _inner(value)
+            yield from made_of(value)
 
 
-def _leaves(dist: Any) -> Iterator[Distribution]:
+def leaves(dist: Any) -> list[Distribution]:
+    """Return the distributions that a policy is made of."""
     if isinstance(dist, Distribution):
-        yield dist
-        return
-    for part in dist.values() if isinstance(dist, Mapping) else dist:
-        yield from _leaves(part)
+        return [dist]
+    parts = dist.values() if isinstance(dist, Mapping) else dist
+    return [leaf for part in parts for leaf in leaves(part)]
 
 
 def _tensors(value: Any, seen: set[int], without: str = "") -> Iterator[Tensor]:
