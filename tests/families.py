@@ -84,9 +84,8 @@ def joint(make: Make) -> Family:
 
 
 def without_some(x: Tensor) -> Tensor:
-    """Return logits in which every row has some actions masked out, but never the first."""
-    places = torch.arange(x.numel(), device=x.device).view_as(x)
-    return x.masked_fill((places * 7 % 5 < 2) & (places % x.shape[-1] > 0), -torch.inf)
+    """Return logits of which two are masked out."""
+    return x.masked_fill(torch.arange(x.shape[-1], device=x.device) % 3 == 1, -torch.inf)
 
 
 def mixture(x: Tensor, free: Tensor) -> Distribution:

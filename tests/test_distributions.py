@@ -125,6 +125,70 @@ def test_an_action_newly_masked_out_is_infinitely_far() -> None:
     assert mean_kl(new, old).item() == pytest.approx(math.log(1.5) / 2)
 
 
+@pytest.mark.parametrize("logit", [0.0, 5.0, 16.0, 30.0, 80.0, -16.0, -80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_that_round_to_0_or_1_bring_no_infinity(
+    logit: float, dtype: torch.dtype
+) -> None:
+    logits = torch.full((4,), logit)
+    pairs = [
+        (td.Bernoulli(logits=each), td.Bernoulli(logits=each + 1.5))
+        for each in (logits.to(dtype), logits.double())
+    ]
+    coarse, exact = (mean_kl(*each).item() for each in pairs)
+    assert coarse == pytest.approx(exact, rel=3e-2 if dtype is torch.bfloat16 else 1e-4, abs=1e-30)
+    five = [td.Binomial(5, logits=each.logits) for each in pairs[0]]
+    assert mean_kl(five[0], five[1]).item() == pytest.approx(5 * coarse, rel=1e-2)
+    for limit in (torch.inf, -torch.inf):
+        certain = td.Bernoulli(logits=torch.full((4,), limit))
+        assert mean_kl(certain, td.Bernoulli(logits=torch.full((4,), limit))).item() == 0
+
+
+def test_a_family_that_torch_transforms_keeps_its_own_kl() -> None:
+    old, new = td.Gumbel(one(4), one(4)), td.Gumbel(one(4), 2 * one(4))
+    torch.testing.assert_close(mean_kl(frozen(old), new), kl_divergence(old, new).mean())
+
+
+class Halved(TanhTransform):
+    """A transform of the user's own, equal to itself alone."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by identity."""
+        return self is other
+
+    __hash__ = TanhTransform.__hash__
+
+
+def test_transforms_without_tensors_may_compare_by_identity_or_be_inverted() -> None:
+    for transform in (Halved(), td.transforms.SigmoidTransform().inv):
+        old, new = (
+            td.TransformedDistribution(td.Normal(shift * one(4), 1.0), [transform])
+            for shift in (0.0, 0.1)
+        )
+        assert mean_kl(frozen(old), new).item() == pytest.approx(0.005)
+        assert frozen(old).log_prob(0.5 * one(4)).isfinite().all()
+
+
+def test_values_that_torch_derives_are_not_held_against_the_policy() -> None:
+    half = td.Categorical(logits=torch.randn(64, 6).half(), validate_args=False)
+    assert half.probs.dtype is torch.half  # computed, and summing to 1 but roughly
+    frozen(half)
+    for dist in (td.Uniform(one(4), 2 * one(4)), Bare(one(4))):
+        frozen(dist)
+
+
+class Bare(Distribution):
+    """A distribution that declares nothing."""
+
+    def __init__(self, loc: Tensor) -> None:
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+
+def test_a_ratio_that_overflows_leaves_the_plain_sampled_kl_a_number() -> None:
+    assert sampled_kl(torch.tensor([-100.0, 0.0]), torch.tensor([0.0, -1.0])).item() == -49.5
+
+
 def mixture(x: Tensor) -> Distribution:
     return td.MixtureSameFamily(td.Categorical(logits=x[:, :2]), td.Normal(x[:, 2:4], 1.0))
 
@@ -344,7 +408,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "NaN logits of the old policy": (
         lambda: mean_kl(td.Categorical(logits=one(4, 3) * torch.nan, validate_args=False), plain),
-        "Categorical has probs outside .*nan",
+        "Categorical has (probs|logits) outside .*nan",
     ),
     "a scale of zero": (
         lambda: frozen(td.Independent(td.Normal(one(4, 2), 0 * one(4, 2), validate_args=False), 1)),
@@ -362,6 +426,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: log_prob((plain, plain), one(4, 3)),
         "a tuple of 2 and the action a tuple of 3",
     ),
+    "actions that would broadcast": (
+        lambda: log_prob({"a": plain}, {"a": torch.zeros(4, 1)}),
+        r"shape \(4, 1\), and one for each of Categorical has \(4,\)",
+    ),
+    "no distribution": (lambda: frozen((plain, None)), "The policy is NoneType. It must be"),
     "no closed form of the entropy": (
         lambda: entropy(mixture(one(4, 4))),
         "entropy of MixtureSameFamily has no closed form",

@@ -22,6 +22,7 @@ from problems import Snapshot
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from trpo_optim import (
     StepReport,
@@ -37,7 +38,6 @@ from trpo_optim import (
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import second_order
 from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.second_order import recurrence
 from trpo_optim.transaction import Transaction
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
@@ -358,11 +358,62 @@ def test_what_cannot_be_differentiated_twice_is_named_with_the_way_out(name: str
     assert flags() == switches
 
 
-def test_recurrence_runs_without_cudnn_and_convolution_with_it(
-    monkeypatch: pytest.MonkeyPatch,
+class Recording(TorchFunctionMode):
+    """Notes whether cuDNN is switched on when a function is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[bool]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        self.seen.setdefault(func.__name__, []).append(torch.backends.cudnn.enabled)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("network", "function", "enabled"),
+    [
+        ("RNN", "rnn_tanh", False),
+        ("GRU", "gru", False),
+        ("LSTM, packed", "lstm", False),
+        ("CNN", "conv2d", True),
+    ],
+)
+def test_recurrence_runs_without_cudnn_at_every_evaluation_and_convolution_with_it(
+    network: str, function: str, enabled: bool
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    for function, expected in ((torch.lstm, False), (torch.gru, False), (torch.conv2d, True)):
-        with recurrence(function):
-            assert torch.backends.cudnn.enabled is expected
-        assert torch.backends.cudnn.enabled
+    torch.manual_seed(0)
+    setting = Setting(Policy(NETWORKS[network](), FAMILIES["Categorical"]))
+    with Recording() as record:
+        report = TrustRegionOptimizer(setting.trained).step(setting.closure)
+    calls = record.seen[function]
+    assert len(calls) % report.closure_evaluations == 0
+    assert set(calls) == {enabled}
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_runs_by_twice_differentiable_kernels_at_every_evaluation(fast: bool) -> None:
+    torch.manual_seed(0)
+    setting = Setting(Policy(NETWORKS["MultiheadAttention"](), FAMILIES["Categorical"]))
+    backends, seen = torch.backends, []
+
+    def closure() -> Any:
+        seen.append((backends.mha.get_fastpath_enabled(), backends.cuda.flash_sdp_enabled()))
+        return setting.closure()
+
+    before = backends.mha.get_fastpath_enabled(), backends.cuda.flash_sdp_enabled()
+    try:
+        backends.mha.set_fastpath_enabled(fast)
+        backends.cuda.enable_flash_sdp(fast)
+        TrustRegionOptimizer(setting.trained).step(closure)
+        assert (backends.mha.get_fastpath_enabled(), backends.cuda.flash_sdp_enabled()) == (
+            fast,
+            fast,
+        )
+    finally:
+        backends.mha.set_fastpath_enabled(before[0])
+        backends.cuda.enable_flash_sdp(before[1])
+    assert len(seen) > 1
+    assert set(seen) == {(False, False)}

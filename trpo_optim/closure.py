@@ -17,7 +17,7 @@ from torch import Tensor
 from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
-from trpo_optim.second_order import kernels, uncompiled
+from trpo_optim.second_order import attention, uncompiled, without_cudnn
 from trpo_optim.transaction import Transaction
 from trpo_optim.watch import Watch
 
@@ -60,6 +60,7 @@ class Objective:
         self.evaluations = 0
         self._closure = closure
         self._transaction = transaction
+        self._recurrent = False  # until seen; then every evaluation draws the same dropout masks
 
     def at(self, *twins: Tensor) -> Values:
         """Evaluate with each parameter replaced by its twin, wherever it is used.
@@ -104,7 +105,7 @@ class Objective:
         """
         self.rewind()
         try:
-            values = self._evaluate()
+            values = self._evaluate(*([without_cudnn()] if self._recurrent else []))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
             return math.nan, math.nan
         except ValueError as error:
@@ -119,12 +120,13 @@ class Objective:
             return self._evaluate(uncompiled(), watch)
         finally:
             watch.remove()
+            self._recurrent |= watch.recurrent
 
     def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
         self.evaluations += 1
         try:
             with ExitStack() as stack:
-                for context in (kernels(), *contexts):
+                for context in (attention(), *contexts):
                     stack.enter_context(context)
                 returned = self._closure()
             values = checked_values(returned)

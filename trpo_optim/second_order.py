@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["kernels", "recurrence", "remedy", "uncompiled"]
+__all__ = ["attention", "is_recurrence", "remedy", "uncompiled", "without_cudnn"]
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -25,13 +25,13 @@ _REMEDIES = {
     "step() under torch.backends.cudnn.flags(enabled=False).",
     "grid_sampler": "functional.grid_sample has no second derivatives: use a convolution, or "
     "interpolate().",
-    "cdist": "torch.cdist has no second derivatives: write the distances out.",
+    "dist_backward": "torch.cdist and pdist have no second derivatives: write the distances out.",
 }
 """By a part of torch's message."""
 
 
 @contextmanager
-def kernels() -> Iterator[None]:
+def attention() -> Iterator[None]:
     """Have attention run by kernels with second derivatives; afterwards all is as it was.
 
     Every evaluation of a step runs them, since another kernel would draw another dropout mask.
@@ -48,18 +48,32 @@ def kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def recurrence(func: Callable[..., Any]) -> AbstractContextManager[object]:
-    """Return a context for one torch call, in which a recurrence runs without cuDNN.
-
-    Convolutions keep cuDNN, whose second derivatives torch knows.
+def is_recurrence(func: Callable[..., Any]) -> bool:
+    """Return whether a torch function is a recurrence that cuDNN may run.
 
     Args:
-        func: The torch function that is about to be called.
+        func: The torch function.
     """
-    if getattr(func, "__name__", "") in _RECURRENT and torch.backends.cudnn.is_available():
-        context: AbstractContextManager[object] = torch.backends.cudnn.flags(enabled=False)
-        return context
-    return nullcontext()
+    return getattr(func, "__name__", "") in _RECURRENT
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Have recurrence run by kernels with second derivatives, not by cuDNN.
+
+    Meant for as little as possible: convolutions have their second derivatives in cuDNN, too. Only
+    the one switch is touched, since cuDNN's others refuse to be read once torch's newer ones for
+    precision have been set.
+
+    Yields:
+        Nothing.
+    """
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def uncompiled() -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.second_order import recurrence
+from trpo_optim.second_order import is_recurrence, without_cudnn
 from trpo_optim.transaction import Transaction
 
 __all__ = ["Watch", "written_by"]
@@ -27,6 +28,9 @@ class Watch(TorchFunctionMode):
         transaction: Told of every tensor that is about to be written.
         parameters: The optimizer's parameters.
         twins: What stands in for a parameter, by the parameter's ``id``.
+
+    Attributes:
+        recurrent: Whether a recurrence was run.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Watch(TorchFunctionMode):
         twins: Mapping[int, Tensor],
     ) -> None:
         super().__init__()
+        self.recurrent = False
         self._transaction = transaction
         self._twins = twins
         self._storages: dict[int, list[Tensor]] = {}
@@ -59,7 +64,9 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
-        with recurrence(func):
+        recurrent = is_recurrence(func)
+        self.recurrent |= recurrent
+        with without_cudnn() if recurrent else nullcontext():
             result = func(
                 *[self._replaced(value) for value in args],
                 **{name: self._replaced(value) for name, value in keywords.items()},

@@ -1,0 +1,257 @@
+"""check_closure: whether a trust region can be built on what a handwritten closure returns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.autograd_graph import now, require_attached
+from trpo_optim.closure import Closure, Objective
+from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
+from trpo_optim.curvature import second_order
+from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.report import TrustRegionError
+from trpo_optim.testing.findings import ClosureReport, Finding, Verdict
+from trpo_optim.transaction import Transaction
+
+__all__ = ["CLOSURE_CHECKS", "assert_closure", "check_closure"]
+
+
+@dataclass
+class _Subject:
+    """A closure, evaluated within a transaction that puts everything back."""
+
+    closure: Closure
+    vector: ParameterVector
+    transaction: Transaction
+    log_prob: Callable[[], Tensor] | None
+    advantages: Tensor | None
+    objective: Objective = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.objective = Objective(self.closure, self.vector, self.transaction)
+
+    def kl(self, step: Tensor | float = 0.0) -> float:
+        """Return the KL at a step away from the parameters."""
+        shift = step if isinstance(step, Tensor) else torch.zeros((), device=self.vector.device)
+        self.transaction.move(shift, 1.0)
+        try:
+            return self.objective.values()[1]
+        finally:
+            self.transaction.move(torch.zeros((), device=self.vector.device), 1.0)
+
+    def direction(self) -> Tensor:
+        """Return a fixed move along all parameters."""
+        return self.transaction.far_away()
+
+
+def _values(subject: _Subject) -> Finding:
+    """It returns two attached scalars, calls no backward, and uses no stale graph."""
+    name = "values"
+    started = now()
+    start = time.perf_counter()
+    values = subject.objective.with_graph()
+    seconds = time.perf_counter() - start
+    require_attached((values.loss, values.kl), subject.vector.parameters, started)
+    loss, kl = values.numbers()
+    figures = {"loss": loss, "kl": kl, "seconds": seconds}
+    if math.isfinite(loss) and math.isfinite(kl):
+        return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        "Loss or KL is not a number where old and new policy are one.",
+        "Look for zero probabilities, -inf times zero, and NaN in the batch.",
+    )
+
+
+def _deterministic(subject: _Subject) -> Finding:
+    name = "deterministic"
+    subject.objective.rewind()
+    with torch.no_grad():
+        first, second = ([float(each) for each in subject.closure()[:2]] for _ in range(2))
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a == a or b == b]
+    gap = max((abs(a - b) for a, b in pairs), default=0.0)
+    if gap <= 1e-6 * max(1.0, abs(first[0])):
+        return Finding(name, Verdict.PASSED, {"gap": gap})
+    return Finding(
+        name,
+        Verdict.FAILED,
+        {"gap": gap},
+        f"Two calls at the same parameters differ by {gap:.3g}: the closure draws a new minibatch, "
+        "or the policy has dropout, noise or moving statistics.",
+        "Fix the batch before step(), and use policy.eval().",
+    )
+
+
+def _zero_kl(subject: _Subject) -> Finding:
+    kl = subject.kl()
+    require_zero_kl(kl, 1e-7, 1e-4)
+    return Finding("zero kl", Verdict.PASSED, {"kl": kl})
+
+
+def _moving_kl(subject: _Subject) -> Finding:
+    """The KL answers to the parameters: the old policy is not made inside."""
+    here, far = subject.kl(), subject.kl(subject.direction())
+    require_moving_kl((0.0, here), (0.0, far), 1e-7)
+    return Finding("moving kl", Verdict.PASSED, {"kl far away": far})
+
+
+def _shape(subject: _Subject) -> Finding:
+    """The KL is least at the parameters, and grows with the square of the step."""
+    name = "kl"
+    step, here = subject.direction(), subject.kl()
+    for _ in range(60):
+        if abs(subject.kl(step) - here) <= 1e-4:
+            break
+        step = step / 2
+    near = [subject.kl(sign * step) - here for sign in (1.0, -1.0)]
+    far = [subject.kl(sign * step) - here for sign in (2.0, -2.0)]
+    if far == [0.0, 0.0]:
+        return Finding(name, Verdict.UNDECIDED, {}, "The KL does not move.")
+    growth = sum(far) / sum(near) if sum(near) else math.nan
+    figures = {"forward": near[0], "backward": near[1], "growth": growth}
+    cause = ""
+    if min(near) < 0 and max(near) < 1e-7:
+        cause = "The KL falls below zero when the policy moves: its sign is wrong."
+    elif abs(near[0] - near[1]) > 0.35 * abs(sum(near)):
+        cause = "The KL has a slope where old and new policy are one."
+    elif not 3.0 < growth < 5.0:
+        cause = f"Twice the step gives {growth:.2f} times the KL, where 4 is right."
+    if not cause:
+        return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        cause,
+        "Return the mean of KL(old || new) alone: no negative, no root, absolute value, penalty or "
+        "entropy.",
+    )
+
+
+def _second_order(subject: _Subject) -> Finding:
+    with torch.no_grad():
+        model = second_order(subject.objective)
+        model.product(model.gradient)
+    return Finding(
+        "second order", Verdict.PASSED, {}, model.fallback and f"{model.engine}: {model.fallback}."
+    )
+
+
+def _sign(subject: _Subject) -> Finding:
+    """The loss falls when good actions become more likely."""
+    name = "loss"
+    if subject.log_prob is None or subject.advantages is None:
+        return Finding(name, Verdict.UNDECIDED, {}, "Pass log_prob and advantages to check it.")
+    with torch.enable_grad():
+        logs = subject.log_prob()
+        if logs.shape != subject.advantages.shape:
+            raise TrustRegionError(
+                f"log_prob has shape {tuple(logs.shape)} and advantages "
+                f"{tuple(subject.advantages.shape)}: they broadcast. Make both (N,)."
+            )
+        slopes = [
+            subject.vector.gather(
+                torch.autograd.grad(value, subject.vector.parameters, allow_unused=True)
+            )
+            for value in (subject.objective.with_graph().loss, -(logs * subject.advantages).mean())
+        ]
+    cosine = float(torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=0))
+    if cosine > 0.5:
+        return Finding(name, Verdict.PASSED, {"cosine": cosine})
+    turned = cosine < -0.5
+    return Finding(
+        name,
+        Verdict.FAILED,
+        {"cosine": cosine},
+        "The loss falls when bad actions become more likely: its sign is wrong."
+        if turned
+        else "The gradient of the loss has little to do with -mean(advantages * log_prob): shapes "
+        "broadcast, or another term outweighs the surrogate.",
+        "Return -(ratio * advantages).mean(), or set maximize=True."
+        if turned
+        else "Give ratio and advantages the shape (N,), and weigh entropy and penalties lightly.",
+    )
+
+
+CLOSURE_CHECKS: dict[str, Callable[[_Subject], Finding]] = {
+    "values": _values,
+    "deterministic": _deterministic,
+    "zero kl": _zero_kl,
+    "moving kl": _moving_kl,
+    "kl": _shape,
+    "loss": _sign,
+    "second order": _second_order,
+}
+"""By name, in the order in which a fault is best read."""
+
+
+def check_closure(
+    closure: Closure,
+    params: Iterable[Tensor],
+    *,
+    log_prob: Callable[[], Tensor] | None = None,
+    advantages: Tensor | None = None,
+    skip: Collection[str] = (),
+) -> ClosureReport:
+    """Find out whether a handwritten closure is one that ``step`` can work with.
+
+    It is called as before a step: old and new policy are the same. Nothing has moved afterwards.
+
+    Args:
+        closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``.
+        params: The parameters that the optimizer is given.
+        log_prob: Returns ln π of the batch's actions, (N,); with ``advantages``, for the loss.
+        advantages: Of the same actions, (N,).
+        skip: Names of checks that are left out.
+
+    Returns:
+        One finding per check.
+
+    Raises:
+        TrustRegionError: If there is nothing to check, or ``skip`` names no check.
+    """
+    unknown = set(skip) - set(CLOSURE_CHECKS)
+    if unknown:
+        raise TrustRegionError(
+            f"skip names {sorted(unknown)}, which are no checks. There are {list(CLOSURE_CHECKS)}."
+        )
+    vector = ParameterVector(each for each in params if each.requires_grad)
+    findings = []
+    with torch.no_grad():
+        for name, check in CLOSURE_CHECKS.items():
+            if name in skip:
+                continue
+            with Transaction(vector) as transaction:
+                transaction.begin()
+                try:
+                    subject = _Subject(closure, vector, transaction, log_prob, advantages)
+                    findings.append(check(subject))
+                except Exception as error:  # whatever a closure may raise
+                    told = str(error)
+                    if not isinstance(error, TrustRegionError):
+                        told = f"{type(error).__name__}: {told}"
+                    findings.append(Finding(name, Verdict.FAILED, {}, told))
+    return ClosureReport(tuple(findings))
+
+
+def assert_closure(closure: Closure, params: Iterable[Tensor], **options: Any) -> None:
+    """Raise where ``check_closure`` finds a fault.
+
+    Args:
+        closure: As for ``check_closure``.
+        params: As for ``check_closure``.
+        options: As for ``check_closure``.
+
+    Raises:
+        AssertionError: If a check fails, with all findings for its text.
+    """
+    check_closure(closure, params, **options).require()

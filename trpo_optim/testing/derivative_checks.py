@@ -1,0 +1,175 @@
+"""Checks of derivatives: the score, the KL where both policies are one, the Fisher matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.distributions import Laplace
+
+from trpo_optim.distribution_parts import leaves, made_of
+from trpo_optim.distributions import frozen, log_prob
+from trpo_optim.testing.distribution_checks import _average, _sigmas
+from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.subject import Subject
+
+__all__ = ["check_fisher", "check_score", "check_second_order", "check_zero_kl"]
+
+_CLOSE = 0.03
+"""Relative error of central differences in single precision."""
+
+
+def check_score(subject: Subject) -> Finding:
+    """The surrogate's gradient by autograd is that by central differences of log_prob."""
+    name = "score"
+    vector = subject.vector
+    worst, figures = 0.0, dict[str, float]()
+    value = (log_prob(subject.dist(), subject.actions) * subject.advantages).mean()
+    slopes = torch.autograd.grad(value, vector.parameters, allow_unused=True)
+    gradient = vector.gather(slopes)
+    width = 1e-5 if vector.dtype is torch.float64 else 2e-3
+    for index, (start, end) in enumerate(_spans(subject)):
+        step = torch.zeros_like(gradient)
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.randn(end - start, generator=generator).to(step)
+        piece = gradient[start:end]
+        step[start:end] = 0.5 * noise / noise.norm() + piece / piece.norm().clamp_min(1e-30)
+        step *= width * max(1.0, float(vector.parameters[index].detach().norm())) / step.norm()
+        ends = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad(), subject.at(sign * step):
+                logs = log_prob(subject.dist(), subject.actions).double()
+                ends.append(float((logs * subject.advantages).mean()))
+        measured, stated = (ends[0] - ends[1]) / 2, float(gradient.dot(step))
+        finest = torch.finfo(vector.dtype).eps * float(subject.old_log_prob.abs().mean() + 1)
+        error = abs(measured - stated) / max(abs(measured), abs(stated), 100 * finest)
+        if not error <= worst:
+            worst = error
+            figures = {"by autograd": stated, "by differences": measured, "error": error}
+    if worst <= 2 * _CLOSE:
+        return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        "The gradient of log_prob by autograd is not its slope: part of log_prob is detached, or a "
+        "backward is wrong, so that the step raises something else than the probabilities of good "
+        "actions.",
+        "Drop detach(), .data or no_grad() inside log_prob, and check custom backwards with "
+        "torch.autograd.gradcheck.",
+    )
+
+
+def _spans(subject: Subject) -> list[tuple[int, int]]:
+    """Return where each parameter lies in the vector."""
+    ends = torch.tensor([each.numel() for each in subject.vector.parameters]).cumsum(0).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def check_zero_kl(subject: Subject) -> Finding:
+    """The KL of a policy with itself is zero, least there, and smooth."""
+    name = "zero kl"
+    step = subject.direction(1, kl=1e-4)
+    at = {}
+    with torch.no_grad():
+        for scale in (0.0, -1.0, 1.0, 2.0, -2.0):
+            with subject.at(scale * step):
+                at[scale] = float(subject.kl(subject.old, subject.dist()))
+        copied = float(subject.kl(subject.old, frozen(subject.old)))
+    near, far = at[1.0] + at[-1.0], at[2.0] + at[-2.0]
+    figures = {
+        "kl(old, old)": max(abs(at[0.0]), abs(copied)),
+        "growth": far / near if near else 0.0,
+    }
+    cause = ""
+    if not figures["kl(old, old)"] <= (1e-9 if subject.vector.dtype is torch.float64 else 1e-5):
+        cause = f"KL(old || old) is {at[0.0]:.3g}, not zero."
+    elif not near > 0:
+        cause = f"The KL does not rise when the policy moves ({near / 2:.3g})."
+    elif abs(at[1.0] - at[-1.0]) > 0.35 * near:
+        cause = "The KL is not stationary where both policies are one: it has a slope there."
+    elif not 3.2 < figures["growth"] < 4.8:
+        cause = f"Twice the step gives {figures['growth']:.2f} times the KL, where 4 is right."
+    if not cause:
+        return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        cause,
+        "Return the KL alone (no entropy, penalty or absolute value), of distributions over the "
+        "same actions; keep the old one by frozen(), so that it does not move with the new one.",
+    )
+
+
+def check_second_order(subject: Subject) -> Finding:
+    """The KL can be differentiated twice."""
+    name = "second order"
+    if not subject.refusal:
+        return Finding(name, Verdict.PASSED)
+    return Finding(name, Verdict.FAILED, {}, subject.refusal)
+
+
+def check_fisher(subject: Subject) -> Finding:
+    """Fisher-vector products are symmetric, the KL's curvature, and the scores' spread."""
+    name = "fisher"
+    if subject.refusal:
+        return Finding(name, Verdict.UNDECIDED, {}, "There is no second derivative.")
+    one, two = subject.direction(2), subject.direction(3)
+    worst, cause, figures = 0.0, "", dict[str, float]()
+    scale = 2e-3 if subject.vector.dtype is torch.float64 else 0.02
+    logs, bends = [], []
+    for sign in (scale, -scale):
+        with subject.at(sign * one):
+            dist = subject.dist()
+            kl = subject.kl(subject.old, dist)
+            slopes = torch.autograd.grad(kl, subject.vector.parameters, allow_unused=True)
+            bends.append(subject.vector.gather(slopes))
+            with torch.no_grad():
+                logs.append(subject.joint_log_prob(dist))
+    measured = float(one.dot(bends[0] - bends[1])) / (2 * scale)
+    score = (logs[0] - logs[1]) / (2 * scale)
+    spread, noise = _average(score.square(), subject.weights())
+    per_row = score.shape[1] / subject.rows
+    spread, noise = spread * per_row, noise * per_row
+    for third in (True, False):
+        with subject.model(third=third) as model:
+            product, other = model.product(one), model.product(two)
+            engine, fallback = model.engine, model.fallback
+        stated = float(one.dot(product))
+        crossed = float(two.dot(product)), float(one.dot(other))
+        skew = abs(crossed[0] - crossed[1]) / max(stated, 1e-30)
+        here = {
+            "by differences": abs(stated - measured) / max(abs(measured), 1e-30),
+            "by the score": max(0.0, abs(stated - spread) - _sigmas(1) * noise)
+            / max(spread, 1e-30),
+            "asymmetry": skew,
+        }
+        del fallback
+        for label, error in here.items():
+            limit = 0.01 if label == "asymmetry" else 2 * _CLOSE
+            if not error <= limit and not error <= worst:
+                worst, cause = (
+                    error,
+                    f"{engine}: vFv is {stated:.4g}, {label} it is off by {error:.2g}.",
+                )
+        if not stated > 0:
+            worst, cause = math.inf, f"{engine}: vFv is {stated:.4g}, not positive."
+        figures = {"vFv": stated, "by differences": measured, "by the score": spread}
+        if third and _kinked(subject):
+            break
+    if not cause:
+        return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        f"{cause} Fisher-vector products are not those of this policy.",
+        "Check the second derivatives of custom functions (torch.autograd.gradgradcheck), and that "
+        "the KL is that of the distribution whose log_prob is used.",
+    )
+
+
+def _kinked(subject: Subject) -> bool:
+    """Return whether torch's own KL has a Hessian that is not the Fisher matrix."""
+    return any(isinstance(each, Laplace) for leaf in leaves(subject.old) for each in made_of(leaf))

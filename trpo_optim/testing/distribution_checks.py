@@ -1,0 +1,212 @@
+"""Checks of the distribution itself: shapes, density, sampler, entropy, KL."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from trpo_optim.distribution_parts import leaves
+from trpo_optim.distributions import log_prob
+from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.reference import Reference, rows_of
+from trpo_optim.testing.subject import Subject
+
+__all__ = ["check_density", "check_entropy", "check_kl", "check_sampler", "check_shapes"]
+
+FALSE_ALARM = 1e-7
+"""The chance that one comparison of averages finds a sound policy at fault."""
+
+_SLACK = 0.002
+"""What rounding and proposals may put between two averages beyond noise, relative."""
+
+
+def check_shapes(subject: Subject) -> Finding:
+    """There is one log-probability per observation."""
+    name = "one action per row"
+    found = leaves(subject.dist())
+    shapes = [tuple(leaf.batch_shape) for leaf in found]
+    figures = {"rows": float(subject.rows)}
+    for leaf, shape in zip(found, shapes, strict=True):
+        family = type(leaf).__name__
+        if not shape or shape[0] != subject.rows:
+            return _failed(
+                name,
+                figures,
+                f"{family} has batch shape {shape}, and there are {subject.rows} observations.",
+                "Return one distribution per observation, the batch first.",
+            )
+        if not leaf.event_shape and len(shape) > 1:
+            return _failed(
+                name,
+                figures,
+                f"{family} has batch shape {shape} and no event shape, so that log_prob gives "
+                f"{math.prod(shape[1:])} numbers per observation, which broadcast against "
+                "advantages, and a KL averaged over them is too small.",
+                "Wrap it in Independent(dist, 1), or squeeze its last dimension.",
+            )
+    value = log_prob(subject.old, subject.actions)
+    if value.shape != (subject.rows,):
+        return _failed(
+            name,
+            figures,
+            f"log_prob of one action per observation has shape {tuple(value.shape)}.",
+            f"It must be ({subject.rows},).",
+        )
+    return Finding(name, Verdict.PASSED, figures)
+
+
+def check_density(subject: Subject) -> Finding:
+    """exp(log_prob) integrates, or sums, to one."""
+    name = "density"
+    figures = dict[str, float]()
+    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+        if not each.decided:
+            return _undecided(name, f"The support of {type(leaf).__name__} is not known.")
+        core, core_noise = _mass(each.weights * each.inside)
+        total, noise = _mass(each.weights)
+        figures = {"integral": total, "noise": noise}
+        if core > 1 + _sigmas(2) * core_noise + _SLACK:
+            figures["integral"], noise = core, core_noise  # of a part already
+        elif not noise <= 0.05:
+            return _undecided(name, "No proposal fits the density well enough to integrate it.")
+        if abs(figures["integral"] - 1) > _sigmas(2) * noise + _SLACK:
+            return _failed(
+                name,
+                figures,
+                f"exp(log_prob) of {type(leaf).__name__} integrates to {figures['integral']:.4g}, "
+                "not to 1: a term is missing or wrong, such as a normaliser or a transform's "
+                "log-determinant.",
+                "Compute log_prob by torch.distributions (TransformedDistribution for squashed "
+                "actions), or correct it.",
+            )
+    return Finding(name, Verdict.PASSED, figures)
+
+
+def _mass(weights: Tensor) -> tuple[float, float]:
+    """Return the mean of weights, and its standard error."""
+    spread = weights.var(0).mean().sqrt() if len(weights) > 1 else weights.new_zeros(())
+    return float(weights.mean()), float(spread) / math.sqrt(weights.numel())
+
+
+def check_sampler(subject: Subject) -> Finding:
+    """sample() draws what log_prob says."""
+    name = "sampler"
+    worst = 0.0
+    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+        if not each.decided:
+            return _undecided(name, f"The support of {type(leaf).__name__} is not known.")
+        worst = max(worst, _distance(each))
+        if worst > 1:
+            return _failed(
+                name,
+                {"distance over limit": worst},
+                f"Averages over actions that {type(leaf).__name__}.sample() draws differ from "
+                "those that its log_prob gives: the actions in the batch are not the ones whose "
+                "probabilities are raised.",
+                "Use one set of parameters for both; clip, round or mask actions only outside the "
+                "policy, in the environment.",
+            )
+    return Finding(name, Verdict.PASSED, {"distance over limit": worst})
+
+
+def _distance(reference: Reference) -> float:
+    """Return the largest difference of an average, over what noise explains."""
+    ours, theirs = reference.features
+    worst = 0.0
+    for index in range(ours.shape[-1]):
+        mean, error = _average(ours[..., index], reference.weights)
+        sampled, other = _average(theirs[..., index], torch.ones_like(reference.weights))
+        scale = float(theirs[..., index].std()) + 1e-12
+        limit = _sigmas(ours.shape[-1]) * math.hypot(error, other) + _SLACK * max(1.0, scale)
+        worst = max(worst, abs(mean - sampled) / limit)
+    return worst if math.isfinite(worst) else math.inf
+
+
+def check_entropy(subject: Subject) -> Finding:
+    """entropy() is the mean of −log_prob."""
+    name = "entropy"
+    figures = dict[str, float]()
+    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+        try:
+            stated = float(leaf.entropy().double().reshape(subject.rows, -1).sum(-1).mean())
+        except NotImplementedError:
+            continue
+        per_row = math.prod(leaf.batch_shape) / subject.rows
+        mean, error = _average(-rows_of(leaf, each.actions), each.weights)
+        mean, error = mean * per_row, error * per_row
+        figures = {"entropy": stated, "mean of -log_prob": mean, "noise": error}
+        if not abs(stated - mean) <= _sigmas(1) * error + _SLACK * max(1.0, abs(mean)):
+            return _failed(
+                name,
+                figures,
+                f"entropy() of {type(leaf).__name__} is {stated:.4g}, and the mean of -log_prob "
+                f"{mean:.4g}: an entropy bonus would push the wrong way.",
+                "Correct entropy(), or leave it out (NotImplementedError).",
+            )
+    if not figures:
+        return _undecided(name, "The distribution states no entropy.")
+    return Finding(name, Verdict.PASSED, figures)
+
+
+def check_kl(subject: Subject) -> Finding:
+    """The KL between two policies some way apart is the mean of ln(π_old/π_new)."""
+    name = "kl"
+    before = subject.joint_log_prob(subject.old)
+    step = subject.direction(0, kl=0.05)
+    with torch.no_grad(), subject.at(step):
+        new = subject.dist()
+        stated = float(subject.kl(subject.old, new))
+        ratio = subject.joint_log_prob(new) - before
+    per_row = ratio.shape[1] / subject.rows
+    mean, error = _average(torch.expm1(ratio) - ratio, subject.weights())
+    mean, error = mean * per_row, error * per_row
+    figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
+    if abs(stated - mean) <= _sigmas(1) * error + 0.01 * abs(mean) + 1e-6:
+        return Finding(name, Verdict.PASSED, figures)
+    dimensions = _dimensions(subject)
+    share = mean / stated if stated else math.inf
+    cause = f"The KL is {stated:.4g} where the mean of ln(old/new) is {mean:.4g}"
+    if dimensions > 1 and abs(share / dimensions - 1) < 0.1:
+        cause += f": it is averaged over the action's {dimensions} dimensions."
+        remedy = "Sum it over them: Independent(dist, 1), or mean_kl."
+    elif stated < 0 < mean:
+        cause += ": its sign is wrong."
+        remedy = "Return KL(old || new), not its negative."
+    else:
+        cause += ": it is not the KL of these policies."
+        remedy = "Use mean_kl(old, new), or sampled_kl where there is no closed form."
+    return _failed(name, figures, cause, remedy)
+
+
+def _dimensions(subject: Subject) -> int:
+    """Return how many numbers make up one action."""
+    sizes = [math.prod((*leaf.batch_shape[1:], *leaf.event_shape)) for leaf in leaves(subject.old)]
+    return sum(sizes)
+
+
+def _average(values: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return a weighted mean over draws and rows, and its standard error.
+
+    Rows may differ; only the spread within a row is noise.
+    """
+    values = torch.where(weights > 0, values, 0)  # beyond the support's edge they may be NaN
+    total = weights.sum()
+    within = (weights * values).sum(0) / weights.sum(0).clamp_min(1e-300)
+    error = (weights * (values - within)).square().sum().sqrt() / total
+    return float((weights * values).sum() / total), float(error)
+
+
+def _sigmas(comparisons: int) -> float:
+    """Return how many standard errors noise may explain, with a false alarm as rare as stated."""
+    return NormalDist().inv_cdf(1 - FALSE_ALARM / comparisons / 2)
+
+
+def _failed(name: str, figures: dict[str, float], cause: str, remedy: str) -> Finding:
+    return Finding(name, Verdict.FAILED, figures, cause, remedy)
+
+
+def _undecided(name: str, cause: str) -> Finding:
+    return Finding(name, Verdict.UNDECIDED, {}, cause)

@@ -1,0 +1,168 @@
+"""Actions distributed as log_prob says, whatever the sampler does: what both are judged against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, biject_to, constraints
+
+__all__ = ["Reference", "reference"]
+
+_FREEDOM = 4.0
+"""Degrees of freedom of the proposal: tails heavier than a policy's."""
+
+_WIDEST = 64
+"""Most values of a discrete action that are counted one by one."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Weighted actions of one distribution.
+
+    Attributes:
+        actions: Shape (draws, *batch, *event).
+        weights: Shape (draws, rows); of mean 1 if exp(log_prob) integrates to 1.
+        inside: Which lie where most samples do, shape (draws, rows).
+        features: What is compared with the sampler's: of the reference's and of as many sampled
+            actions, shape (draws, rows, features) each.
+        decided: Whether this is a reference; otherwise it is the sampler itself.
+    """
+
+    actions: Tensor
+    weights: Tensor
+    inside: Tensor
+    features: tuple[Tensor, Tensor]
+    decided: bool = True
+
+
+def reference(leaf: Distribution, draws: int) -> Reference:
+    """Draw actions from a distribution by its log-density alone.
+
+    Discrete actions are enumerated. Continuous ones come from a multivariate t-distribution in the
+    unconstrained coordinates of the support, fitted to samples, and carry importance weights.
+
+    Args:
+        leaf: The distribution.
+        draws: Actions per row.
+
+    Returns:
+        The actions; where the support is not known, the sampler's own.
+    """
+    with torch.no_grad():
+        try:
+            discrete = _is_discrete(leaf.support)
+            return _enumerated(leaf, draws) if discrete else _weighted(leaf, draws)
+        except NotImplementedError:
+            actions = leaf.sample((draws,))
+            ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
+            pair = ones[..., None], ones[..., None]
+            return Reference(actions, ones, ones.bool(), pair, decided=False)
+
+
+def rows_of(leaf: Any, actions: Tensor) -> Tensor:
+    """Return log-probabilities of reference actions, (draws, rows), in double precision."""
+    logs: Tensor = leaf.log_prob(actions)
+    return logs.double().reshape(len(actions), math.prod(leaf.batch_shape))
+
+
+def _is_discrete(support: Any) -> bool:
+    return bool(support.is_discrete)
+
+
+def _weighted(leaf: Distribution, draws: int) -> Reference:
+    support: Any = leaf.support
+    to_support = biject_to(support)
+    rows = math.prod(leaf.batch_shape)
+
+    def flat(actions: Tensor) -> Tensor:
+        inner: Tensor = to_support.inv(actions)
+        return inner.double().reshape(len(actions), rows, -1)
+
+    samples = leaf.sample((draws,))
+    shape = to_support.inv(samples).shape[1:]
+    fitted, compared = flat(leaf.sample((draws,))), flat(samples)
+    fitted = fitted.nan_to_num(0.0, 30.0, -30.0)
+    size = fitted.shape[-1]
+    mean = fitted.mean(0)
+    centred = (fitted - mean).transpose(0, 1)
+    covariance = centred.mT @ centred / draws
+    spread = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    root = torch.linalg.cholesky(1.1 * covariance + (1e-6 * spread + 1e-12) * identity)
+    normal = torch.randn(draws, rows, size, dtype=root.dtype, device=root.device)
+    gamma = torch.distributions.Chi2(torch.full((draws, rows, 1), _FREEDOM).to(root)).sample()
+    standard = normal * (_FREEDOM / gamma).sqrt()
+    points = mean + (root @ standard.unsqueeze(-1)).squeeze(-1)
+    proposal = (
+        math.lgamma((_FREEDOM + size) / 2)
+        - math.lgamma(_FREEDOM / 2)
+        - 0.5 * size * math.log(_FREEDOM * math.pi)
+        - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        - 0.5 * (_FREEDOM + size) * (standard.square().sum(-1) / _FREEDOM).log1p()
+    )
+    inner = points.reshape(draws, *shape).to(samples.dtype)
+    actions = to_support(inner)
+    slope = (
+        to_support.log_abs_det_jacobian(inner, actions).double().reshape(draws, rows, -1).sum(-1)
+    )
+    density = rows_of(leaf, actions)
+    weights = (density + slope - proposal).exp().nan_to_num(0.0, 0.0, 0.0)  # at the very edge
+    scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt() + 1e-12
+
+    def features(points: Tensor, density: Tensor) -> Tensor:
+        place = ((points - mean) / scale).clamp(-10, 10)
+        return torch.cat([place, place.square(), density.clamp(-1e3, 1e3)[..., None]], -1)
+
+    return Reference(
+        actions,
+        weights,
+        ((points - mean).abs() <= 3 * scale).all(-1),
+        (features(points, density), features(compared, rows_of(leaf, samples))),
+    )
+
+
+def _enumerated(leaf: Distribution, draws: int) -> Reference:
+    base = leaf
+    while isinstance(base, Independent):
+        base = base.base_dist
+    values = _values(base)
+    shape = values.shape[1:]
+    elements = math.prod(base.batch_shape)
+    logs = base.log_prob(values).double().reshape(len(values), elements)
+    mass = logs.exp().sum(0)
+    probabilities = (logs.exp() / mass).T.nan_to_num(1 / len(values))
+    picked = torch.multinomial(probabilities, draws, replacement=True)  # (elements, draws)
+    flat = values.reshape(len(values), elements, -1)
+    actions = flat.gather(0, picked.T[..., None].expand(-1, -1, flat.shape[-1]))
+    actions = actions.reshape(draws, *shape)
+    rows = math.prod(leaf.batch_shape)
+    weights = mass.reshape(rows, -1).prod(-1).expand(draws, rows)
+    sampled = leaf.sample((draws,))
+
+    def features(actions: Tensor) -> Tensor:
+        place = actions.double().reshape(draws, rows, -1)
+        density = rows_of(leaf, actions).clamp(-1e3, 1e3)[..., None]
+        if len(values) > _WIDEST or base.event_shape:
+            return torch.cat([place, place.square(), density], -1)
+        counts = [(place == value).double().mean(-1) for value in flat[:, 0, 0].double()]
+        return torch.cat([torch.stack(counts, -1), density], -1)
+
+    everywhere = torch.ones_like(weights, dtype=torch.bool)
+    return Reference(actions, weights, everywhere, (features(actions), features(sampled)))
+
+
+def _values(base: Distribution) -> Tensor:
+    """Return all values of a discrete distribution, (values, *batch, *event)."""
+    if base.has_enumerate_support:
+        values: Tensor = base.enumerate_support()
+        return values
+    support: Any = base.support
+    if isinstance(support, type(constraints.nonnegative_integer)):
+        most = float((base.mean + 12 * base.variance.sqrt()).max()) + 20
+        counts = torch.arange(math.ceil(most), dtype=base.mean.dtype, device=base.mean.device)
+        return counts.view(-1, *[1] * len(base.batch_shape)).expand(-1, *base.batch_shape)
+    raise NotImplementedError

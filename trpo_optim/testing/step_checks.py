@@ -1,0 +1,60 @@
+"""The check of a whole step: it is safe, it improves, and it does what the local model says."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from trpo_optim.optimizer import TrustRegionOptimizer
+from trpo_optim.report import StepReport
+from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.subject import Subject
+
+__all__ = ["check_step"]
+
+_RADII = (1e-4, 1e-5, 1e-6, 1e-7)
+"""Where agreement is looked for: sharply curved policies agree at small radii alone, and single
+precision at large ones."""
+
+_AGREED = 1.25
+"""How many times the local model's prediction what was measured may be, or the other way round."""
+
+
+def check_step(subject: Subject) -> Finding:
+    """A step improves, keeps the radius, and agrees with the local model as that shrinks."""
+    name = "step"
+    if subject.refusal:
+        return Finding(name, Verdict.UNDECIDED, {}, "There is no second derivative.")
+    report = _step(subject, 1e-2)
+    if not report.accepted:
+        return Finding(
+            name, Verdict.FAILED, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.value}"
+        )
+    figures = dict[str, float]()
+    for radius in _RADII:
+        report = _step(subject, radius)
+        figures = {
+            "max_kl": radius,
+            "kl over model": report.trial_kl / report.predicted_kl,
+            "gain over model": report.improvement / report.predicted_improvement,
+        }
+        ratios = [max(value, 1e-9) for label, value in figures.items() if "over" in label]
+        if report.accepted and all(abs(math.log(ratio)) < math.log(_AGREED) for ratio in ratios):
+            return Finding(name, Verdict.PASSED, figures)
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        "However small the radius, KL or improvement are not what the local model says: the policy "
+        "that is differentiated is not the one that is tried.",
+        "Look for what depends on the grad mode (torch.is_grad_enabled), for rounding with a "
+        "straight-through gradient, and for parameters that forward writes.",
+    )
+
+
+def _step(subject: Subject, radius: float) -> StepReport:
+    """Take a step and go back."""
+    with subject.at(torch.zeros((), device=subject.vector.device)):
+        optimizer = TrustRegionOptimizer(subject.vector.parameters, max_kl=radius)
+        return optimizer.step(subject.closure(third=True))
