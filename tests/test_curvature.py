@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from networks import Checkpointed, Scale, Scaled, ScaleWithSetup
 from problems import PROBLEMS, CategoricalPolicy, GaussianPolicy, Problem, Snapshot, gaussian
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Independent, Normal
 
 from trpo_optim import TrustRegionError, curvature
 from trpo_optim.autograd_graph import have_second_derivatives
@@ -222,15 +221,6 @@ def test_dropout_keeps_one_mask_for_every_evaluation_of_a_step(dropout: type[nn.
     assert all(torch.equal(mask, masks[0]) for mask in masks)
     with torch.no_grad():
         assert problem.closure()[1].item() == report.kl
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """Compile afresh, and undo what compiling does to every distribution of the process."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    Distribution.set_default_validate_args(True)
 
 
 @pytest.mark.usefixtures("compiler")

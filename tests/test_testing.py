@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from broken import BROKEN_CLOSURES, BROKEN_POLICIES
+from broken import BROKEN_CLOSURES, BROKEN_POLICIES, Policy
+from families import FAMILIES, Family
+from hypothesis import given, settings
+from networks import NETWORKS, Network
+from problems import Snapshot, gaussian
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
 
+from trpo_optim import TrustRegionError
 from trpo_optim.testing import (
     CLOSURE_CHECKS,
     POLICY_CHECKS,
     ClosureReport,
     PolicyReport,
     Verdict,
+    assert_closure,
+    assert_policy,
     check_closure,
     check_policy,
 )
+from trpo_optim.testing.__main__ import main
+from trpo_optim.testing.strategies import SmallPolicy, observations, policies
+
+PAGE = Path(__file__).parent.parent / "docs" / "testing.md"
 
 
 def policy_report(name: str, *, skip: set[str] | None = None) -> PolicyReport:
@@ -61,3 +78,287 @@ def test_without_any_one_check_a_broken_policy_gets_through(check: str) -> None:
 def test_without_any_one_check_a_broken_closure_gets_through(check: str) -> None:
     meant = [name for name, broken in BROKEN_CLOSURES.items() if broken.check == check]
     assert any(closure_report(name, skip={check}).passed for name in meant)
+
+
+UNSOUND = {"batch norm", "dropout", "spectral norm", "TransformerEncoder, dropout"}
+"""Networks of the optimizer's matrix that do not act as they are updated: these are findings."""
+
+OTHERWISE_CHECKED = {"tokens, padded", "mixture, sampled KL"}
+"""Families of several actions per row, and without a closed form of the KL."""
+
+
+class Sound(nn.Module):
+    """A network and a family as one policy."""
+
+    def __init__(self, network: Network, family: Family) -> None:
+        super().__init__()
+        self.body, self.family = network.body, family
+        self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2]))
+
+    def forward(self, observations: tuple[Tensor, ...]) -> Any:
+        return self.family.make(self.body(*observations), self.free)
+
+
+def require_sound(network: str, family: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    made = NETWORKS[network]()
+    assert_policy(Sound(made, FAMILIES[family]), made.observations, seed=seed)
+
+
+SOUND_NETWORKS = sorted(NETWORKS.keys() - UNSOUND)
+SOUND_FAMILIES = sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("network", SOUND_NETWORKS)
+def test_no_false_alarm_on_any_network(network: str) -> None:
+    require_sound(network, "Categorical", 0)
+
+
+@pytest.mark.parametrize("family", SOUND_FAMILIES)
+def test_no_false_alarm_on_any_family(family: str) -> None:
+    require_sound("MLP", family, 0)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(policies(), observations())
+def test_no_false_alarm_on_small_policies(policy: SmallPolicy, observed: Tensor) -> None:
+    assert_policy(policy, observed)
+
+
+def test_a_check_leaves_everything_as_it_was() -> None:
+    torch.manual_seed(0)
+    policy = Policy(middle=nn.Dropout(0.5))
+    observed = torch.randn(64, 5)
+    before = Snapshot.of(policy)
+    check_policy(policy, observed)
+    assert before.differences(Snapshot.of(policy)) == []
+    problem = gaussian()
+    before = Snapshot.of(problem.policy)
+    assert_closure(problem.closure, problem.parameters())
+    assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+def test_a_report_reads_as_a_table_and_raises_with_it() -> None:
+    report = policy_report("a hotter sampler")
+    assert [finding.check for finding in report.findings] == list(POLICY_CHECKS)
+    assert [finding.check for finding in report.failures] == ["sampler"]
+    with pytest.raises(AssertionError, match="PolicyReport: sampler failed") as caught:
+        report.require()
+    assert str(report) in str(caught.value)
+    assert re.search(
+        r"^FAILED +sampler +distance over limit [\d.]+\n    Averages", str(report), re.M
+    )
+    with pytest.raises(KeyError):
+        report["spelling"]
+
+
+def test_functions_and_methods_can_be_checked_as_well() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 2, requires_grad=True)
+
+    def policy(observed: Tensor) -> Distribution:
+        return Independent(Normal(observed @ weight, 1.0), 1)
+
+    observed = torch.randn(64, 3)
+    assert_policy(policy, observed, parameters=[weight])
+    with pytest.raises(TrustRegionError, match=r"not a module.*parameters=\["):
+        check_policy(policy, observed)
+    agent = Agent()
+    report = check_policy(agent.act, torch.randn(64, 5))
+    assert report.passed
+    assert report["parameters"].cause == "Not used by the policy: critic.weight, critic.bias."
+
+
+class Agent(nn.Module):
+    """An actor and a critic, as PPO scripts have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor, self.critic = Policy(), nn.Linear(5, 1)
+
+    def act(self, observed: Tensor) -> Any:
+        return self.actor(observed)
+
+
+def test_given_actions_are_used() -> None:
+    torch.manual_seed(0)
+    policy, observed = Policy(), torch.randn(64, 5)
+    actions = policy(observed).sample()
+    assert check_policy(policy, observed, actions=actions).passed
+    report = check_policy(policy, observed, actions=actions[..., None])
+    assert "shape" in report["one action per row"].cause
+
+
+@pytest.mark.parametrize("call", [check_policy, check_closure])
+def test_an_unknown_check_to_skip_is_named(call: Any) -> None:
+    with pytest.raises(TrustRegionError, match=r"skip names \['spelling'\]"):
+        call(Policy(), [], skip=["spelling"])
+
+
+TESTS = """
+import torch
+from trpo_optim.testing import PolicyTests
+from trpo_optim.testing.strategies import SmallPolicy
+
+pytest_plugins = ["trpo_optim.testing.plugin"]
+
+class TestSound(PolicyTests):
+    policy = SmallPolicy(3, 4, "dict")
+    observations = torch.randn(32, 3)
+    skip = ["entropy"]
+
+def made(observations):
+    return torch.distributions.Categorical(logits=SmallPolicy.weight * observations)
+
+class TestFunction(PolicyTests):
+    policy = made
+    observations = torch.randn(32, 3)
+    options = {"parameters": [torch.ones(3, requires_grad=True)]}
+
+def test_fixture(assert_sound):
+    assert_sound(SmallPolicy(3, 4, "beta"), torch.randn(32, 3))
+"""
+
+
+def test_the_plugin_gives_one_test_per_check(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(TESTS)
+    result = pytester.runpytest("-q", "-p", "no:cacheprovider", "-p", "trpo_optim.testing.plugin")
+    outcomes = result.parseoutcomes()
+    assert outcomes["passed"] == len(POLICY_CHECKS) - 1 + 1  # one is left out, one is the fixture's
+    assert outcomes["failed"] == len(POLICY_CHECKS)  # SmallPolicy has no weight
+    assert outcomes["skipped"] == 1
+    result.stdout.fnmatch_lines(["*AttributeError: type object 'SmallPolicy' has no attribute*"])
+
+
+MODULE = """
+import torch
+from trpo_optim.testing.strategies import SmallPolicy
+
+class Noisy(SmallPolicy):
+    def forward(self, observations):
+        return super().forward(observations + torch.randn(()))
+
+sound = SmallPolicy(4, 8, "gaussian")
+
+def make_noisy():
+    return Noisy(4, 8, "gaussian")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["made:sound", "--observation-space", "4"], 0, "passed     step"),
+        (["made:sound", "--observation-space", "CartPole-v1"], 0, "passed     step"),
+        (["made:sound", "--observation-space", "4", "--method", "forward"], 0, "passed     step"),
+        (["made:make_noisy", "--observation-space", "4"], 1, "FAILED     deterministic"),
+        (["made:make_noisy", "--observation-space", "4", "--skip", "deterministic"], 0, "passed"),
+        (["made:sound", "--observation-space", "Discrete(4)"], 1, "must have the same dtype"),
+        (["made:sound", "--observation-space", "Nowhere-v1"], 2, "Give a shape (17 or 4x84x84)"),
+        (["made", "--observation-space", "4"], 2, "Write package.module:make_policy"),
+        (["made:absent", "--observation-space", "4"], 2, "has no attribute 'absent'"),
+        (["nowhere:sound", "--observation-space", "4"], 2, "No module named 'nowhere'"),
+    ],
+)
+def test_the_command_line_prints_findings_and_ends_by_them(
+    arguments: list[str],
+    status: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "made.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "made", raising=False)
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert says in printed.out + printed.err
+
+
+def page() -> str:
+    """Return docs/testing.md."""
+    sections = []
+    for heading, names, report in (
+        ("Policies", BROKEN_POLICIES, policy_report),
+        ("Closures", BROKEN_CLOSURES, closure_report),
+    ):
+        sections.append(f"## {heading}\n")
+        for name, broken in names.items():
+            finding = report(name)[broken.check]
+            told = " ".join(filter(None, (finding.cause, finding.remedy)))
+            sections.append(f"**{name[0].upper()}{name[1:]}** (`{finding.check}`). {told}\n")
+    return INTRODUCTION + "\n".join(sections)
+
+
+INTRODUCTION = """# Testing a policy
+
+`check_policy` finds out whether a policy is sound; `check_closure` does the same for a handwritten
+closure.
+
+```python
+import torch
+from trpo_optim.testing import PolicyTests, assert_policy, check_closure, check_policy
+
+print(check_policy(policy, observations))  # a table: what was checked, measured, found
+assert_policy(policy, observations)        # raises with that table
+
+class TestMyPolicy(PolicyTests):           # in pytest: one test per check
+    policy = MyPolicy()
+    observations = torch.randn(256, 17)
+
+print(check_closure(closure, policy.parameters()))  # where step() would be called
+```
+
+```sh
+python -m trpo_optim.testing package.module:make_policy --observation-space 17
+```
+
+A policy is a module, a method of one (`agent.dist`) or, with `parameters=`, any function from
+observations to a distribution, or a tuple or dict of them; observations are a tensor, or a tuple or
+dict of them. Pass real ones where you have them. Findings come in the order in which a fault is
+best read: what fails first explains what fails after it. `kl=` takes a KL of your own;
+`skip=` leaves checks out.
+
+| check | finds |
+| --- | --- |
+| `one action per row` | log_prob that is not one number per observation |
+| `deterministic` | dropout, noise |
+| `state` | buffers, observations and flags that an evaluation moves |
+| `rows` | batch normalisation and reductions across the batch |
+| `parameters` | what is detached on the way; it names what the policy does not use |
+| `finite` | NaN and infinity at zeros and at the corners of the observations' range |
+| `density` | log_prob that does not normalise |
+| `sampler` | samples that do not follow log_prob |
+| `entropy` | entropy() that is not the mean of −log_prob |
+| `score` | a gradient of log_prob that is not its slope |
+| `zero kl` | a KL that is not zero, least and smooth where both policies are one |
+| `kl` | a KL that is not the mean of ln(old/new), such as one averaged over dimensions |
+| `second order` | operations without second derivatives |
+| `fisher` | Fisher-vector products that are not the KL's curvature and the scores' spread |
+| `step` | a step that fails, or does not do what the local model says as the radius shrinks |
+
+Averages over drawn actions are compared within what noise explains: each comparison finds a sound
+policy at fault once in ten million. `undecided` is a check that does not apply, such as the entropy
+of a family that states none.
+
+`trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies;
+`trpo_optim.testing.plugin` the fixture `assert_sound` (`pytest_plugins = [...]` in conftest.py).
+
+What follows is what the kit says of policies and closures with one fault each, written by
+`UPDATE_DOCS=1 pytest tests/test_testing.py`.
+
+"""
+
+
+def without_figures(text: str) -> str:
+    return re.sub(r"-?\d[\d.e+-]*", "#", text)
+
+
+def test_the_page_says_what_the_kit_says() -> None:
+    if os.environ.get("UPDATE_DOCS"):
+        PAGE.write_text(page())
+    assert without_figures(PAGE.read_text()) == without_figures(page())

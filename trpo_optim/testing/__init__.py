@@ -1,8 +1,13 @@
-"""Unit tests for custom policies and closures; needs torch alone."""
+"""Unit tests for custom policies and closures; needs torch alone, and PolicyTests needs pytest."""
+
+from typing import TYPE_CHECKING, Any
 
 from trpo_optim.testing.closure import CLOSURE_CHECKS, assert_closure, check_closure
 from trpo_optim.testing.findings import ClosureReport, Finding, PolicyReport, Verdict
 from trpo_optim.testing.policy import POLICY_CHECKS, assert_policy, check_policy
+
+if TYPE_CHECKING:
+    from trpo_optim.testing.plugin import PolicyTests
 
 __all__ = [
     "CLOSURE_CHECKS",
@@ -10,9 +15,19 @@ __all__ = [
     "ClosureReport",
     "Finding",
     "PolicyReport",
+    "PolicyTests",
     "Verdict",
     "assert_closure",
     "assert_policy",
     "check_closure",
     "check_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs pytest when it is asked for."""
+    if name != "PolicyTests":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trpo_optim.testing.plugin import PolicyTests  # not without pytest
+
+    return PolicyTests

@@ -1,0 +1,63 @@
+"""For pytest: a fixture, and a class whose subclass is one test per check."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
+
+import pytest
+
+from trpo_optim.testing.findings import PolicyReport, Verdict
+from trpo_optim.testing.policy import POLICY_CHECKS, assert_policy, check_policy
+
+__all__ = ["PolicyTests", "assert_sound"]
+
+
+class PolicyTests:
+    """One test per check: subclass it and say what the policy and its observations are.
+
+    ::
+
+        class TestMyPolicy(PolicyTests):
+            policy = MyPolicy()
+            observations = torch.randn(256, 17)
+
+    Attributes:
+        policy: A module, a function from observations to a distribution, or a class of modules
+            that takes no arguments.
+        observations: A tensor, or a tuple or dict of them, the batch first.
+        skip: Names of checks that are left out.
+        options: Further arguments of ``check_policy``, such as ``kl`` or ``parameters``.
+    """
+
+    policy: Any = None
+    observations: Any = None
+    skip: ClassVar[Collection[str]] = ()
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture(scope="class")
+    def policy_report(self) -> PolicyReport:
+        """The findings on the policy, made once for all tests of the class."""
+        policy = inspect.getattr_static(type(self), "policy")  # a function must not become a method
+        if isinstance(policy, staticmethod):
+            policy = policy.__func__
+        if isinstance(policy, type):
+            policy = policy()
+        return check_policy(policy, self.observations, skip=self.skip, **self.options)
+
+    @pytest.mark.parametrize("check", POLICY_CHECKS)
+    def test_policy(self, check: str, policy_report: PolicyReport) -> None:
+        """A check of the policy passes."""
+        if check in self.skip:
+            pytest.skip("left out by the class")
+        finding = policy_report[check]
+        if finding.verdict is Verdict.UNDECIDED:
+            pytest.skip(finding.cause)
+        assert finding.verdict is Verdict.PASSED, f"\n{finding}"
+
+
+@pytest.fixture
+def assert_sound() -> Callable[..., None]:
+    """Return ``assert_policy``, for tests that make their policies themselves."""
+    return assert_policy
