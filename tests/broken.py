@@ -419,12 +419,15 @@ BROKEN_POLICIES: dict[str, Broken] = {
         lambda: Policy(middle=Applied(Once)), "second order", "once_differentiable"
     ),
     "a KL with a wrong second derivative": Broken(
-        Policy, "fisher", "by differences it is off", options={"kl": kl_with_wrong_second}
+        Policy,
+        "fisher",
+        "by differences of the KL's gradient it is",
+        options={"kl": kl_with_wrong_second},
     ),
     "a KL with a kink": Broken(
         policy_of(HandmadeLaplace),
         "fisher",
-        "double backward: vFv",
+        "by double backward, and by differences",
         options={"kl": handmade_laplace_kl},
     ),
     "another policy without gradients": Broken(GradMode, "step", "is_grad_enabled"),

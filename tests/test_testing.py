@@ -289,7 +289,7 @@ def page() -> str:
         sections.append(f"## {heading}\n")
         for name, broken in names.items():
             finding = report(name)[broken.check]
-            told = " ".join(filter(None, (finding.cause, finding.remedy)))
+            told = " ".join(f"{finding.cause} {finding.remedy}".split())
             sections.append(f"**{name[0].upper()}{name[1:]}** (`{finding.check}`). {told}\n")
     return INTRODUCTION + "\n".join(sections)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -182,7 +183,7 @@ def check_finite(subject: Subject) -> Finding:
             elif not all(each.isfinite().all() for each in slopes if each is not None):
                 cause = "the gradient of log_prob is not finite"
         except ValueError as error:
-            cause = str(error).splitlines()[0]
+            cause = textwrap.shorten(f"the distribution cannot be made: {error}", 120)
         if cause:
             return Finding(
                 name,

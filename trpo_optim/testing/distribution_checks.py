@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from trpo_optim.distribution_parts import leaves
 from trpo_optim.distributions import log_prob
+from trpo_optim.testing.averages import average, sigmas
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.reference import Reference, rows_of
 from trpo_optim.testing.subject import Subject
 
 __all__ = ["check_density", "check_entropy", "check_kl", "check_sampler", "check_shapes"]
-
-FALSE_ALARM = 1e-7
-"""The chance that one comparison of averages finds a sound policy at fault."""
 
 _SLACK = 0.002
 """What rounding and proposals may put between two averages beyond noise, relative."""
@@ -68,11 +65,11 @@ def check_density(subject: Subject) -> Finding:
         core, core_noise = _mass(each.weights * each.inside)
         total, noise = _mass(each.weights)
         figures = {"integral": total, "noise": noise}
-        if core > 1 + _sigmas(2) * core_noise + _SLACK:
+        if core > 1 + sigmas(2) * core_noise + _SLACK:
             figures["integral"], noise = core, core_noise  # of a part already
         elif not noise <= 0.05:
             return _undecided(name, "No proposal fits the density well enough to integrate it.")
-        if abs(figures["integral"] - 1) > _sigmas(2) * noise + _SLACK:
+        if abs(figures["integral"] - 1) > sigmas(2) * noise + _SLACK:
             return _failed(
                 name,
                 figures,
@@ -117,10 +114,10 @@ def _distance(reference: Reference) -> float:
     ours, theirs = reference.features
     worst = 0.0
     for index in range(ours.shape[-1]):
-        mean, error = _average(ours[..., index], reference.weights)
-        sampled, other = _average(theirs[..., index], torch.ones_like(reference.weights))
+        mean, error = average(ours[..., index], reference.weights)
+        sampled, other = average(theirs[..., index], torch.ones_like(reference.weights))
         scale = float(theirs[..., index].std()) + 1e-12
-        limit = _sigmas(ours.shape[-1]) * math.hypot(error, other) + _SLACK * max(1.0, scale)
+        limit = sigmas(ours.shape[-1]) * math.hypot(error, other) + _SLACK * max(1.0, scale)
         worst = max(worst, abs(mean - sampled) / limit)
     return worst if math.isfinite(worst) else math.inf
 
@@ -135,10 +132,10 @@ def check_entropy(subject: Subject) -> Finding:
         except NotImplementedError:
             continue
         per_row = math.prod(leaf.batch_shape) / subject.rows
-        mean, error = _average(-rows_of(leaf, each.actions), each.weights)
+        mean, error = average(-rows_of(leaf, each.actions), each.weights)
         mean, error = mean * per_row, error * per_row
         figures = {"entropy": stated, "mean of -log_prob": mean, "noise": error}
-        if not abs(stated - mean) <= _sigmas(1) * error + _SLACK * max(1.0, abs(mean)):
+        if not abs(stated - mean) <= sigmas(1) * error + _SLACK * max(1.0, abs(mean)):
             return _failed(
                 name,
                 figures,
@@ -161,10 +158,10 @@ def check_kl(subject: Subject) -> Finding:
         stated = float(subject.kl(subject.old, new))
         ratio = subject.joint_log_prob(new) - before
     per_row = ratio.shape[1] / subject.rows
-    mean, error = _average(torch.expm1(ratio) - ratio, subject.weights())
+    mean, error = average(torch.expm1(ratio) - ratio, subject.weights())
     mean, error = mean * per_row, error * per_row
     figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
-    if abs(stated - mean) <= _sigmas(1) * error + 0.01 * abs(mean) + 1e-6:
+    if abs(stated - mean) <= sigmas(1) * error + 0.01 * abs(mean) + 1e-6:
         return Finding(name, Verdict.PASSED, figures)
     dimensions = _dimensions(subject)
     share = mean / stated if stated else math.inf
@@ -185,23 +182,6 @@ def _dimensions(subject: Subject) -> int:
     """Return how many numbers make up one action."""
     sizes = [math.prod((*leaf.batch_shape[1:], *leaf.event_shape)) for leaf in leaves(subject.old)]
     return sum(sizes)
-
-
-def _average(values: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Return a weighted mean over draws and rows, and its standard error.
-
-    Rows may differ; only the spread within a row is noise.
-    """
-    values = torch.where(weights > 0, values, 0)  # beyond the support's edge they may be NaN
-    total = weights.sum()
-    within = (weights * values).sum(0) / weights.sum(0).clamp_min(1e-300)
-    error = (weights * (values - within)).square().sum().sqrt() / total
-    return float((weights * values).sum() / total), float(error)
-
-
-def _sigmas(comparisons: int) -> float:
-    """Return how many standard errors noise may explain, with a false alarm as rare as stated."""
-    return NormalDist().inv_cdf(1 - FALSE_ALARM / comparisons / 2)
 
 
 def _failed(name: str, figures: dict[str, float], cause: str, remedy: str) -> Finding:

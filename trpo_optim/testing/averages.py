@@ -1,0 +1,30 @@
+"""Averages over drawn actions, and what noise may put between two of them."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["average", "sigmas"]
+
+_FALSE_ALARM = 1e-7
+"""The chance that one comparison of averages finds a sound policy at fault."""
+
+
+def average(values: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return a weighted mean over draws and rows, and its standard error.
+
+    Rows may differ; only the spread within a row is noise.
+    """
+    values = torch.where(weights > 0, values, 0)  # beyond the support's edge they may be NaN
+    total = weights.sum()
+    within = (weights * values).sum(0) / weights.sum(0).clamp_min(1e-300)
+    error = (weights * (values - within)).square().sum().sqrt() / total
+    return float((weights * values).sum() / total), float(error)
+
+
+def sigmas(comparisons: int) -> float:
+    """Return how many standard errors noise may explain, with a false alarm as rare as stated."""
+    return NormalDist().inv_cdf(1 - _FALSE_ALARM / comparisons / 2)
