@@ -334,3 +334,9 @@ def test_the_report_tells_of_every_engine_and_of_a_third_value_that_did_not_serv
         report = problem.optimizer(lr=0.0).step(closures)
         assert set(report.engine.split(" and ")) == {"Gauss-Newton", "double backward"}
         assert "other than through" in report.fallback
+
+
+def test_what_a_closure_returned_is_not_taken_for_closures() -> None:
+    problem = gaussian()
+    with pytest.raises(TrustRegionError, match=r"Pass the closure itself: step\(closure\), not"):
+        problem.optimizer().step(problem.closure())  # type: ignore[arg-type]  # the very mistake

@@ -345,6 +345,16 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mean_kl(td.Normal(one(4), 1.0), td.Normal(one(5), 1.0)),
         r"batch shape \(4,\) and event shape \(\), the new one \(5,\)",
     ),
+    "an old policy with a graph": (
+        lambda: mean_kl(
+            td.Categorical(logits=torch.zeros(4, 3, requires_grad=True)), frozen(plain)
+        ),
+        "old policy carries a graph.*first argument",
+    ),
+    "old log-probabilities with a graph": (
+        lambda: sampled_kl(one(4).requires_grad_(), one(4)),
+        "old log-probabilities carry a graph.*pass them first",
+    ),
     "the same object": (lambda: mean_kl(plain, plain), "same object"),
     "a vector action that is not joint": (
         lambda: mean_kl(td.Normal(one(4, 2), 1.0), td.Normal(one(4, 2), 1.0)),

@@ -49,6 +49,11 @@ class Batch:
             callable(closures) or isinstance(closures, str)
         )
         given: list[Any] = list(closures) if several else [closures]  # type: ignore[arg-type]  # as just tested
+        if several and any(isinstance(each, Tensor) for each in given):
+            raise TrustRegionError(
+                "step() got what a closure returned. Pass the closure itself: step(closure), not "
+                "step(closure())."
+            )
         self._weights = _shares(weights, len(given) if several else None)
         self._parts: list[Objective] = []
         for index, each in enumerate(given, start=1):

@@ -47,9 +47,15 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
 
     Raises:
         TrustRegionError: If families, shapes or parts differ, no closed form is known, it is not
-            plain which dimensions are the action's, or the mask does not fit.
+            plain which dimensions are the action's, the old one carries a graph, or the mask does
+            not fit.
     """
     counted = None if mask is None else _checked(mask)
+    if any(each.requires_grad for each in tensors(old, set(), "_cached_x_y")):
+        raise TrustRegionError(
+            "The old policy carries a graph. Pass frozen(policy(observations)), made before the "
+            "step, as the first argument, and the new policy as the second."
+        )
     kl = _mean(_joint_kl(old, new, None if mask is None else mask.dim(), ""), counted)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
         for part in leaves(old):
@@ -87,7 +93,8 @@ def sampled_kl(
         A scalar.
 
     Raises:
-        TrustRegionError: If the shapes differ, or the mask does not fit.
+        TrustRegionError: If the shapes differ, the old ones carry a graph, or the mask does not
+            fit.
 
     Source:
         Schulman, "Approximating KL divergence" (2020), joschu.net/blog/kl-approx.html.
@@ -96,6 +103,11 @@ def sampled_kl(
         raise TrustRegionError(
             f"The old log-probabilities have shape {tuple(old_log_prob.shape)} and the new ones "
             f"{tuple(new_log_prob.shape)}. Take both of the same actions, one number for each."
+        )
+    if old_log_prob.requires_grad:
+        raise TrustRegionError(
+            "The old log-probabilities carry a graph. Compute them under no_grad before the step, "
+            "and pass them first, the new ones second."
         )
     counted = None if mask is None else _checked(mask)
     log_ratio = new_log_prob - old_log_prob

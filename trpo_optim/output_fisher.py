@@ -72,7 +72,10 @@ def _log_softmax_term(kl: Tensor, crossing: Crossing) -> OutputFisher | str:
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(kl, [GradientEdge(*crossing.outer)], create_graph=True)
     if slope.requires_grad:
-        return "the KL is not linear in the log-probabilities that the third value holds"
+        return (
+            "the KL is not linear in the log-probabilities that the third value holds; return what "
+            "it was computed from"
+        )
     mass = slope.neg()
     weight = mass.sum(dim, keepdim=True)
     error = (weight * log_probabilities.exp()).sub_(mass).abs_().max()
@@ -121,7 +124,7 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
 
     product: _Product = written_out if _agree(written_out, hessian, templates) else hessian
     if not _decrement(templates, product) <= _STATIONARY:
-        return "the KL is not stationary in the third value"
+        return "the KL is not stationary in the third value; return the distribution itself"
 
     def signed(vectors: Sequence[Tensor]) -> list[Tensor]:
         return _times(signs, product(_times(signs, vectors)))

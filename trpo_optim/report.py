@@ -26,11 +26,13 @@ class Outcome(enum.Enum):
     )
     NON_FINITE_LOSS = (
         "The loss is NaN or infinite at the current parameters, which are unchanged. Look for NaN "
-        "in the batch (observations, advantages) and for overflow in exp(log_prob - old_log_prob)."
+        "in the batch (observations, advantages), for overflow in exp(log_prob - old_log_prob), "
+        "and for actions that are masked out or at the very end of a bounded support."
     )
     NON_FINITE_KL = (
         "The KL is NaN or infinite at the current parameters, which are unchanged. Look for zero "
-        "probabilities or scales in the old or the new distribution."
+        "probabilities or scales in the old or the new distribution, and for another action mask "
+        "in one of them."
     )
     NON_FINITE_GRADIENT = (
         "The gradient of the loss holds NaN or infinity; the parameters are unchanged. Look for "
@@ -47,7 +49,8 @@ class Outcome(enum.Enum):
     NON_POSITIVE_CURVATURE = (
         "The KL does not curve upwards along the gradient, so no step length follows from the "
         "radius; the parameters are unchanged. Check that the second value is KL(old || new), not "
-        "its negative, and that the policy has not become deterministic; or raise damping."
+        "its negative nor a mean of log-probabilities (sampled_kl has the right derivatives), and "
+        "that the policy has not become deterministic; or raise damping."
     )
     KL_ABOVE_RADIUS = (
         "The line search ended with the KL still above max_kl; the step was withdrawn. Check that "

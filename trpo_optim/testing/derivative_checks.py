@@ -26,7 +26,7 @@ def check_score(subject: Subject) -> Finding:
     value = (log_prob(subject.dist(), subject.actions) * subject.advantages).mean()
     slopes = torch.autograd.grad(value, vector.parameters, allow_unused=True)
     gradient = vector.gather(slopes)
-    width = 1e-5 if vector.dtype is torch.float64 else 2e-3
+    width = 1e-7 if vector.dtype is torch.float64 else 2e-3
     for index, (start, end) in enumerate(_spans(subject)):
         step = torch.zeros_like(gradient)
         generator = torch.Generator().manual_seed(index)
@@ -68,7 +68,8 @@ def _spans(subject: Subject) -> list[tuple[int, int]]:
 def check_zero_kl(subject: Subject) -> Finding:
     """The KL of a policy with itself is zero, least there, and smooth."""
     name = "zero kl"
-    step = subject.direction(1, kl=1e-4)
+    double = subject.vector.dtype is torch.float64
+    step = subject.direction(1, kl=1e-7 if double else 1e-4)
     at = {}
     with torch.no_grad():
         for scale in (0.0, -1.0, 1.0, 2.0, -2.0):
@@ -81,7 +82,7 @@ def check_zero_kl(subject: Subject) -> Finding:
         "growth": far / near if near else 0.0,
     }
     cause = ""
-    if not figures["kl(old, old)"] <= (1e-9 if subject.vector.dtype is torch.float64 else 1e-5):
+    if not figures["kl(old, old)"] <= (1e-9 if double else 1e-5):
         cause = f"KL(old || old) is {at[0.0]:.3g}, not zero."
     elif not near > 0:
         cause = f"The KL does not rise when the policy moves ({near / 2:.3g})."
