@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken import BROKEN_CLOSURES, BROKEN_POLICIES, Policy
+from broken import BROKEN_CLOSURES, BROKEN_POLICIES, Custom, Policy, custom_kl, policy_of
 from families import FAMILIES, Family
 from hypothesis import given, settings
 from networks import NETWORKS, Network
@@ -189,6 +189,47 @@ def test_given_actions_are_used() -> None:
     assert check_policy(policy, observed, actions=actions).passed
     report = check_policy(policy, observed, actions=actions[..., None])
     assert "shape" in report["one action per row"].cause
+
+
+class Boundless(Custom):
+    """A distribution that does not say where its actions lie."""
+
+    support = property(lambda self: _raise())
+
+
+def _raise() -> None:
+    raise NotImplementedError
+
+
+def test_what_does_not_apply_is_undecided_and_no_failure() -> None:
+    torch.manual_seed(0)
+    report = check_policy(policy_of(Boundless)(), torch.randn(64, 5), kl=custom_kl)
+    assert report.passed
+    undecided = [each.check for each in report.findings if each.verdict is Verdict.UNDECIDED]
+    assert undecided == ["density", "sampler", "entropy"]
+    report = policy_report("an embedding bag")
+    assert report["step"].verdict is report["fisher"].verdict is Verdict.UNDECIDED
+
+
+def test_a_batch_of_another_size_is_named() -> None:
+    class First(Policy):
+        def dist(self, mean: Tensor, std: Tensor) -> Any:
+            return super().dist(mean[:7], std)
+
+    report = check_policy(First(), torch.randn(64, 5))
+    assert "batch shape (7,), and there are 64 observations" in report["one action per row"].cause
+
+
+def test_a_policy_that_rejects_double_precision_is_checked_in_its_own() -> None:
+    class Single(Policy):
+        def forward(self, observed: Tensor) -> Any:
+            return super().forward(observed.float())
+
+        def double(self) -> Any:
+            raise TypeError("single precision alone")
+
+    torch.manual_seed(0)
+    assert_policy(Single(), torch.randn(128, 5))
 
 
 @pytest.mark.parametrize("call", [check_policy, check_closure])
