@@ -101,6 +101,29 @@ class WritingObservations(Policy):
         return super().forward(observations.clamp_(-1.0, 1.0))
 
 
+class ClampingItself(Policy):
+    def forward(self, observations: Tensor) -> Any:
+        with torch.no_grad():
+            self.log_std.clamp_(-0.2, 2.0)
+        return super().forward(observations)
+
+
+class LayersInAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(OBSERVATIONS, 8), nn.Linear(8, ACTIONS)]
+        self.log_std = nn.Parameter(torch.zeros(ACTIONS))
+
+    def forward(self, observations: Tensor) -> Any:
+        mean = self.layers[1](self.layers[0](observations).tanh())
+        return Independent(Normal(mean, self.log_std.exp()), 1)
+
+
+class Squeezed(Discrete):
+    def dist(self, mean: Tensor, std: Tensor) -> Any:
+        return Categorical(logits=mean.squeeze())
+
+
 class DetachedBody(Policy):
     def forward(self, observations: Tensor) -> Any:
         return self.dist(self.head(self.body(observations).detach()), self.log_std.exp())
@@ -354,6 +377,8 @@ BROKEN_POLICIES: dict[str, Broken] = {
     "observations clamped in place": Broken(
         WritingObservations, "state", "changes observations.*write to no tensor in place"
     ),
+    "a parameter clamped in forward": Broken(ClampingItself, "state", "changes log_std"),
+    "a squeeze() without a dimension": Broken(Squeezed, "rows", "changes by inf nats"),
     "batch normalisation": Broken(
         lambda: Policy(middle=nn.BatchNorm1d(8)), "rows", "batch normalisation in training mode"
     ),
@@ -361,6 +386,9 @@ BROKEN_POLICIES: dict[str, Broken] = {
     "softmax over the batch": Broken(SoftmaxOverTheBatch, "rows", "across the batch"),
     "a detached body": Broken(DetachedBody, "parameters", r"depends on body\.0\.weight.*detached"),
     "a scale made a number": Broken(ScaleAsNumber, "parameters", "depends on log_std"),
+    "layers in a list": Broken(
+        LayersInAList, "parameters", r"depends on 4 tensors that .*nn\.ModuleList"
+    ),
     "no graph": Broken(WithoutGraph, "parameters", "detached on the way"),
     "division by the observation's norm": Broken(Normalised, "finite", "observations of zeros"),
     "squashing without its log-determinant": Broken(

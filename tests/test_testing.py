@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributions as td
 from broken import BROKEN_CLOSURES, BROKEN_POLICIES, Custom, Policy, custom_kl, policy_of
 from families import FAMILIES, Family
 from hypothesis import given, settings
 from networks import NETWORKS, Network
 from problems import Snapshot, gaussian
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import AffineTransform, Distribution, Independent, Normal, TanhTransform
 
 from trpo_optim import TrustRegionError
 from trpo_optim.testing import (
@@ -119,6 +122,51 @@ def test_no_false_alarm_on_any_network(network: str) -> None:
 @pytest.mark.parametrize("family", SOUND_FAMILIES)
 def test_no_false_alarm_on_any_family(family: str) -> None:
     require_sound("MLP", family, 0)
+
+
+def layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """Return a layer as PPO scripts initialise it."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Script(nn.Module):
+    """A policy as PPO scripts have it: ReLU or tanh, and a head of small weights."""
+
+    def __init__(self, activation: type[nn.Module], family: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            layer(6, 32, 2**0.5), activation(), layer(32, 32, 2**0.5), activation()
+        )
+        self.head, self.family = layer(32, 4, 0.01), family
+
+    def forward(self, observed: Tensor) -> Any:
+        return self.family(self.head(self.network(observed / 255.0)))
+
+
+SCRIPTS: dict[str, Callable[[Tensor], Any]] = {
+    "categorical": lambda x: td.Categorical(logits=x),
+    "gaussian": lambda x: td.Independent(td.Normal(x, 1.0), 1),
+    "squashed to a range": lambda x: td.TransformedDistribution(
+        td.Independent(td.Normal(x, 1.0), 1), [TanhTransform(), AffineTransform(0.0, 2.0)]
+    ),
+    "mixture": lambda x: td.MixtureSameFamily(
+        td.Categorical(logits=x[:, :2]), td.Normal(x[:, 2:], 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("family", SCRIPTS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_false_alarm_on_policies_as_ppo_scripts_have_them(
+    activation: type[nn.Module], family: str, whole: bool
+) -> None:
+    torch.manual_seed(0)
+    observed = torch.randint(256, (128, 6)) if whole else 255 * torch.randn(128, 6)
+    assert_policy(Script(activation, SCRIPTS[family]), observed)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -232,6 +280,28 @@ def test_a_policy_that_rejects_double_precision_is_checked_in_its_own() -> None:
     assert_policy(Single(), torch.randn(128, 5))
 
 
+@pytest.mark.parametrize(
+    ("observed", "options", "message"),
+    [
+        (np.zeros((8, 5)), {}, "observations hold a ndarray.*torch.as_tensor"),
+        (None, {}, "observations hold a NoneType"),
+        (torch.zeros(0, 5), {}, r"have \[0\] rows.*at least 2"),
+        ((torch.zeros(3), {"b": torch.zeros(4)}), {}, r"have \[3, 4\] rows"),
+        (torch.zeros(4, 5), {"draws": 1}, "draws is 1"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(observed: Any, options: Any, message: str) -> None:
+    with pytest.raises(TrustRegionError, match=message):
+        check_policy(Policy(), observed, **options)
+
+
+def test_a_policy_that_raises_is_one_finding() -> None:
+    report = check_policy(Policy(), torch.randn(8, 4))
+    assert len(report.failures) == 1
+    assert "mat1 and mat2 shapes cannot be multiplied" in report.failures[0].cause
+    assert check_policy(Policy(), torch.randn(64, 5), skip="step").passed
+
+
 @pytest.mark.parametrize("call", [check_policy, check_closure])
 def test_an_unknown_check_to_skip_is_named(call: Any) -> None:
     with pytest.raises(TrustRegionError, match=r"skip names \['spelling'\]"):
@@ -268,8 +338,8 @@ def test_the_plugin_gives_one_test_per_check(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("-q", "-p", "no:cacheprovider", "-p", "trpo_optim.testing.plugin")
     outcomes = result.parseoutcomes()
     assert outcomes["passed"] == len(POLICY_CHECKS) - 1 + 1  # one is left out, one is the fixture's
-    assert outcomes["failed"] == len(POLICY_CHECKS)  # SmallPolicy has no weight
-    assert outcomes["skipped"] == 1
+    assert outcomes["failed"] == 1  # SmallPolicy has no weight: the first check says so
+    assert outcomes["skipped"] == 1 + len(POLICY_CHECKS) - 1
     result.stdout.fnmatch_lines(["*AttributeError: type object 'SmallPolicy' has no attribute*"])
 
 
@@ -361,14 +431,15 @@ python -m trpo_optim.testing package.module:make_policy --observation-space 17
 A policy is a module, a method of one (`agent.dist`) or, with `parameters=`, any function from
 observations to a distribution, or a tuple or dict of them; observations are a tensor, or a tuple or
 dict of them. Pass real ones where you have them. Findings come in the order in which a fault is
-best read: what fails first explains what fails after it. `kl=` takes a KL of your own;
-`skip=` leaves checks out.
+best read: what fails first explains what fails after it. `kl=` takes a KL of your own; without it,
+policies that have none in closed form are checked with `sampled_kl`. `skip=` leaves checks out. A
+policy over sequences of tokens is checked as `Independent(dist, 1)`.
 
 | check | finds |
 | --- | --- |
+| `state` | parameters, buffers, observations and flags that an evaluation moves |
 | `one action per row` | log_prob that is not one number per observation |
 | `deterministic` | dropout, noise |
-| `state` | buffers, observations and flags that an evaluation moves |
 | `rows` | batch normalisation and reductions across the batch |
 | `parameters` | what is detached on the way; it names what the policy does not use |
 | `finite` | NaN and infinity at zeros and at the corners of the observations' range |

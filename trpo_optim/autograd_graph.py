@@ -16,6 +16,7 @@ __all__ = [
     "Edge",
     "below",
     "edge_of",
+    "graph_leaves",
     "have_second_derivatives",
     "meets",
     "now",
@@ -60,6 +61,14 @@ def passes_by(value: Tensor, stops: Iterable[Edge], parameters: Iterable[Tensor]
     leaves = set(map(id, parameters))
     places = _places([edge_of(value)], stops)
     return any(id(getattr(node, "variable", None)) in leaves for node, _ in places)
+
+
+def graph_leaves(value: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a value is made from and that require gradients themselves."""
+    if value.requires_grad:
+        for node, _ in _places([edge_of(value)]):
+            if isinstance(variable := getattr(node, "variable", None), Tensor):
+                yield variable
 
 
 def _places(starts: Iterable[Edge], stops: Iterable[Edge] = ()) -> Iterator[Edge]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trpo_optim.autograd_graph import graph_leaves
+from trpo_optim.distribution_parts import leaves
 from trpo_optim.distributions import log_prob
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.subject import Subject, mapped, select
@@ -100,10 +102,13 @@ def check_rows(subject: Subject) -> Finding:
     whole = subject.old_log_prob
     places = torch.arange(subject.rows)
     gap = 0.0
-    for rows in (places.flip(0), places[: max(1, subject.rows // 3)]):
+    for rows in (places.flip(0), places[: max(1, subject.rows // 3)], places[:1]):
         dist = subject.dist(select(subject.observations, rows))
+        sound = all(leaf.batch_shape[:1] == (len(rows),) for leaf in leaves(dist))
         part = log_prob(dist, select(subject.actions, rows))
-        gap = max(gap, _gap(part, whole[rows.to(whole.device)]))
+        gap = max(gap, _gap(part, whole[rows.to(whole.device)])) if sound else math.inf
+        if not gap <= _tolerance(whole):
+            break
     if gap <= _tolerance(whole):
         return Finding(name, Verdict.PASSED, {"gap": gap})
     return Finding(
@@ -112,8 +117,10 @@ def check_rows(subject: Subject) -> Finding:
         {"gap": gap},
         f"log_prob of a row changes by {gap:.3g} nats with the other rows of the batch: something "
         "goes across the batch (batch normalisation in training mode, a mean or softmax over the "
-        "wrong dimension), so that acting and updating see different policies.",
-        "Use eval() for batch normalisation, or another one, and give every reduction its dim.",
+        "wrong dimension, squeeze() of a single row), so that acting and updating see different "
+        "policies.",
+        "Use eval() for batch normalisation, or another one, and give every reduction and squeeze "
+        "its dim.",
     )
 
 
@@ -126,6 +133,16 @@ def check_parameters(subject: Subject) -> Finding:
     detached = [names[id(each)] for each in left if _matters(subject, each)]
     figures = {"reached": float(len(reached)), "unused": float(len(left) - len(detached))}
     unused = [names[id(each)] for each in left if names[id(each)] not in detached]
+    strangers = _strangers(subject)
+    if strangers:
+        return Finding(
+            name,
+            Verdict.FAILED,
+            figures,
+            f"The policy depends on {strangers} tensors that require gradients and are not among "
+            "its parameters: the optimizer would never move them.",
+            "Keep layers in nn.ModuleList, not in a list, and tensors as nn.Parameter.",
+        )
     if detached:
         return Finding(
             name,
@@ -146,6 +163,15 @@ def check_parameters(subject: Subject) -> Finding:
         )
     told = f"Not used by the policy: {', '.join(unused)}." if unused else ""
     return Finding(name, Verdict.PASSED, figures, told)
+
+
+def _strangers(subject: Subject) -> int:
+    """Return how many leaves of the graph are not parameters of the module."""
+    if subject.module is None:
+        return 0
+    known = set(map(id, subject.module.parameters())) | set(map(id, subject.parameters))
+    value = log_prob(subject.dist(), subject.actions)
+    return len({id(leaf) for leaf in graph_leaves(value)} - known)
 
 
 def _names(subject: Subject) -> dict[int, str]:

@@ -61,7 +61,7 @@ def check_density(subject: Subject) -> Finding:
     figures = dict[str, float]()
     for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
         if not each.decided:
-            return _undecided(name, f"The support of {type(leaf).__name__} is not known.")
+            return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         core, core_noise = _mass(each.weights * each.inside)
         total, noise = _mass(each.weights)
         figures = {"integral": total, "noise": noise}
@@ -94,7 +94,7 @@ def check_sampler(subject: Subject) -> Finding:
     worst = 0.0
     for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
         if not each.decided:
-            return _undecided(name, f"The support of {type(leaf).__name__} is not known.")
+            return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         worst = max(worst, _distance(each))
         if worst > 1:
             return _failed(
@@ -161,7 +161,9 @@ def check_kl(subject: Subject) -> Finding:
     mean, error = average(torch.expm1(ratio) - ratio, subject.weights())
     mean, error = mean * per_row, error * per_row
     figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
-    if abs(stated - mean) <= sigmas(1) * error + 0.01 * abs(mean) + 1e-6:
+    if error > 0.05 * abs(mean) and math.isfinite(stated):
+        return _undecided(name, "Rare actions make up the KL: its average over draws is noise.")
+    if abs(stated - mean) <= sigmas(1) * error + 0.02 * abs(mean) + 1e-6:
         return Finding(name, Verdict.PASSED, figures)
     dimensions = _dimensions(subject)
     share = mean / stated if stated else math.inf

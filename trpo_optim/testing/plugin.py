@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
@@ -36,15 +37,11 @@ class PolicyTests:
     skip: ClassVar[Collection[str]] = ()
     options: ClassVar[dict[str, Any]] = {}
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def policy_report(self) -> PolicyReport:
         """The findings on the policy, made once for all tests of the class."""
-        policy = inspect.getattr_static(type(self), "policy")  # a function must not become a method
-        if isinstance(policy, staticmethod):
-            policy = policy.__func__
-        if isinstance(policy, type):
-            policy = policy()
-        return check_policy(policy, self.observations, skip=self.skip, **self.options)
+        tests: Any = type(self)
+        return _report(tests)
 
     @pytest.mark.parametrize("check", POLICY_CHECKS)
     def test_policy(self, check: str, policy_report: PolicyReport) -> None:
@@ -55,6 +52,18 @@ class PolicyTests:
         if finding.verdict is Verdict.UNDECIDED:
             pytest.skip(finding.cause)
         assert finding.verdict is Verdict.PASSED, f"\n{finding}"
+
+
+@functools.cache
+def _report(tests: Any) -> PolicyReport:
+    policy = inspect.getattr_static(tests, "policy")  # a function must not become a method
+    if isinstance(policy, staticmethod):
+        policy = policy.__func__
+    if isinstance(policy, type):
+        policy = policy()
+    if inspect.isfunction(policy) and "self" in inspect.signature(policy).parameters:
+        policy = tests().policy
+    return check_policy(policy, tests.observations, skip=tests.skip, **tests.options)
 
 
 @pytest.fixture

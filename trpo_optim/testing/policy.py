@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trpo_optim.distributions import mean_kl
+from trpo_optim.distribution_parts import leaves
 from trpo_optim.report import TrustRegionError
 from trpo_optim.testing.behaviour_checks import (
     check_determinism,
@@ -34,7 +35,7 @@ from trpo_optim.testing.distribution_checks import (
 )
 from trpo_optim.testing.findings import Finding, PolicyReport, Verdict
 from trpo_optim.testing.step_checks import check_step
-from trpo_optim.testing.subject import Subject, module_of
+from trpo_optim.testing.subject import Subject, module_of, require_observations
 
 __all__ = ["POLICY_CHECKS", "assert_policy", "check_policy"]
 
@@ -46,9 +47,9 @@ def _in_double_precision(check: _Check) -> _Check:
 
 
 POLICY_CHECKS: dict[str, _Check] = {
+    "state": check_state,
     "one action per row": check_shapes,
     "deterministic": check_determinism,
-    "state": check_state,
     "rows": check_rows,
     "parameters": check_parameters,
     "finite": check_finite,
@@ -70,7 +71,7 @@ def check_policy(
     observations: Any,
     *,
     actions: Any = None,
-    kl: Callable[[Any, Any], Tensor] = mean_kl,
+    kl: Callable[[Any, Any], Tensor] | None = None,
     parameters: Iterable[Tensor] | None = None,
     skip: Collection[str] = (),
     draws: int = 256,
@@ -85,7 +86,8 @@ def check_policy(
             them: a module, a method of one (``agent.dist``), or any function.
         observations: A tensor, or a tuple or dict of them, the batch first; best real ones.
         actions: Taken at the observations, as ``log_prob`` has them; None: sampled.
-        kl: From the old and the new distribution to their mean KL, in nats.
+        kl: From the old and the new distribution to their mean KL, in nats. None: ``mean_kl``, or
+            where that has no closed form ``sampled_kl`` on drawn actions.
         parameters: What is trained; needed where ``policy`` is neither a module nor its method.
         skip: Names of checks that are left out.
         draws: Actions per observation in averages. All averages together raise a false alarm on
@@ -98,7 +100,8 @@ def check_policy(
     Raises:
         TrustRegionError: If there are no parameters to check, or ``skip`` names no check.
     """
-    unknown = set(skip) - set(POLICY_CHECKS)
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    unknown = skip - set(POLICY_CHECKS)
     if unknown:
         raise TrustRegionError(
             f"skip names {sorted(unknown)}, which are no checks. There are {list(POLICY_CHECKS)}."
@@ -109,6 +112,9 @@ def check_policy(
             f"{policy!r} is not a module, so that its parameters are not known. Pass them: "
             "check_policy(policy, observations, parameters=[...])."
         )
+    require_observations(observations)
+    if draws < 16:
+        raise TrustRegionError(f"draws is {draws!r}; averages need at least 16 actions per row.")
     if parameters is None:
         parameters = [] if module is None else module.parameters()
     trained = list(parameters)
@@ -116,9 +122,19 @@ def check_policy(
     with torch.random.fork_rng(), _restored(module, trained):
         torch.manual_seed(seed)
         subject = Subject(policy, observations, trained, kl, actions, draws)
+        with _restored(module, trained):  # what it moves is for the checks to find
+            broken = _run("one action per row", _evaluated, subject)
         for name, check in POLICY_CHECKS.items():
-            if name not in skip:
+            if name in skip:
+                continue
+            if broken.verdict is Verdict.PASSED:
                 findings.append(_run(name, check, subject))
+            elif not findings:
+                findings.append(replace(broken, check=name))
+            else:
+                findings.append(
+                    Finding(name, Verdict.UNDECIDED, {}, "There is no policy to check.")
+                )
     return PolicyReport(tuple(findings))
 
 
@@ -134,6 +150,12 @@ def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: An
         AssertionError: If a check fails, with all findings for its text.
     """
     check_policy(policy, observations, **options).require()
+
+
+def _evaluated(subject: Subject) -> Finding:
+    """The policy can be evaluated, and gives distributions."""
+    leaves(subject.raw(subject.observations))
+    return Finding("one action per row", Verdict.PASSED)
 
 
 def _run(name: str, check: Callable[[Subject], Finding], subject: Subject) -> Finding:

@@ -56,7 +56,7 @@ def reference(leaf: Distribution, draws: int) -> Reference:
         try:
             discrete = _is_discrete(leaf.support)
             return _enumerated(leaf, draws) if discrete else _weighted(leaf, draws)
-        except NotImplementedError:
+        except (NotImplementedError, ValueError):  # no support, or not all of its density
             actions = leaf.sample((draws,))
             ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
             pair = ones[..., None], ones[..., None]

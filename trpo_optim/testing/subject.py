@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, second_order
 from trpo_optim.distribution_parts import leaves
-from trpo_optim.distributions import frozen, log_prob, sample
+from trpo_optim.distributions import frozen, log_prob, mean_kl, sample, sampled_kl
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
+from trpo_optim.testing.averages import average
 from trpo_optim.testing.reference import Reference, reference, rows_of
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Subject", "mapped", "module_of", "row_count", "select"]
+__all__ = ["Subject", "mapped", "module_of", "require_observations", "row_count", "select"]
 
 _SEED = 20150707
 
@@ -33,9 +34,11 @@ class Subject:
         policy: From observations to a distribution, or a tuple or dict of them.
         observations: A tensor, or a tuple or dict of them, the batch first.
         parameters: What is trained.
-        kl: From the old and the new distribution to their mean KL.
+        kl: From the old and the new distribution to their mean KL; None: ``mean_kl``, or where
+            that has no closed form an estimate.
         actions: Taken at the observations; None: sampled.
         draws: Actions drawn per row where something is averaged over them.
+        double: Whether tensors that the policy makes are of double precision.
     """
 
     def __init__(
@@ -43,15 +46,18 @@ class Subject:
         policy: Callable[[Any], Any],
         observations: Any,
         parameters: Iterable[Tensor],
-        kl: Callable[[Any, Any], Tensor],
+        kl: Callable[[Any, Any], Tensor] | None,
         actions: Any,
         draws: int,
+        *,
+        double: bool = False,
     ) -> None:
         self.policy = policy
         self.observations = observations
         self.module = module_of(policy)
         self.parameters = tuple(each for each in parameters if each.requires_grad)
-        self.kl = kl
+        self._kl = kl
+        self._double = double
         self.draws = draws
         self.rows = row_count(observations)
         self._given = actions
@@ -71,11 +77,11 @@ class Subject:
             parameters = [named[names[id(each)]] for each in self.parameters]
             observations = mapped(_doubled, self.observations)
             actions = None if self._given is None else mapped(_doubled, self._given)
-            other = Subject(policy, observations, parameters, self.kl, actions, self.draws)
-            works = all(
-                each.dtype is torch.float64
-                for each in (other.old_log_prob, self.kl(other.old, other.dist()))
+            other = Subject(
+                policy, observations, parameters, self._kl, actions, self.draws, double=True
             )
+            kl = other.kl(other.old, other.dist())
+            works = {other.old_log_prob.dtype, kl.dtype} == {torch.float64}
         except Exception:  # whatever a policy makes of double precision
             return self
         return other if works else self
@@ -94,9 +100,35 @@ class Subject:
         for buffer, content in zip(self._buffers, self._content, strict=True):
             if not torch.equal(buffer, content):
                 buffer.copy_(content)
+        usual = torch.get_default_dtype()
         with torch.random.fork_rng(_devices(self.parameters)):
             torch.manual_seed(_SEED)
-            return self.raw(self.observations if observations is None else observations)
+            try:
+                torch.set_default_dtype(torch.float64 if self._double else usual)
+                return self.raw(self.observations if observations is None else observations)
+            finally:
+                torch.set_default_dtype(usual)
+
+    def kl(self, old: Any, new: Any) -> Tensor:
+        """Return the mean KL of two distributions of the policy."""
+        if self._kl is not None:
+            stated: Tensor = self._kl(old, new)
+            return stated
+        if self.closed_form:
+            return mean_kl(old, new)
+        with torch.no_grad():
+            before = self.joint_log_prob(old)
+        estimate: Tensor = sampled_kl(before, self.joint_log_prob(new), low_variance=True)
+        return estimate * (before.shape[1] / self.rows)
+
+    @functools.cached_property
+    def closed_form(self) -> bool:
+        """Whether ``mean_kl`` knows the policy's families."""
+        try:
+            mean_kl(self.old, self.dist())
+        except TrustRegionError as error:
+            return "sampled_kl" not in str(error)
+        return True
 
     @functools.cached_property
     def old(self) -> Any:
@@ -198,19 +230,28 @@ class Subject:
         That is half the mean square change of log_prob, whatever the KL is said to be.
         """
         generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(self.old_log_prob.shape, generator=generator).to(self.old_log_prob)
+        value = (log_prob(self.dist(), self.actions) * weights).mean()
+        slopes = torch.autograd.grad(value, self.vector.parameters, allow_unused=True)
+        gradient = self.vector.gather(slopes)
+        # Noise by the measure of each parameter's own slope: what moves the policy little by its
+        # slope would have to move so far that nothing is quadratic any more.
         pieces = [
-            torch.randn(each.shape, generator=generator)
-            * max(1e-3, float(each.detach().norm()))
-            / max(1.0, each.numel() ** 0.5)
-            for each in self.vector.parameters
+            float(slope.norm())
+            * torch.randn(slope.shape, generator=generator).to(slope)
+            / max(1.0, slope.numel() ** 0.5)
+            for slope in self.vector.scatter(gradient)
         ]
-        noise = torch.cat([each.reshape(-1) for each in pieces])
-        noise = noise.to(dtype=self.vector.dtype, device=self.vector.device)
-        small = 1e-3 if noise.dtype is torch.float64 else 1e-2
-        with torch.no_grad(), self.at(small * noise):
-            change = log_prob(self.dist(), self.actions) - self.old_log_prob
-        bend = float(change.double().square().mean()) / small**2
-        return noise * math.sqrt(2 * kl / bend) if bend > 0 else noise
+        step: Tensor = gradient + self.vector.gather(pieces)
+        step /= step.norm().clamp_min(1e-300)
+        small = 1e-6 if step.dtype is torch.float64 else 1e-3
+        with torch.no_grad():
+            before = self.joint_log_prob(self.old)
+            with self.at(small * step):
+                change = self.joint_log_prob(self.dist()) - before
+        square, _ = average(change.double().square(), self.weights())
+        bend = square * (before.shape[1] / self.rows) / small**2
+        return step * math.sqrt(2 * kl / bend) if bend > 0 else step
 
 
 def row_count(observations: Any) -> int:
@@ -219,6 +260,46 @@ def row_count(observations: Any) -> int:
         return len(observations)
     parts = observations.values() if isinstance(observations, Mapping) else observations
     return row_count(next(iter(parts)))
+
+
+def require_observations(value: Any) -> None:
+    """Check that observations are tensors of one batch, of two rows or more.
+
+    Args:
+        value: What was passed for them.
+
+    Raises:
+        TrustRegionError: If they are anything else.
+    """
+    sizes: list[int] = []
+
+    def seen(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            raise TrustRegionError(
+                f"The observations hold a {type(each).__name__}. Pass a tensor, or a tuple or dict "
+                "of tensors (torch.as_tensor), the batch first."
+            )
+        sizes.append(len(each) if each.dim() else 0)
+        return each
+
+    if isinstance(value, Tensor | Mapping | tuple | list):
+        for each in [value] if isinstance(value, Tensor) else _flat(value):
+            seen(each)
+    else:
+        seen(value)
+    if not sizes or len(set(sizes)) > 1 or sizes[0] < 2:
+        raise TrustRegionError(
+            f"The observations have {sorted(set(sizes)) or 'no'} rows; all parts must have the "
+            "same number, at least 2, the batch first."
+        )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    for each in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(each, Mapping | tuple | list):
+            yield from _flat(each)
+        else:
+            yield each
 
 
 def select(value: Any, rows: Tensor) -> Any:
