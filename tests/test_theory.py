@@ -1,0 +1,272 @@
+"""The paper's statements on random Markov decision processes, each against an exact computation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trpo_optim import Outcome, StepReport, TrustRegionError
+from trpo_optim.theory import (
+    TabularMDP,
+    conservative_lower_bound,
+    conservative_step,
+    constrained_step,
+    improvement_bound,
+    kl_by_state,
+    lower_bound,
+    max_kl,
+    max_total_variation,
+    mean_kl,
+    monotonic_step,
+    penalised_step,
+    penalty_coefficient,
+    policy_iteration_step,
+    random_mdp,
+    state_distribution_bound,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+MDPS = st.builds(random_mdp, st.integers(1, 6), st.integers(1, 4), st.floats(0.0, 0.97), SEEDS)
+SHARPNESS = st.floats(0.0, 4.0)
+many = settings(max_examples=1000, deadline=None, derandomize=True)
+some = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def random_policy(mdp: TabularMDP, seed: int, sharpness: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(mdp.rewards.shape, generator=generator, dtype=torch.float64)
+    return (sharpness * noise).softmax(1)
+
+
+@many
+@given(MDPS, SEEDS, SEEDS, SHARPNESS)
+def test_the_return_is_the_old_one_and_the_advantages_on_the_way(
+    mdp: TabularMDP, first: int, second: int, sharpness: float
+) -> None:
+    old, new = random_policy(mdp, first, sharpness), random_policy(mdp, second, sharpness)
+    scale = float(mdp.state_values(old).abs().max()) + 1
+    assert mdp.return_by_advantages(old, new) == pytest.approx(
+        mdp.expected_return(new), abs=1e-10 * scale / (1 - mdp.discount)
+    )
+
+
+@many
+@given(MDPS, SEEDS, SEEDS, SHARPNESS)
+def test_the_return_does_not_fall_below_the_bound(
+    mdp: TabularMDP, first: int, second: int, sharpness: float
+) -> None:
+    old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
+    assert mdp.expected_return(new) >= lower_bound(mdp, old, new) - 1e-9
+    assert lower_bound(mdp, old, old) == pytest.approx(mdp.expected_return(old), abs=1e-9)
+
+
+@many
+@given(MDPS, SEEDS, SEEDS, st.floats(0.0, 1.0))
+def test_a_mixture_does_not_fall_below_the_conservative_bound(
+    mdp: TabularMDP, first: int, second: int, share: float
+) -> None:
+    old, other = random_policy(mdp, first), random_policy(mdp, second, 4.0)
+    mixed = (1 - share) * old + share * other
+    bound = conservative_lower_bound(mdp, old, other, share)
+    assert mdp.expected_return(mixed) >= bound - 1e-9
+
+
+@many
+@given(MDPS, SEEDS, SEEDS, SHARPNESS)
+def test_total_variation_is_below_the_root_of_half_the_kl(
+    mdp: TabularMDP, first: int, second: int, sharpness: float
+) -> None:
+    old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
+    variation = max_total_variation(old, new)
+    assert 2 * variation**2 <= max_kl(old, new) + 1e-12  # Pinsker; the paper needs half of it
+    assert mean_kl(mdp, old, new) + 1e-12 >= 0
+    assert mean_kl(mdp, old, new) <= max_kl(old, new) + 1e-12
+
+
+@many
+@given(MDPS, SEEDS, SEEDS, SHARPNESS, st.integers(0, 20))
+def test_state_distributions_part_no_faster_than_the_bound(
+    mdp: TabularMDP, first: int, second: int, sharpness: float, time: int
+) -> None:
+    old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
+    apart = mdp.state_distribution(old, time) - mdp.state_distribution(new, time)
+    assert float(apart.abs().sum()) <= state_distribution_bound(time, max_kl(old, new)) + 1e-12
+
+
+@many
+@given(MDPS, SEEDS)
+def test_algorithm_1_never_lowers_the_return(mdp: TabularMDP, seed: int) -> None:
+    policy = random_policy(mdp, seed)
+    new = monotonic_step(mdp, policy)
+    assert mdp.expected_return(new) >= mdp.expected_return(policy) - 1e-10
+
+
+def test_algorithm_1_climbs_step_by_step() -> None:
+    mdp = random_mdp(4, 3, 0.5, seed=2)
+    policy = random_policy(mdp, 0)
+    returns = [mdp.expected_return(policy)]
+    for _ in range(20):
+        policy = monotonic_step(mdp, policy)
+        returns.append(mdp.expected_return(policy))
+    assert all(after >= before - 1e-10 for before, after in itertools.pairwise(returns))
+    greedy = policy
+    for _ in range(10):
+        greedy = policy_iteration_step(mdp, greedy)
+    best = mdp.expected_return(greedy)
+    assert returns[-1] > returns[0] + 1e-3 * (best - returns[0])
+
+
+@some
+@given(MDPS, SEEDS)
+def test_conservative_policy_iteration_never_lowers_the_return(mdp: TabularMDP, seed: int) -> None:
+    policy = random_policy(mdp, seed)
+    for _ in range(3):
+        new = conservative_step(mdp, policy)
+        assert mdp.expected_return(new) >= mdp.expected_return(policy) - 1e-10
+        policy = new
+
+
+@some
+@given(MDPS, SEEDS, st.floats(1e-4, 3.0))
+def test_the_constrained_step_is_the_best_of_all_within_the_radius(
+    mdp: TabularMDP, seed: int, radius: float
+) -> None:
+    policy = random_policy(mdp, seed)
+    new = constrained_step(mdp, policy, radius)
+    assert max_kl(policy, new) <= radius * (1 + 1e-9) + 1e-12
+    best = mdp.surrogate(policy, new)
+    for other_seed in range(5):
+        other = random_policy(mdp, other_seed, 3.0)
+        share = torch.linspace(0, 1, 20, dtype=torch.float64)[:, None, None]
+        for mixed in (1 - share) * policy + share * other:
+            if max_kl(policy, mixed) <= radius:
+                assert mdp.surrogate(policy, mixed) <= best + 1e-9
+
+
+@some
+@given(MDPS, SEEDS, st.floats(1e-3, 1.0))
+def test_penalty_and_constraint_agree_where_the_price_is_the_slope(
+    mdp: TabularMDP, seed: int, radius: float
+) -> None:
+    policy = random_policy(mdp, seed)
+    width = 1e-4 * radius
+
+    def gain(radius: float) -> float:
+        return mdp.surrogate(policy, constrained_step(mdp, policy, radius))
+
+    price = (gain(radius + width) - gain(radius - width)) / (2 * width)
+    if price < 1e-6:
+        return  # one action, or all the same
+    penalised = penalised_step(mdp, policy, price)
+    worth = mdp.surrogate(policy, penalised) - price * max_kl(policy, penalised)
+    assert worth >= gain(radius) - price * radius - 1e-9
+    assert worth == pytest.approx(gain(radius) - price * radius, abs=1e-6 * price * radius + 1e-9)
+
+
+@some
+@given(MDPS, SEEDS)
+def test_without_a_constraint_the_step_is_policy_iteration(mdp: TabularMDP, seed: int) -> None:
+    policy = random_policy(mdp, seed)
+    greedy = policy_iteration_step(mdp, policy)
+    free = constrained_step(mdp, policy, 30.0)
+    gap = mdp.advantages(policy).topk(min(2, policy.shape[1]), 1).values
+    clear = (gap[:, 0] - gap[:, -1] > 1e-6) | (policy.shape[1] == 1)
+    torch.testing.assert_close(free[clear], greedy[clear], rtol=0, atol=1e-6)
+
+
+def test_policy_iteration_ends_at_the_best_of_all_deterministic_policies() -> None:
+    mdp = random_mdp(4, 3, 0.9, seed=1)
+    policy = random_policy(mdp, 0)
+    for _ in range(10):
+        policy = policy_iteration_step(mdp, policy)
+    deterministic = itertools.product(range(3), repeat=4)
+    best = max(
+        mdp.expected_return(torch.nn.functional.one_hot(torch.tensor(each), 3).double())
+        for each in deterministic
+    )
+    assert mdp.expected_return(policy) == pytest.approx(best, abs=1e-12)
+
+
+def test_values_and_visitation_equal_those_of_a_long_rollout() -> None:
+    mdp = random_mdp(5, 3, 0.8, seed=3)
+    policy = random_policy(mdp, 4)
+    chain = torch.einsum("sa,sat->st", policy, mdp.transitions)
+    here, discount = mdp.start.clone(), 1.0
+    total, visits = 0.0, torch.zeros(5).double()
+    for _ in range(300):
+        total += discount * float(here @ (policy * mdp.rewards).sum(1))
+        visits += discount * here
+        here, discount = here @ chain, discount * mdp.discount
+    assert mdp.expected_return(policy) == pytest.approx(total, abs=1e-12)
+    torch.testing.assert_close(mdp.visitation(policy), visits)
+    assert float(mdp.visitation(policy).sum()) == pytest.approx(5.0)
+    torch.testing.assert_close(
+        (policy * mdp.advantages(policy)).sum(1), torch.zeros(5).double(), rtol=0, atol=1e-12
+    )
+
+
+def test_the_bound_of_a_practical_step_is_its_improvement_less_the_penalty() -> None:
+    report = StepReport(Outcome.ACCEPTED, improvement=0.05, kl=0.01)
+    assert penalty_coefficient(2.0, 0.5) == 16.0
+    assert improvement_bound(report, advantage=2.0, discount=0.5) == pytest.approx(0.1 - 0.16)
+    assert kl_by_state(torch.eye(2), torch.full((2, 2), 0.5)).tolist() == pytest.approx(
+        [math.log(2)] * 2
+    )
+
+
+GOOD = random_mdp(2, 3, 0.9, seed=0)
+UNIFORM = torch.full((2, 3), 1 / 3)
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "rewards without actions": (
+        lambda: TabularMDP(GOOD.transitions, GOOD.rewards[:, 0], GOOD.start, 0.9),
+        r"rewards has shape \(2,\)",
+    ),
+    "transitions of another shape": (
+        lambda: TabularMDP(GOOD.transitions[:, :2], GOOD.rewards, GOOD.start, 0.9),
+        r"transitions has shape \(2, 2, 2\); with rewards of \(2, 3\) it must be \(2, 3, 2\)",
+    ),
+    "a start that sums to two": (
+        lambda: TabularMDP(GOOD.transitions, GOOD.rewards, 2 * GOOD.start, 0.9),
+        "start holds no probabilities.*sum to 1",
+    ),
+    "NaN rewards": (
+        lambda: TabularMDP(GOOD.transitions, GOOD.rewards * math.nan, GOOD.start, 0.9),
+        "rewards holds NaN",
+    ),
+    "a discount of one": (
+        lambda: TabularMDP(GOOD.transitions, GOOD.rewards, GOOD.start, 1.0),
+        r"discount is 1\.0; it must be in \[0, 1\)",
+    ),
+    "a policy of another shape": (lambda: GOOD.state_values(UNIFORM.T), r"shape \(3, 2\)"),
+    "a policy that is none": (lambda: GOOD.visitation(-UNIFORM), "policy holds no probabilities"),
+    "a negative radius": (lambda: constrained_step(GOOD, UNIFORM, -1.0), "radius is -1.0"),
+    "a negative price": (lambda: penalised_step(GOOD, UNIFORM, -1.0), "coefficient is -1.0"),
+    "a deterministic policy": (
+        lambda: monotonic_step(GOOD, torch.eye(3)[:2].double()),
+        "rules out an action",
+    ),
+    "a share above one": (
+        lambda: conservative_lower_bound(GOOD, UNIFORM, UNIFORM, 1.5),
+        "share is 1.5",
+    ),
+    "a discount above one": (lambda: penalty_coefficient(1.0, 1.5), "discount is 1.5"),
+    "a negative advantage": (lambda: penalty_coefficient(-1.0, 0.5), "advantage is -1.0"),
+    "a step not taken": (
+        lambda: improvement_bound(StepReport(Outcome.ZERO_GRADIENT), advantage=1.0, discount=0.9),
+        "not taken.*ZERO_GRADIENT",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(TrustRegionError, match=message):
+        call()

@@ -1,0 +1,177 @@
+"""The paper's algorithms, solved exactly on tabular problems."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trpo_optim.report import TrustRegionError
+from trpo_optim.theory.bounds import kl_by_state, penalty_coefficient
+from trpo_optim.theory.tabular_mdp import TabularMDP
+
+__all__ = [
+    "conservative_step",
+    "constrained_step",
+    "monotonic_step",
+    "penalised_step",
+    "policy_iteration_step",
+]
+
+
+def policy_iteration_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
+    """Return the policy that takes the best action by Q: a trust-region step without a constraint.
+
+    Args:
+        mdp: The process.
+        policy: The present policy, (S, A).
+
+    Returns:
+        A deterministic policy; of equal actions the first.
+    """
+    best = mdp.advantages(policy).argmax(1)
+    return torch.nn.functional.one_hot(best, policy.shape[1]).double()
+
+
+def conservative_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
+    """Mix the present policy with the greedy one, by the share that the bound is best for.
+
+    Args:
+        mdp: The process.
+        policy: The present policy, (S, A).
+
+    Returns:
+        (1 − α) π + α π', α the maximiser of the lower bound, at most 1.
+
+    Source:
+        Kakade & Langford (2002); Schulman et al. (2015), equations 5 and 6.
+    """
+    other = policy_iteration_step(mdp, policy)
+    gained = (other * mdp.advantages(policy)).sum(1)
+    slope = float(mdp.visitation(policy) @ gained)
+    bend = 4 * float(gained.abs().max()) * mdp.discount / (1 - mdp.discount) ** 2
+    share = 1.0 if bend == 0 else min(1.0, max(0.0, slope / bend))
+    return (1 - share) * policy + share * other
+
+
+def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
+    """Maximise L_π subject to KL(π(·|s) ‖ π_new(·|s)) ≤ δ in every state.
+
+    The states part: in each, π_new(a|s) = λ π(a|s) / (ν − A(s, a)) with ν above every advantage, of
+    which the KL is a falling function.
+
+    Args:
+        mdp: The process.
+        policy: The present policy, (S, A), positive everywhere.
+        radius: δ ≥ 0, in nats.
+
+    Returns:
+        The new policy, (S, A).
+
+    Raises:
+        TrustRegionError: If δ is negative, or the policy rules an action out.
+
+    Source:
+        Schulman et al. (2015), equation 11.
+    """
+    if not radius >= 0:
+        raise TrustRegionError(f"radius is {radius!r}; it must be at least 0.")
+    _require_positive(policy)
+    advantages = mdp.advantages(policy)
+    margins = _margins(policy, advantages, torch.tensor([radius], dtype=torch.float64))
+    return _tilted(policy, advantages, margins)[0][0]
+
+
+def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tensor:
+    """Maximise L_π(π_new) − C · max KL(π ‖ π_new) over all policies.
+
+    For a given largest KL the best policy is that of ``constrained_step``; what it gains is a
+    concave function of the radius, and the best radius is where its slope, the visited states'
+    multipliers together, is C.
+
+    Args:
+        mdp: The process.
+        policy: The present policy, (S, A), positive everywhere.
+        coefficient: C ≥ 0, in units of return per nat.
+
+    Returns:
+        The new policy, (S, A).
+
+    Raises:
+        TrustRegionError: If C is negative, or the policy rules an action out.
+    """
+    if not coefficient >= 0:
+        raise TrustRegionError(f"coefficient is {coefficient!r}; it must be at least 0.")
+    _require_positive(policy)
+    advantages, visits = mdp.advantages(policy), mdp.visitation(policy)
+    low, high = _SMALLEST, _LARGEST
+    for _ in range(_ROUNDS):
+        logs = torch.linspace(low, high, _PLACES, dtype=torch.float64)
+        _, slopes = _tilted(policy, advantages, _margins(policy, advantages, logs.exp()))
+        cheap = int(((slopes @ visits) >= coefficient).sum())  # the slope falls with the radius
+        low, high = float(logs[max(0, cheap - 1)]), float(logs[min(_PLACES - 1, cheap)])
+    radius = math.exp((low + high) / 2) if high > _SMALLEST else 0.0
+    return constrained_step(mdp, policy, radius)
+
+
+def monotonic_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
+    """Take one iteration of Algorithm 1, after which the return is never lower.
+
+    Args:
+        mdp: The process.
+        policy: The present policy, (S, A), positive everywhere.
+
+    Returns:
+        The maximiser of L_π − C · max KL, C = 4εγ/(1 − γ)².
+
+    Source:
+        Schulman et al. (2015), algorithm 1.
+    """
+    largest = float(mdp.advantages(policy).abs().max())
+    return penalised_step(mdp, policy, penalty_coefficient(largest, mdp.discount))
+
+
+_SMALLEST, _LARGEST = -60.0, 5.0
+"""Logarithms of the radii between which a penalty's is looked for, in nats."""
+
+_PLACES, _ROUNDS = 256, 5
+
+
+def _require_positive(policy: Tensor) -> None:
+    if not bool((policy > 0).all()):
+        raise TrustRegionError(
+            "The policy rules out an action, so that the KL of one that does not is infinite. Mix "
+            "it with the uniform policy."
+        )
+
+
+def _tilted(policy: Tensor, advantages: Tensor, log_margins: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best policies for given margins of ν above the best action, and their prices.
+
+    Args:
+        policy: The present policy, (S, A).
+        advantages: (S, A).
+        log_margins: ln of the margins over the advantages' range, (K, S).
+
+    Returns:
+        Policies, (K, S, A), and what a nat is worth in each state, (K, S).
+    """
+    gap = advantages.amax(1, keepdim=True) - advantages
+    width = gap.amax(1)
+    weights = policy / ((log_margins.exp() * width)[..., None] + gap).clamp_min(1e-300)
+    total = weights.sum(-1)
+    flat = width == 0
+    new = torch.where(flat[:, None], policy, weights / total[..., None])
+    return new, torch.where(flat, 0.0, 1 / total)
+
+
+def _margins(policy: Tensor, advantages: Tensor, radii: Tensor) -> Tensor:
+    """Return the ln margins whose policies have K given KLs in every state, (K, S)."""
+    low = torch.full((len(radii), len(policy)), -80.0, dtype=torch.float64)  # the best action alone
+    high = torch.full_like(low, 80.0)  # the policy itself
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = kl_by_state(policy, _tilted(policy, advantages, middle)[0]) <= radii[:, None]
+        high, low = torch.where(inside, middle, high), torch.where(inside, low, middle)
+    return high

@@ -1,0 +1,156 @@
+"""How far apart two policies are, and what the paper guarantees of one by the other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trpo_optim.report import StepReport, TrustRegionError
+from trpo_optim.theory.tabular_mdp import TabularMDP
+
+__all__ = [
+    "conservative_lower_bound",
+    "improvement_bound",
+    "kl_by_state",
+    "lower_bound",
+    "max_kl",
+    "max_total_variation",
+    "mean_kl",
+    "penalty_coefficient",
+    "state_distribution_bound",
+]
+
+
+def max_total_variation(old: Tensor, new: Tensor) -> float:
+    """Return max over s of ½ Σ |π_old(a|s) − π_new(a|s)|."""
+    return float((old - new).abs().sum(1).max() / 2)
+
+
+def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
+    """Return KL(π_old(·|s) ‖ π_new(·|s)) in nats: policies (…, S, A), shape (…, S)."""
+    return (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
+
+
+def max_kl(old: Tensor, new: Tensor) -> float:
+    """Return max over s of KL(π_old(·|s) ‖ π_new(·|s)), in nats."""
+    return float(kl_by_state(old, new).max())
+
+
+def mean_kl(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
+    """Return the KL averaged over the normalised visitation of the old policy, in nats."""
+    weights = (1 - mdp.discount) * mdp.visitation(old)
+    return float(weights @ kl_by_state(old, new))
+
+
+def penalty_coefficient(advantage: float, discount: float) -> float:
+    """Return C = 4εγ/(1 − γ)².
+
+    Args:
+        advantage: ε = max |A_π(s, a)|.
+        discount: γ, in [0, 1).
+
+    Returns:
+        The price of a nat of the maximal KL, in units of return.
+
+    Raises:
+        TrustRegionError: If γ is outside its range, or ε negative.
+
+    Source:
+        Schulman et al. (2015), equation 9.
+    """
+    if not 0 <= discount < 1:
+        raise TrustRegionError(f"discount is {discount!r}; it must be in [0, 1).")
+    if not advantage >= 0:
+        raise TrustRegionError(f"advantage is {advantage!r}; max |A| cannot be negative.")
+    return 4 * advantage * discount / (1 - discount) ** 2
+
+
+def lower_bound(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
+    """Return L_old(new) − C · max KL(old ‖ new), which η(new) does not fall below.
+
+    Args:
+        mdp: The process.
+        old: The policy that advantages and visitation are those of.
+        new: The policy that the bound is for.
+
+    Returns:
+        A number.
+
+    Source:
+        Schulman et al. (2015), theorem 1 and equation 9.
+    """
+    coefficient = penalty_coefficient(float(mdp.advantages(old).abs().max()), mdp.discount)
+    return mdp.surrogate(old, new) - (coefficient * max_kl(old, new) if coefficient else 0.0)
+
+
+def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share: float) -> float:
+    """Return what η((1 − α) π_old + α π_other) does not fall below.
+
+    L_old(new) − 2εγα²/(1 − γ)², ε = max over s of |E over a of π_other [A_old(s, a)]|.
+
+    Args:
+        mdp: The process.
+        old: The present policy.
+        other: What it is mixed with.
+        share: α, in [0, 1].
+
+    Returns:
+        A number.
+
+    Raises:
+        TrustRegionError: If α is outside its range.
+
+    Source:
+        Kakade & Langford (2002); Schulman et al. (2015), equation 6.
+    """
+    if not 0 <= share <= 1:
+        raise TrustRegionError(f"share is {share!r}; it must be in [0, 1].")
+    advantage = float((other * mdp.advantages(old)).sum(1).abs().max())
+    loss = 2 * advantage * mdp.discount * share**2 / (1 - mdp.discount) ** 2
+    return mdp.surrogate(old, (1 - share) * old + share * other) - loss
+
+
+def state_distribution_bound(time: int, largest_kl: float) -> float:
+    """Return t·√(2ε), which Σ |P(s_t = s | old) − P(s_t = s | new)| does not exceed.
+
+    Each step turns at most a share TV ≤ √(ε/2) of the trajectories, by Pinsker's inequality, and
+    the L1 distance is at most twice the share of those turned by then.
+
+    Args:
+        time: t, steps from the start.
+        largest_kl: ε = max over s of KL(π_old(·|s) ‖ π_new(·|s)), in nats.
+
+    Returns:
+        A number.
+    """
+    return time * math.sqrt(2 * largest_kl)
+
+
+def improvement_bound(report: StepReport, *, advantage: float, discount: float) -> float:
+    """Return what the theory guarantees of a practical step: improvement − C · KL.
+
+    Practical steps hold the mean KL, not the largest, and estimate both values on a batch: this is
+    the bound as if they were exact, per step of the environment in units of the (normalised)
+    surrogate, and almost always far below zero. That is the paper's reason for a constraint.
+
+    Args:
+        report: Of an accepted step whose loss is the surrogate, in units of advantages.
+        advantage: ε = max |A|, in the same units.
+        discount: γ, in [0, 1).
+
+    Returns:
+        A lower bound of the increase of the return from the start, where the visitation is
+        normalised to 1/(1 − γ).
+
+    Raises:
+        TrustRegionError: If the step was not accepted, or γ or ε are outside their ranges.
+
+    Source:
+        Schulman et al. (2015), equations 9 and 11 to 12.
+    """
+    if not report.accepted:
+        raise TrustRegionError(f"The step was not taken ({report.outcome.name}): nothing improved.")
+    coefficient = penalty_coefficient(advantage, discount)
+    return report.improvement / (1 - discount) - coefficient * report.kl

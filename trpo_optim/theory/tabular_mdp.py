@@ -1,0 +1,173 @@
+"""A Markov decision process small enough to be solved exactly, and what a policy is worth on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["TabularMDP", "random_mdp"]
+
+
+@dataclass(frozen=True, eq=False)
+class TabularMDP:
+    """A finite, discounted Markov decision process, in double precision.
+
+    A policy is a tensor π(a|s) of shape (S, A), rows summing to one. An absorbing state without
+    reward stands for the end of an episode.
+
+    Attributes:
+        transitions: P(s'|s, a), shape (S, A, S).
+        rewards: r(s, a), shape (S, A).
+        start: ρ₀(s), shape (S,).
+        discount: γ, in [0, 1).
+
+    Raises:
+        TrustRegionError: If shapes do not fit, probabilities do not sum to one, rewards are not
+            finite, or γ is outside its range.
+    """
+
+    transitions: Tensor
+    rewards: Tensor
+    start: Tensor
+    discount: float
+
+    def __post_init__(self) -> None:
+        """Check the process and bring it to double precision."""
+        for name in ("transitions", "rewards", "start"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).double())
+        if self.rewards.dim() != 2:
+            raise TrustRegionError(
+                f"rewards has shape {tuple(self.rewards.shape)}; it must be (states, actions)."
+            )
+        states, actions = self.rewards.shape
+        expected = {"transitions": (states, actions, states), "start": (states,)}
+        for name, shape in expected.items():
+            value: Tensor = getattr(self, name)
+            if value.shape != shape:
+                raise TrustRegionError(
+                    f"{name} has shape {tuple(value.shape)}; with rewards of "
+                    f"{(states, actions)} it must be {shape}."
+                )
+            _require_probabilities(name, value)
+        if not self.rewards.isfinite().all():
+            raise TrustRegionError("rewards holds NaN or infinity; every reward must be a number.")
+        if not 0 <= self.discount < 1:
+            raise TrustRegionError(
+                f"discount is {self.discount!r}; it must be in [0, 1), or values are infinite."
+            )
+
+    def state_values(self, policy: Tensor) -> Tensor:
+        """Return V_π(s) = E[Σ γᵗ r(sₜ, aₜ) | s₀ = s], shape (S,)."""
+        chain, rewards = self._under(policy)
+        identity = torch.eye(len(chain), dtype=chain.dtype)
+        solution: Tensor = torch.linalg.solve(identity - self.discount * chain, rewards)
+        return solution
+
+    def action_values(self, policy: Tensor) -> Tensor:
+        """Return Q_π(s, a), shape (S, A)."""
+        return self.rewards + self.discount * self.transitions @ self.state_values(policy)
+
+    def advantages(self, policy: Tensor) -> Tensor:
+        """Return A_π(s, a) = Q_π(s, a) − V_π(s), shape (S, A)."""
+        return self.action_values(policy) - self.state_values(policy)[:, None]
+
+    def visitation(self, policy: Tensor) -> Tensor:
+        """Return ρ_π(s) = Σ γᵗ P(sₜ = s), unnormalised: it sums to 1/(1 − γ); shape (S,)."""
+        chain, _ = self._under(policy)
+        identity = torch.eye(len(chain), dtype=chain.dtype)
+        solution: Tensor = torch.linalg.solve((identity - self.discount * chain).T, self.start)
+        return solution
+
+    def state_distribution(self, policy: Tensor, time: int) -> Tensor:
+        """Return P(s_t = s) after so many steps, shape (S,)."""
+        chain, _ = self._under(policy)
+        result: Tensor = self.start @ torch.linalg.matrix_power(chain, time)
+        return result
+
+    def expected_return(self, policy: Tensor) -> float:
+        """Return η(π) = E[Σ γᵗ r(sₜ, aₜ)] from the start distribution."""
+        return float(self.start @ self.state_values(policy))
+
+    def surrogate(self, old: Tensor, new: Tensor) -> float:
+        """Return L_old(new) = η(old) + Σ ρ_old(s) Σ π_new(a|s) A_old(s, a).
+
+        Args:
+            old: The policy whose states and advantages count.
+            new: The policy whose actions count.
+
+        Returns:
+            A number; η(new) would weight by ρ_new instead.
+
+        Source:
+            Schulman et al. (2015), equation 3.
+        """
+        gained = (new * self.advantages(old)).sum(1)
+        return self.expected_return(old) + float(self.visitation(old) @ gained)
+
+    def return_by_advantages(self, old: Tensor, new: Tensor) -> float:
+        """Return η(old) + Σ ρ_new(s) Σ π_new(a|s) A_old(s, a), which is η(new).
+
+        Args:
+            old: The policy whose advantages count.
+            new: The policy whose states and actions count.
+
+        Returns:
+            A number.
+
+        Source:
+            Kakade & Langford (2002); Schulman et al. (2015), equations 1 and 2.
+        """
+        gained = (new * self.advantages(old)).sum(1)
+        return self.expected_return(old) + float(self.visitation(new) @ gained)
+
+    def _under(self, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Markov chain and the rewards that a policy makes of the process."""
+        if policy.shape != self.rewards.shape:
+            raise TrustRegionError(
+                f"The policy has shape {tuple(policy.shape)}; it must be π(a|s) of shape "
+                f"{tuple(self.rewards.shape)}."
+            )
+        _require_probabilities("policy", policy)
+        weights = policy.double()
+        chain = torch.einsum("sa,sat->st", weights, self.transitions)
+        return chain, (weights * self.rewards).sum(1)
+
+
+def _require_probabilities(name: str, value: Tensor) -> None:
+    sums = value.sum(-1)
+    if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > 1e-6:
+        raise TrustRegionError(
+            f"{name} holds no probabilities: its last dimension must be non-negative and sum to 1 "
+            f"(found sums from {float(sums.min()):g} to {float(sums.max()):g})."
+        )
+
+
+def random_mdp(states: int, actions: int, discount: float, seed: int) -> TabularMDP:
+    """Return a process with random sparse transitions and Gaussian rewards.
+
+    Args:
+        states: S.
+        actions: A.
+        discount: γ.
+        seed: Of all draws; the global random state is not touched.
+
+    Returns:
+        The process.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+
+    # Exponential variables to a power, normalised: from nearly even to nearly deterministic.
+    weights = (-noise(states, actions, states).log()) ** 3
+    return TabularMDP(
+        transitions=weights / weights.sum(-1, keepdim=True),
+        rewards=torch.randn((states, actions), generator=generator, dtype=torch.float64),
+        start=(start := -noise(states).log()) / start.sum(),
+        discount=discount,
+    )
