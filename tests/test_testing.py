@@ -415,11 +415,13 @@ import torch
 from trpo_optim.testing import PolicyTests, assert_policy, check_closure, check_policy
 
 print(check_policy(policy, observations))  # a table: what was checked, measured, found
-assert_policy(policy, observations)        # raises with that table
+assert_policy(policy, observations)  # raises with that table
 
-class TestMyPolicy(PolicyTests):           # in pytest: one test per check
+
+class TestMyPolicy(PolicyTests):  # in pytest: one test per check
     policy = MyPolicy()
     observations = torch.randn(256, 17)
+
 
 print(check_closure(closure, policy.parameters()))  # where step() would be called
 ```
