@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Tensor, nn
 
-from trpo_optim import TrustRegionOptimizer, frozen, log_prob, mean_kl, sampled_kl
+from trpo_optim import TrustRegionOptimizer, frozen, log_prob, mean_kl, sample, sampled_kl
 
 Divergence = Callable[[Any, Any, Any], Tensor]
 """KL(old ‖ new) row by row, from the two distributions; a sampled one from the actions, too."""
@@ -143,21 +143,17 @@ class Bandit:
         """Return the score after so many updates."""
         for _ in range(updates):
             observations, secret = self.draw(rows)
-            actions = sample(learner.policy, observations)
+            actions = act(learner.policy, observations)
             rewards = self.reward(actions, secret)
             learner.update(observations, actions, rewards, self.mask(observations))
-        return self.score(lambda observations: sample(learner.policy, observations))
+        return self.score(lambda observations: act(learner.policy, observations))
 
 
 @torch.no_grad()
-def sample(policy: nn.Module, observations: Tensor) -> Any:
+def act(policy: nn.Module, observations: Tensor) -> Any:
     """Return an action per row, in the form of the space; parts of a tuple are stacked."""
-    dist = policy(observations)
-    if isinstance(dist, dict):
-        return {name: each.sample() for name, each in dist.items()}
-    if isinstance(dist, tuple):
-        return torch.stack([each.sample() for each in dist], -1)
-    return dist.sample()
+    actions = sample(policy(observations))
+    return torch.stack(actions, -1) if isinstance(actions, tuple) else actions
 
 
 def learn_environment(

@@ -210,6 +210,19 @@ def test_the_sampled_kls_are_without_bias_and_one_is_never_negative() -> None:
     assert min(plain) < 0 < min(other)
 
 
+def test_the_low_variance_estimator_has_a_tenth_of_the_plain_ones_deviation() -> None:
+    torch.manual_seed(0)
+    old = td.Independent(td.Normal(torch.zeros(200, 2048, 6), 1.0), 1)
+    new = td.Independent(td.Normal(torch.full((200, 2048, 6), (0.02 / 6) ** 0.5), 1.0), 1)
+    assert mean_kl(old, new).item() == pytest.approx(0.01)
+    actions = old.sample()
+    logs = list(zip(old.log_prob(actions), new.log_prob(actions), strict=True))
+    plain = torch.stack([sampled_kl(*each) for each in logs]).std().item()
+    other = torch.stack([sampled_kl(*each, low_variance=True) for each in logs]).std().item()
+    assert plain == pytest.approx((2 * 0.01 / 2048) ** 0.5, rel=0.2)
+    assert other / plain == pytest.approx(0.1, abs=0.03)
+
+
 @pytest.mark.parametrize("low_variance", [False, True])
 def test_the_sampled_kl_curves_as_the_score_does(low_variance: bool) -> None:
     torch.manual_seed(0)

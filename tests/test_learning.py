@@ -14,12 +14,12 @@ from gymnasium.envs.toy_text.taxi import TaxiEnv
 from learning import (
     Bandit,
     Learner,
+    act,
     beta_kl,
     categorical_kl,
     learn_environment,
     multi_discrete_kl,
     normal_kl,
-    sample,
     sampled_mixture_kl,
     squashed_normal_kl,
 )
@@ -270,7 +270,7 @@ def test_a_policy_of_several_discrete_parts_gets_all_of_them_right() -> None:
     chance = task.score(lambda rows: torch.tensor(np.stack([space.sample() for _ in rows])))
     assert chance < 0.4  # (1/3 + 1/4 + 1/2) / 3
     assert task.learn(Learner(policy, multi_discrete_kl), updates=60) > 0.85
-    assert all(space.contains(action) for action in sample(policy, torch.randn(99, 4)).numpy())
+    assert all(space.contains(action) for action in act(policy, torch.randn(99, 4)).numpy())
 
 
 class CarPolicy(nn.Module):
@@ -319,7 +319,7 @@ def test_a_policy_of_discrete_and_continuous_parts_learns_both_together() -> Non
     policy = CarPolicy()
     assert task.score(at_random) < 0.2
     assert task.learn(Learner(policy, car_kl), updates=60) > 0.8
-    actions = sample(policy, draw(99)[0])
+    actions = act(policy, draw(99)[0])
     for gear, throttle in zip(actions["gear"].numpy(), actions["throttle"].numpy(), strict=True):
         assert space.contains({"gear": gear, "throttle": throttle})
 

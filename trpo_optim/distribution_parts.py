@@ -65,26 +65,28 @@ def made_of(dist: Distribution) -> Iterator[Distribution]:
             yield from made_of(value)
 
 
-def tensors(value: Any, seen: set[int], without: str = "") -> Iterator[Tensor]:
+def tensors(value: Any, without: str = "") -> Iterator[Tensor]:
     """Yield the tensors that make up a policy, but for those under one attribute's name."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Distribution | Transform | nn.Module):
-        for name, each in vars(value).items():
-            if name != without:
-                yield from tensors(each, seen, without)
-    elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(each, seen, without)
+    stack, seen = [value], set[int]()
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, Distribution | Transform | nn.Module):
+            stack.extend(part for name, part in vars(each).items() if name != without)
+        elif isinstance(each, Mapping):
+            stack.extend(each.values())
+        elif isinstance(each, list | tuple):
+            stack.extend(each)
 
 
 def constant_transforms(dist: Distribution) -> Iterator[Transform]:
     """Yield the transforms that hold no tensor: the same object serves, and is equal to itself."""
     for each in getattr(dist, "transforms", ()):
-        if next(tensors(each, set()), None) is None:
+        if next(tensors(each), None) is None:
             yield each
 
 

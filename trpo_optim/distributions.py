@@ -51,7 +51,7 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
             not fit.
     """
     counted = None if mask is None else _checked(mask)
-    if any(each.requires_grad for each in tensors(old, set(), "_cached_x_y")):
+    if any(each.requires_grad for each in tensors(old, "_cached_x_y")):
         raise TrustRegionError(
             "The old policy carries a graph. Pass frozen(policy(observations)), made before the "
             "step, as the first argument, and the new policy as the second."
@@ -202,7 +202,7 @@ def frozen(dist: PolicyT) -> PolicyT:
     """
     for part in leaves(dist):
         require_valid(part)
-    memo: dict[int, Any] = {id(each): each.detach().clone() for each in tensors(dist, set())}
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in tensors(dist)}
     for part in leaves(dist):
         for inner in made_of(part):
             memo |= {id(each): each for each in constant_transforms(inner)}
@@ -212,7 +212,7 @@ def frozen(dist: PolicyT) -> PolicyT:
 def _joint_kl(old: Any, new: Any, batch_dims: int | None, place: str) -> Tensor:
     """Return the KL per element of the batch, over all parts."""
     if isinstance(old, Distribution) and isinstance(new, Distribution):
-        return _over_action(kl_of_family(old, new, place), old, new, batch_dims, place)
+        return _over_action(kl_of_family(old, new, place), new, batch_dims, place)
     if isinstance(old, Distribution) or isinstance(new, Distribution):
         raise TrustRegionError(
             f"The old policy{place} is {name_of(old)} and the new one {name_of(new)}. Compare "
@@ -226,15 +226,13 @@ def _joint_kl(old: Any, new: Any, batch_dims: int | None, place: str) -> Tensor:
     )
 
 
-def _over_action(
-    kl: Tensor, old: Distribution, new: Distribution, batch_dims: int | None, place: str
-) -> Tensor:
+def _over_action(kl: Tensor, dist: Distribution, batch_dims: int | None, place: str) -> Tensor:
     """Sum a KL over the dimensions that belong to the action."""
     if batch_dims is None:
-        if kl.dim() > 1 and not new.event_shape:
+        if kl.dim() > 1 and not dist.event_shape:
             shape = tuple(kl.shape)
             raise TrustRegionError(
-                f"{name_of(new)}{place} has batch shape {shape} and no event shape, so that "
+                f"{name_of(dist)}{place} has batch shape {shape} and no event shape, so that "
                 "dimensions of the action and of the batch look alike. Wrap it in "
                 "Independent(dist, 1) if the last dimension is the action's; if every element is "
                 f"an action of its own, pass mask=torch.ones({shape}, dtype=torch.bool)."
@@ -242,7 +240,7 @@ def _over_action(
         return kl
     if kl.dim() < batch_dims:
         raise TrustRegionError(
-            f"The mask has {batch_dims} dimensions, and {name_of(old)}{place} has batch shape "
+            f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
             f"{tuple(kl.shape)}. Give the mask the batch's shape."
         )
     return kl.flatten(batch_dims).sum(-1) if kl.dim() > batch_dims else kl

@@ -21,12 +21,16 @@ from torch.nn.functional import softplus
 from trpo_optim.distribution_parts import name_of, tensors
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["kl_of_family"]
+__all__ = ["NoClosedFormError", "kl_of_family"]
 
 _WITHOUT_CLOSED_FORM = (
     "Use sampled_kl(old_log_prob, new_log_prob) on the batch's own actions instead, and return the "
     "new log-probabilities as the closure's third value."
 )
+
+
+class NoClosedFormError(TrustRegionError):
+    """The KL of two distributions can only be estimated."""
 
 
 def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
@@ -75,9 +79,9 @@ def _kl(old: Any, new: Any) -> Tensor:
         change: Tensor = old.logits.masked_fill(out, 0) - new.logits.masked_fill(out, 0)
         return old.probs.mul(change).sum(-1)
     if type(old) is TransformedDistribution:  # subclasses have KLs of their own
-        learned = (each.requires_grad for each in tensors(new.transforms, set(), "_cached_x_y"))
+        learned = (each.requires_grad for each in tensors(new.transforms, "_cached_x_y"))
         if old.transforms != new.transforms or any(learned):
-            raise TrustRegionError(
+            raise NoClosedFormError(
                 f"The old and the new {name_of(old)} have different or learned transforms, so "
                 f"that their KL is not that of their bases. {_WITHOUT_CLOSED_FORM}"
             )
@@ -88,7 +92,7 @@ def _kl(old: Any, new: Any) -> Tensor:
     try:
         kl: Tensor = kl_divergence(old, new)
     except NotImplementedError as error:
-        raise TrustRegionError(
+        raise NoClosedFormError(
             f"The KL of {name_of(old)} has no closed form. {_WITHOUT_CLOSED_FORM}"
         ) from error
     return kl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from trpo_optim.autograd_graph import graph_leaves
 from trpo_optim.distribution_parts import leaves
 from trpo_optim.distributions import log_prob
 from trpo_optim.testing.findings import Finding, Verdict
-from trpo_optim.testing.subject import Subject, mapped, select
+from trpo_optim.testing.observations import mapped, parts, select
+from trpo_optim.testing.subject import Subject
 
 __all__ = [
     "check_determinism",
@@ -73,21 +74,13 @@ def check_state(subject: Subject) -> Finding:
 
 
 def _state(subject: Subject, observations: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((f"observations{key}", each) for key, each in _tensors(observations, ""))
+    yield from parts(observations, "observations")
     if subject.module is not None:
         yield from subject.module.named_parameters()
         yield from subject.module.named_buffers()
         yield "training mode", [each.training for each in subject.module.modules()]
     else:
         yield from ((f"parameter {index}", each) for index, each in enumerate(subject.parameters))
-
-
-def _tensors(value: Any, key: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield key, value
-        return
-    for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _tensors(part, f"{key}[{name!r}]")
 
 
 def _equal(was: Any, now: Any) -> bool:

@@ -8,7 +8,7 @@ from torch.distributions import Laplace
 
 from trpo_optim.distribution_parts import leaves, made_of
 from trpo_optim.distributions import log_prob
-from trpo_optim.testing.averages import average, sigmas
+from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
 from trpo_optim.testing.subject import Subject
@@ -76,7 +76,7 @@ def check_zero_kl(subject: Subject) -> Finding:
     @torch.no_grad()
     def kl(scale: float) -> float:
         with subject.at(scale * step if scale else origin):
-            return float(subject.kl(subject.old, subject.dist()))
+            return float(subject.kl(subject.dist()))
 
     here = kl(0.0)
     figures, cause = flaw_at_minimum(lambda scale: kl(scale) - here)
@@ -141,15 +141,14 @@ def _curvatures(subject: Subject, step: Tensor) -> tuple[float, float, float]:
     for sign in (scale, -scale):
         with subject.at(sign * step):
             dist = subject.dist()
-            kl = subject.kl(subject.old, dist)
+            kl = subject.kl(dist)
             slopes = torch.autograd.grad(kl, subject.vector.parameters, allow_unused=True)
             bends.append(float(step.dot(subject.vector.gather(slopes))))
             with torch.no_grad():
                 logs.append(subject.joint_log_prob(dist))
     score = (logs[0] - logs[1]) / (2 * scale)
-    spread, noise = average(score.square(), subject.weights())
-    per_row = score.shape[1] / subject.rows
-    return (bends[0] - bends[1]) / (2 * scale), spread * per_row, noise * per_row
+    spread, noise = subject.mean(score.square())
+    return (bends[0] - bends[1]) / (2 * scale), spread, noise
 
 
 def _kinked(subject: Subject) -> bool:

@@ -151,15 +151,12 @@ def check_entropy(subject: Subject) -> Finding:
 def check_kl(subject: Subject) -> Finding:
     """The KL between two policies some way apart is the mean of ln(π_old/π_new)."""
     name = "kl"
-    before = subject.joint_log_prob(subject.old)
     step = subject.direction(0, kl=0.05)
     with torch.no_grad(), subject.at(step):
         new = subject.dist()
-        stated = float(subject.kl(subject.old, new))
-        ratio = subject.joint_log_prob(new) - before
-    per_row = ratio.shape[1] / subject.rows
-    mean, error = average(torch.expm1(ratio) - ratio, subject.weights())
-    mean, error = mean * per_row, error * per_row
+        stated = float(subject.kl(new))
+        ratio = subject.joint_log_prob(new) - subject.old_joint_log_prob
+    mean, error = subject.mean(torch.expm1(ratio) - ratio)
     figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
     if error > 0.05 * abs(mean) and math.isfinite(stated):
         return _undecided(name, "Rare actions make up the KL: its average over draws is noise.")

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import enum
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict"]
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "without"]
+
+
+SubjectT = TypeVar("SubjectT")
 
 
 class Verdict(enum.Enum):
@@ -90,3 +96,27 @@ class PolicyReport(_Report):
 
 class ClosureReport(_Report):
     """What ``check_closure`` found."""
+
+
+def without(
+    checks: Mapping[str, Callable[[SubjectT], Finding]], skip: Collection[str]
+) -> dict[str, Callable[[SubjectT], Finding]]:
+    """Return the checks that are not left out.
+
+    Args:
+        checks: By name.
+        skip: Names of those to leave out, or one name.
+
+    Returns:
+        The others.
+
+    Raises:
+        TrustRegionError: If ``skip`` names no check.
+    """
+    left_out = {skip} if isinstance(skip, str) else set(skip)
+    unknown = left_out - set(checks)
+    if unknown:
+        raise TrustRegionError(
+            f"skip names {sorted(unknown)}, which are no checks. There are {list(checks)}."
+        )
+    return {name: check for name, check in checks.items() if name not in left_out}

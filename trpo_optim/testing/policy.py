@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,9 +32,9 @@ from trpo_optim.testing.distribution_checks import (
     check_sampler,
     check_shapes,
 )
-from trpo_optim.testing.findings import Finding, PolicyReport, Verdict
+from trpo_optim.testing.findings import Finding, PolicyReport, Verdict, without
 from trpo_optim.testing.step_checks import check_step
-from trpo_optim.testing.subject import Subject, module_of, require_observations
+from trpo_optim.testing.subject import Subject, module_of
 
 __all__ = ["POLICY_CHECKS", "assert_policy", "check_policy"]
 
@@ -90,8 +89,8 @@ def check_policy(
             where that has no closed form ``sampled_kl`` on drawn actions.
         parameters: What is trained; needed where ``policy`` is neither a module nor its method.
         skip: Names of checks that are left out.
-        draws: Actions per observation in averages. All averages together raise a false alarm on
-            fewer than one sound policy in 10 000.
+        draws: Actions per observation in averages. These are compared within what normal noise
+            explains but once in ten million.
         seed: Of the draws.
 
     Returns:
@@ -100,42 +99,26 @@ def check_policy(
     Raises:
         TrustRegionError: If there are no parameters to check, or ``skip`` names no check.
     """
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    unknown = skip - set(POLICY_CHECKS)
-    if unknown:
-        raise TrustRegionError(
-            f"skip names {sorted(unknown)}, which are no checks. There are {list(POLICY_CHECKS)}."
-        )
+    checks = without(POLICY_CHECKS, skip)
     module = module_of(policy)
     if parameters is None and module is None:
         raise TrustRegionError(
             f"{policy!r} is not a module, so that its parameters are not known. Pass them: "
             "check_policy(policy, observations, parameters=[...])."
         )
-    require_observations(observations)
     if draws < 16:
         raise TrustRegionError(f"draws is {draws!r}; averages need at least 16 actions per row.")
     if parameters is None:
         parameters = [] if module is None else module.parameters()
     trained = list(parameters)
-    findings = []
     with torch.random.fork_rng(), _restored(module, trained):
         torch.manual_seed(seed)
         subject = Subject(policy, observations, trained, kl, actions, draws)
         with _restored(module, trained):  # what it moves is for the checks to find
-            broken = _run("one action per row", _evaluated, subject)
-        for name, check in POLICY_CHECKS.items():
-            if name in skip:
-                continue
-            if broken.verdict is Verdict.PASSED:
-                findings.append(_run(name, check, subject))
-            elif not findings:
-                findings.append(replace(broken, check=name))
-            else:
-                findings.append(
-                    Finding(name, Verdict.UNDECIDED, {}, "There is no policy to check.")
-                )
-    return PolicyReport(tuple(findings))
+            cause = _why_not(subject)
+        if cause and checks:
+            return _nothing_to_check(checks, cause)
+        return PolicyReport(tuple(_run(name, check, subject) for name, check in checks.items()))
 
 
 def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: Any) -> None:
@@ -152,19 +135,39 @@ def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: An
     check_policy(policy, observations, **options).require()
 
 
-def _evaluated(subject: Subject) -> Finding:
-    """The policy can be evaluated, and gives distributions."""
-    leaves(subject.raw(subject.observations))
-    return Finding("one action per row", Verdict.PASSED)
+def _why_not(subject: Subject) -> str:
+    """Return why the policy cannot be evaluated to distributions, or an empty string."""
+    try:
+        leaves(subject.raw(subject.observations))
+    except Exception as error:  # whatever a policy may raise
+        return _told(error)
+    return ""
 
 
-def _run(name: str, check: Callable[[Subject], Finding], subject: Subject) -> Finding:
+def _nothing_to_check(checks: Iterable[str], cause: str) -> PolicyReport:
+    """Return one finding of what is wrong, and nothing on all that would follow from it."""
+    first, *rest = checks
+    return PolicyReport(
+        (
+            Finding(first, Verdict.FAILED, {}, cause),
+            *(
+                Finding(name, Verdict.UNDECIDED, {}, "There is no policy to check.")
+                for name in rest
+            ),
+        )
+    )
+
+
+def _run(name: str, check: _Check, subject: Subject) -> Finding:
     """Run a check; what it raises is a finding, too."""
     try:
         return check(subject)
     except Exception as error:  # whatever a policy may raise
-        told = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
-        return Finding(name, Verdict.FAILED, {}, told)
+        return Finding(name, Verdict.FAILED, {}, _told(error))
+
+
+def _told(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, biject_to, constraints
 
-__all__ = ["Reference", "reference"]
+__all__ = ["Reference", "reference", "rows_of"]
 
 _FREEDOM = 4.0
 """Degrees of freedom of the proposal: tails heavier than a policy's."""
@@ -54,8 +54,8 @@ def reference(leaf: Distribution, draws: int) -> Reference:
     """
     with torch.no_grad():
         try:
-            discrete = _is_discrete(leaf.support)
-            return _enumerated(leaf, draws) if discrete else _weighted(leaf, draws)
+            support: Any = leaf.support
+            return _enumerated(leaf, draws) if support.is_discrete else _weighted(leaf, draws)
         except (NotImplementedError, ValueError):  # no support, or not all of its density
             actions = leaf.sample((draws,))
             ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
@@ -67,10 +67,6 @@ def rows_of(leaf: Any, actions: Tensor) -> Tensor:
     """Return log-probabilities of reference actions, (draws, rows), in double precision."""
     logs: Tensor = leaf.log_prob(actions)
     return logs.double().reshape(len(actions), math.prod(leaf.batch_shape))
-
-
-def _is_discrete(support: Any) -> bool:
-    return bool(support.is_discrete)
 
 
 def _weighted(leaf: Distribution, draws: int) -> Reference:

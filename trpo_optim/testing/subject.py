@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,15 @@ from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, second_order
 from trpo_optim.distribution_parts import leaves
 from trpo_optim.distributions import frozen, log_prob, mean_kl, sample, sampled_kl
+from trpo_optim.family_kl import NoClosedFormError
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.testing.averages import average
+from trpo_optim.testing.observations import mapped, require_observations
 from trpo_optim.testing.reference import Reference, reference, rows_of
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Subject", "mapped", "module_of", "require_observations", "row_count", "select"]
+__all__ = ["Subject", "module_of"]
 
 _SEED = 20150707
 
@@ -59,7 +61,7 @@ class Subject:
         self._kl = kl
         self._double = double
         self.draws = draws
-        self.rows = row_count(observations)
+        self.rows = require_observations(observations)
         self._given = actions
         self._buffers = [] if self.module is None else list(self.module.buffers())
         self._content = [each.clone() for each in self._buffers]
@@ -80,7 +82,7 @@ class Subject:
             other = Subject(
                 policy, observations, parameters, self._kl, actions, self.draws, double=True
             )
-            kl = other.kl(other.old, other.dist())
+            kl = other.kl(other.dist())
             works = {other.old_log_prob.dtype, kl.dtype} == {torch.float64}
         except Exception:  # whatever a policy makes of double precision
             return self
@@ -109,25 +111,26 @@ class Subject:
             finally:
                 torch.set_default_dtype(usual)
 
-    def kl(self, old: Any, new: Any) -> Tensor:
-        """Return the mean KL of two distributions of the policy."""
+    def kl(self, new: Any) -> Tensor:
+        """Return the mean KL of the policy as it was and another one."""
         if self._kl is not None:
-            stated: Tensor = self._kl(old, new)
+            stated: Tensor = self._kl(self.old, new)
             return stated
-        if self.closed_form:
-            return mean_kl(old, new)
-        with torch.no_grad():
-            before = self.joint_log_prob(old)
-        estimate: Tensor = sampled_kl(before, self.joint_log_prob(new), low_variance=True)
-        return estimate * (before.shape[1] / self.rows)
+        if self._closed_form:
+            return mean_kl(self.old, new)
+        logs = self.joint_log_prob(new)
+        estimate: Tensor = sampled_kl(self.old_joint_log_prob, logs, low_variance=True)
+        return estimate * self._actions_per_row
 
     @functools.cached_property
-    def closed_form(self) -> bool:
+    def _closed_form(self) -> bool:
         """Whether ``mean_kl`` knows the policy's families."""
         try:
             mean_kl(self.old, self.dist())
-        except TrustRegionError as error:
-            return "sampled_kl" not in str(error)
+        except NoClosedFormError:
+            return False
+        except TrustRegionError:
+            return True  # for the checks to find
         return True
 
     @functools.cached_property
@@ -161,10 +164,28 @@ class Subject:
         logs = [rows_of(leaf, each.actions) for leaf, each in self._parts(dist)]
         return sum(logs[1:], logs[0])
 
-    def weights(self) -> Tensor:
-        """Return the reference actions' weights, (draws, rows)."""
+    @functools.cached_property
+    def old_joint_log_prob(self) -> Tensor:
+        """The same at the parameters as they are."""
+        with torch.no_grad():
+            return self.joint_log_prob(self.old)
+
+    def mean(self, values: Tensor) -> tuple[float, float]:
+        """Average over the policy's actions, given at the reference actions.
+
+        Args:
+            values: Shape (draws, rows).
+
+        Returns:
+            The mean over observations, and its standard error.
+        """
         factors = [each.weights for each in self.references]
-        return math.prod(factors[1:], start=factors[0])
+        found, noise = average(values, math.prod(factors[1:], start=factors[0]))
+        return found * self._actions_per_row, noise * self._actions_per_row
+
+    @property
+    def _actions_per_row(self) -> float:
+        return self.old_joint_log_prob.shape[1] / self.rows
 
     def _parts(self, dist: Any) -> Iterator[tuple[Any, Reference]]:
         return zip(leaves(dist), self.references, strict=True)
@@ -178,7 +199,7 @@ class Subject:
     def reached(self) -> tuple[Tensor, ...]:
         """The parameters that autograd reaches from the log-probabilities or the KL."""
         dist = self.dist()
-        value = log_prob(dist, self.actions).sum() + _finite(self.kl(self.old, dist))
+        value = log_prob(dist, self.actions).sum() + _finite(self.kl(dist))
         if not value.requires_grad:
             return ()
         slopes = torch.autograd.grad(value, self.parameters, allow_unused=True)
@@ -201,7 +222,7 @@ class Subject:
         def values() -> Any:
             dist = self.steady()
             ratio = (log_prob(dist, self.actions) - self.old_log_prob).exp()
-            pair = -(ratio * self.advantages).mean(), self.kl(self.old, dist)
+            pair = -(ratio * self.advantages).mean(), self.kl(dist)
             return (*pair, dist) if third else pair
 
         return values
@@ -245,75 +266,10 @@ class Subject:
         step: Tensor = gradient + self.vector.gather(pieces)
         step /= step.norm().clamp_min(1e-300)
         small = 1e-6 if step.dtype is torch.float64 else 1e-3
-        with torch.no_grad():
-            before = self.joint_log_prob(self.old)
-            with self.at(small * step):
-                change = self.joint_log_prob(self.dist()) - before
-        square, _ = average(change.double().square(), self.weights())
-        bend = square * (before.shape[1] / self.rows) / small**2
+        with torch.no_grad(), self.at(small * step):
+            change = self.joint_log_prob(self.dist()) - self.old_joint_log_prob
+        bend = self.mean(change.square())[0] / small**2
         return step * math.sqrt(2 * kl / bend) if bend > 0 else step
-
-
-def row_count(observations: Any) -> int:
-    """Return the size of the batch."""
-    if isinstance(observations, Tensor):
-        return len(observations)
-    parts = observations.values() if isinstance(observations, Mapping) else observations
-    return row_count(next(iter(parts)))
-
-
-def require_observations(value: Any) -> None:
-    """Check that observations are tensors of one batch, of two rows or more.
-
-    Args:
-        value: What was passed for them.
-
-    Raises:
-        TrustRegionError: If they are anything else.
-    """
-    sizes: list[int] = []
-
-    def seen(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            raise TrustRegionError(
-                f"The observations hold a {type(each).__name__}. Pass a tensor, or a tuple or dict "
-                "of tensors (torch.as_tensor), the batch first."
-            )
-        sizes.append(len(each) if each.dim() else 0)
-        return each
-
-    if isinstance(value, Tensor | Mapping | tuple | list):
-        for each in [value] if isinstance(value, Tensor) else _flat(value):
-            seen(each)
-    else:
-        seen(value)
-    if not sizes or len(set(sizes)) > 1 or sizes[0] < 2:
-        raise TrustRegionError(
-            f"The observations have {sorted(set(sizes)) or 'no'} rows; all parts must have the "
-            "same number, at least 2, the batch first."
-        )
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    for each in value.values() if isinstance(value, Mapping) else value:
-        if isinstance(each, Mapping | tuple | list):
-            yield from _flat(each)
-        else:
-            yield each
-
-
-def select(value: Any, rows: Tensor) -> Any:
-    """Return some rows of observations or actions."""
-    return mapped(lambda each: each[rows.to(each.device)], value)
-
-
-def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return observations or actions with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(change, each) for name, each in value.items()}
-    return type(value)(mapped(change, each) for each in value)
 
 
 def _doubled(value: Tensor) -> Tensor:
