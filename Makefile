@@ -11,7 +11,7 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov --cov-report=term-missing
+	$(BIN)/pytest --numprocesses auto --dist worksteal --cov --cov-report=term-missing
 
 bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
 	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py

@@ -38,6 +38,7 @@ BASE: dict[str, dict[str, Any]] = {
 OTHER: dict[str, Any] = {
     "mode": "trpo",
     "max_kl": 0.02,
+    "constraint": "max",
     "max_norm": 2.0,
     "lr": 0.5,
     "damping": 0.2,

@@ -1,7 +1,15 @@
 """The public names of trpo_optim."""
 
 from trpo_optim.closure import Closure
-from trpo_optim.distributions import entropy, frozen, log_prob, mean_kl, sample, sampled_kl
+from trpo_optim.distributions import (
+    entropy,
+    frozen,
+    joint_kl,
+    log_prob,
+    mean_kl,
+    sample,
+    sampled_kl,
+)
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import Outcome, StepReport, TrustRegionError
 
@@ -13,6 +21,7 @@ __all__ = [
     "TrustRegionOptimizer",
     "entropy",
     "frozen",
+    "joint_kl",
     "log_prob",
     "mean_kl",
     "sample",

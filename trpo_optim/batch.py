@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure import Closure, Objective
-from trpo_optim.closure_checks import blaming
+from trpo_optim.closure_checks import Numbers, blaming
 from trpo_optim.curvature import LocalModel, first_order, second_order
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
@@ -71,15 +71,14 @@ class Batch:
         own = [] if self._curvature is None else [self._curvature]
         return sum(part.evaluations for part in [*self._parts, *own])
 
-    def values(self) -> tuple[float, float]:
+    def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
-        losses, kls = [], []
+        found = []
         for part in self._parts:
             with blaming(part.name):
-                loss, kl = part.values()
-            losses.append(loss)
-            kls.append(kl)
-        return self._mean(losses), self._mean(kls)
+                found.append(part.values())
+        losses, kls, largest = zip(*found, strict=True)
+        return Numbers(self._mean(losses), self._mean(kls), _largest(largest))
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
@@ -105,13 +104,14 @@ class Batch:
 
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
         """Return the mean of the parts' models, without products."""
-        losses, kls, gradient = [], dict[str, float](), None
+        losses, kls, largest, gradient = [], dict[str, float](), [], None
         engines, fallbacks, resolutions = dict[str, None](), [], []
         for part, weight in zip(self._parts, self._weights, strict=True):
             with blaming(part.name):
                 model = order(part).released()
             losses.append(model.loss)
             kls |= model.kls
+            largest.append(model.largest_kl)
             engines[model.engine] = None
             fallbacks.append(model.fallback)
             resolutions.append(model.kl_resolution)
@@ -122,6 +122,7 @@ class Batch:
             model,
             loss=self._mean(losses),
             kl=self._mean(list(kls.values())),
+            largest_kl=_largest(largest),
             kl_resolution=max(resolutions),
             kls=kls,
             gradient=gradient,
@@ -139,6 +140,14 @@ class Batch:
 
     def _mean(self, values: Sequence[float]) -> float:
         return sum(weight * value for weight, value in zip(self._weights, values, strict=True))
+
+
+def _largest(kls: Sequence[float | None]) -> float | None:
+    """Return the largest of the parts' largest KLs; None where one does not know its own."""
+    known = [kl for kl in kls if kl is not None]
+    if len(known) < len(kls):
+        return None
+    return math.nan if any(map(math.isnan, known)) else max(known)
 
 
 def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributions
 from torch import Tensor
 
-from trpo_optim.closure_checks import BACKWARD_CALLED, Values, checked_values
+from trpo_optim.closure_checks import BACKWARD_CALLED, Numbers, Values, checked_values
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.second_order import attention, uncompiled, without_cudnn
@@ -24,8 +24,8 @@ from trpo_optim.watch import Watch
 __all__ = ["Closure", "Objective", "raised_by_torch"]
 
 Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
-"""Returns ``(loss, kl)`` or ``(loss, kl, dist)``: two scalar tensors, and the new policy's
-distribution."""
+"""Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
+sample, (N,); and the new policy's distribution."""
 
 
 class Objective:
@@ -91,14 +91,14 @@ class Objective:
         """Return whether the evaluation since the last rewind drew random numbers."""
         return self._transaction.drew_random_numbers()
 
-    def values(self) -> tuple[float, float]:
+    def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph.
 
         A ``torch.distributions`` object that refuses its arguments there counts as NaN, and so does
         a factorisation that fails: that is what an overflow looks like to them.
 
         Returns:
-            Two floats.
+            The numbers.
 
         Raises:
             ValueError: Whatever else the closure raises.
@@ -107,11 +107,11 @@ class Objective:
         try:
             values = self._evaluate(*([without_cudnn()] if self._recurrent else []))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
-            return math.nan, math.nan
+            return Numbers(math.nan, math.nan)
         except ValueError as error:
             if not _raised_in(error, torch.distributions.__file__):
                 raise
-            return math.nan, math.nan
+            return Numbers(math.nan, math.nan)
         return values.numbers()
 
     def _watched(self, twins: dict[int, Tensor]) -> Values:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from trpo_optim.report import TrustRegionError
 __all__ = [
     "BACKWARD_CALLED",
     "DETACHED",
+    "Numbers",
     "Values",
     "blaming",
     "checked_values",
+    "require_largest_kl",
     "require_moving_kl",
     "require_zero_kl",
 ]
@@ -39,18 +41,34 @@ BACKWARD_CALLED = (
 
 @dataclass(frozen=True)
 class Values:
-    """What one evaluation returned: the loss and the KL, scalar tensors, and the third value."""
+    """What one evaluation returned.
+
+    Attributes:
+        loss: A scalar.
+        kl: The mean KL, a scalar.
+        largest_kl: The largest KL of a sample, without a graph; None where it is not known.
+        third: The third value, or None.
+    """
 
     loss: Tensor
     kl: Tensor
+    largest_kl: Tensor | None
     third: Any = None
 
-    def numbers(self) -> tuple[float, float]:
-        """Return loss and KL as floats, in one transfer to the host where that is possible."""
-        if self.loss.device != self.kl.device:
-            return self.loss.item(), self.kl.item()
-        loss, kl = torch.stack([self.loss.detach(), self.kl.detach()]).tolist()
-        return loss, kl
+    def numbers(self) -> Numbers:
+        """Return the values as floats, in one transfer to the host where that is possible."""
+        kls = [self.kl.detach()] + ([] if self.largest_kl is None else [self.largest_kl])
+        if self.loss.device == self.kl.device:
+            return Numbers(*torch.stack([self.loss.detach(), *kls]).tolist())
+        return Numbers(self.loss.item(), *(each.item() for each in kls))
+
+
+class Numbers(NamedTuple):
+    """The values of an evaluation, as floats."""
+
+    loss: float
+    kl: float
+    largest_kl: float | None = None
 
 
 def checked_values(returned: Any) -> Values:
@@ -60,7 +78,7 @@ def checked_values(returned: Any) -> Values:
         returned: Whatever the closure returned.
 
     Returns:
-        The loss and the KL.
+        The loss and the KL, of which one per sample is averaged.
 
     Raises:
         TrustRegionError: If it is not ``(loss, kl)`` or ``(loss, kl, dist)``.
@@ -78,10 +96,11 @@ def checked_values(returned: Any) -> Values:
                 f"The closure's {name} is {_kind(value)}, not a tensor. Return it without "
                 ".item(), float() or numpy()."
             )
-        if value.dim() != 0:
+        if value.dim() > (name == "kl") or value.numel() == 0:
+            per_sample = ", or return one KL per sample, a vector" if name == "kl" else ""
             raise TrustRegionError(
                 f"The closure's {name} has shape {tuple(value.shape)}, not that of a scalar. "
-                "Reduce it over the batch, usually with .mean()."
+                f"Reduce it over the batch, usually with .mean(){per_sample}."
             )
         if not value.is_floating_point():
             raise TrustRegionError(
@@ -93,7 +112,9 @@ def checked_values(returned: Any) -> Values:
             "torch.distributions.Distribution (or a tensor, or a tuple or dict of these), or leave "
             "it out."
         )
-    return Values(*returned)
+    loss, kl, *third = returned
+    largest = kl.detach().max() if kl.dim() else None
+    return Values(loss, kl.mean() if kl.dim() else kl, largest, *third)
 
 
 def _is_distribution(value: Any) -> bool:
@@ -129,6 +150,23 @@ def blaming(name: str) -> Iterator[None]:
         raise TrustRegionError(f"In {name}: {error}") from error
 
 
+def require_largest_kl(largest_kl: float | None) -> None:
+    """Check that the closure said what each sample's KL is, where the largest is to be held.
+
+    Args:
+        largest_kl: The largest of them, or None where the KL was a scalar.
+
+    Raises:
+        TrustRegionError: If it was.
+    """
+    if largest_kl is None:
+        raise TrustRegionError(
+            "constraint is 'max', and the closure's KL is a scalar, of which no largest is known. "
+            "Return the KL of every sample, a vector of shape (N,): joint_kl(old, new). Or set "
+            "constraint='mean'."
+        )
+
+
 def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     """Check that the KL is about zero where the old policy and the new one are the same.
 
@@ -150,26 +188,23 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
         )
 
 
-def require_moving_kl(
-    before: tuple[float, float], far: tuple[float, float], resolution: float
-) -> None:
+def require_moving_kl(kl_before: float, far: Numbers, resolution: float) -> None:
     """Check that the KL answers to the parameters.
 
     A KL that stays zero compares the new policy with itself: the trust region would never bind.
 
     Args:
-        before: The closure's loss and KL at the current parameters.
-        far: The same at parameters far from these.
+        kl_before: The closure's KL at the current parameters, in nats.
+        far: The closure's values at parameters far from these.
         resolution: KLs closer than this cannot be told apart, in nats.
 
     Raises:
         TrustRegionError: If the KL does not change there, and the loss is a number.
     """
-    (_, kl_before), (loss, kl) = before, far
-    if abs(kl - kl_before) <= resolution and math.isfinite(loss):
+    if abs(far.kl - kl_before) <= resolution and math.isfinite(far.loss):
         raise TrustRegionError(
-            f"The closure's KL stays at {kl:g} however far the parameters move: the trust region "
-            "would never bind. Compute the old distribution and the old log-probabilities once, "
-            "outside the closure and detached, and return KL(old || new) of the policy that the "
-            "loss uses."
+            f"The closure's KL stays at {far.kl:g} however far the parameters move: the trust "
+            "region would never bind. Compute the old distribution and the old log-probabilities "
+            "once, outside the closure and detached, and return KL(old || new) of the policy that "
+            "the loss uses."
         )

@@ -35,6 +35,7 @@ class LocalModel:
     Attributes:
         loss: The closure's first value.
         kl: The closure's KL, in nats; about zero.
+        largest_kl: The largest KL of a sample, in nats; None where the closure gives the mean.
         kl_resolution: KLs closer than this cannot be told apart, in nats.
         gradient: ∇loss, shape (n,); empty where it was not asked for.
         product: v ↦ Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed.
@@ -45,6 +46,7 @@ class LocalModel:
 
     loss: float
     kl: float
+    largest_kl: float | None
     kl_resolution: float
     gradient: Tensor
     product: Product
@@ -223,10 +225,11 @@ def _model(name: str, values: Values, made: Made, engine: str, fallback: str = "
                 f"{engine}: {error}"
             ) from error
 
-    loss, kl = values.numbers()
+    loss, kl, largest_kl = values.numbers()
     return LocalModel(
         loss=loss,
         kl=kl,
+        largest_kl=largest_kl,
         kl_resolution=min(10 * torch.finfo(values.kl.dtype).eps, 1e-6),
         gradient=torch.empty(0) if gradient is None else gradient,
         product=named_product,

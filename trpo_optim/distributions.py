@@ -22,7 +22,7 @@ from trpo_optim.distribution_parts import (
 from trpo_optim.family_kl import kl_of_family
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["entropy", "frozen", "log_prob", "mean_kl", "sample", "sampled_kl"]
+__all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample", "sampled_kl"]
 
 PolicyT = TypeVar("PolicyT", bound="Distribution | Mapping[str, Any] | Sequence[Any]")
 """A distribution, or a dict or tuple of independent ones: one for each part of the action."""
@@ -51,16 +51,35 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
             not fit.
     """
     counted = None if mask is None else _checked(mask)
-    if any(each.requires_grad for each in tensors(old, "_cached_x_y")):
-        raise TrustRegionError(
-            "The old policy carries a graph. Pass frozen(policy(observations)), made before the "
-            "step, as the first argument, and the new policy as the second."
-        )
-    kl = _mean(_joint_kl(old, new, None if mask is None else mask.dim(), ""), counted)
+    kl = _mean(_kl_of_batch(old, new, counted), counted)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
         for part in leaves(old):
             require_valid(part)
     return kl
+
+
+def joint_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
+    """Return the joint KL(old ‖ new) of every sample, in nats: ``mean_kl`` before its mean.
+
+    What a closure returns so that ``constraint="max"`` can hold the largest of them.
+
+    Args:
+        old: The distribution that acted, usually ``frozen``.
+        new: One of the same families and shapes.
+        mask: True where an element counts, of the shape of the batch. None: all count.
+
+    Returns:
+        The batch's shape; with a mask, a vector of those that count.
+
+    Raises:
+        TrustRegionError: As ``mean_kl``.
+    """
+    counted = None if mask is None else _checked(mask)
+    kl = _kl_of_batch(old, new, counted)
+    if counted is None:
+        return kl
+    _require_fit(counted, kl)
+    return kl[counted]
 
 
 def sampled_kl(
@@ -209,6 +228,16 @@ def frozen(dist: PolicyT) -> PolicyT:
     return copy.deepcopy(dist, memo)
 
 
+def _kl_of_batch(old: Any, new: Any, mask: Tensor | None) -> Tensor:
+    """Return the joint KL of every element of the batch, the old policy's without a graph."""
+    if any(each.requires_grad for each in tensors(old, "_cached_x_y")):
+        raise TrustRegionError(
+            "The old policy carries a graph. Pass frozen(policy(observations)), made before the "
+            "step, as the first argument, and the new policy as the second."
+        )
+    return _joint_kl(old, new, None if mask is None else mask.dim(), "")
+
+
 def _joint_kl(old: Any, new: Any, batch_dims: int | None, place: str) -> Tensor:
     """Return the KL per element of the batch, over all parts."""
     if isinstance(old, Distribution) and isinstance(new, Distribution):
@@ -275,8 +304,12 @@ def _checked(mask: Tensor) -> Tensor:
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
+    _require_fit(mask, values)
+    return values.masked_fill(~mask, 0).sum() / mask.sum()
+
+
+def _require_fit(mask: Tensor, values: Tensor) -> None:
     if mask.shape != values.shape:
         raise TrustRegionError(
             f"The mask has shape {tuple(mask.shape)} and the batch {tuple(values.shape)}."
         )
-    return values.masked_fill(~mask, 0).sum() / mask.sum()

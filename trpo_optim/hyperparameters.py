@@ -29,6 +29,7 @@ class Hyperparameters:
 
     mode: str
     max_kl: float | None
+    constraint: str
     max_norm: float | None
     lr: float
     damping: float | None
@@ -45,6 +46,11 @@ class Hyperparameters:
             choices = ", ".join(repr(mode) for mode in MODES)
             raise TrustRegionError(f"mode is {self.mode!r}; it must be one of {choices}.")
         object.__setattr__(self, "mode", MODES[MODES.index(self.mode)])
+        if not isinstance(self.constraint, str) or self.constraint not in {"mean", "max"}:
+            raise TrustRegionError(
+                f"constraint is {self.constraint!r}; it must be 'mean' or 'max': which KL of the "
+                "batch is held to max_kl."
+            )
         if not isinstance(self.maximize, bool):
             raise TrustRegionError(f"maximize is {self.maximize!r}; it must be True or False.")
         for name, bound in _BOUNDS.items():

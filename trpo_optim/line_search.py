@@ -24,11 +24,19 @@ _Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Trial:
-    """What the closure said at a trial point: its two values, and how much better the first is."""
+    """What the closure said at a trial point.
+
+    Attributes:
+        loss: Its first value.
+        kl: The mean KL, in nats.
+        improvement: How much better the loss is than at the start.
+        largest_kl: The largest KL of a sample, in nats, or None where it is not known.
+    """
 
     loss: float
     kl: float
     improvement: float
+    largest_kl: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -78,7 +86,8 @@ def backtrack(
 ) -> Search:
     """Fit the step's length until KL ≤ δ and the improvement is a fair share of the predicted one.
 
-    The first trial aims just inside the radius, by the local model. One beyond the radius is
+    With ``constraint="max"`` it is the largest KL of a sample that is held to δ. The first trial
+    aims just inside the radius, by the local model (of the mean). One beyond the radius is
     followed by one that aims just inside it by the KLs measured so far, and if that falls far
     short, by one between the two. A first trial that falls far short is lengthened once, unless lr
     asks for less than the radius, or its KL is negative, as a sampled one may be: it lies within
@@ -89,8 +98,8 @@ def backtrack(
     Args:
         attempt: From a share of the step to the trial there.
         prediction: The local model's promise for the full step.
-        settings: ``max_kl`` (δ, nats), ``improvement_ratio``, ``backtrack_ratio``,
-            ``max_backtracks``.
+        settings: ``max_kl`` (δ, nats), ``constraint``, ``improvement_ratio``,
+            ``backtrack_ratio``, ``max_backtracks``.
 
     Returns:
         The search; its trial is the accepted one, or else the last.
@@ -102,6 +111,7 @@ def backtrack(
     first = _FIRST * radius
     whole = prediction.kl >= first  # not where lr < 1 asks for less than the radius
     scale = math.sqrt(first / prediction.kl) if whole else 1.0
+    bend = prediction.kl  # of the KL that is held; of the largest, as the trial has it to the mean
     known: _Point | None = None  # the other measured point of the bracket
     beyond: _Point | None = None  # the last point beyond the radius
     short: Search | None = None  # acceptable, but with much of the radius left
@@ -113,26 +123,29 @@ def backtrack(
             if short is not None and beyond is None:
                 break  # only a longer step was not
             return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
-        if trial.kl > radius:
+        held = trial.kl if settings.constraint == "mean" else trial.largest_kl
+        assert held is not None  # as required before
+        if held > radius:
             last = replace(accepted, outcome=Outcome.KL_ABOVE_RADIUS)
             known = known if short is not None else beyond
-            beyond = (scale, trial.kl)
+            beyond = (scale, held)
+            bend = prediction.kl * (held / trial.kl if trial.kl > 0 else 1.0)
         elif trial.improvement <= 0 or trial.improvement < promised:
             last = replace(accepted, outcome=Outcome.NO_IMPROVEMENT)
             beyond = None
         elif short is not None and trial.improvement < short.trial.improvement:
             break
-        elif trial.kl >= _ENOUGH * radius or (
-            beyond is None and (backtracks > 0 or not whole or trial.kl < 0)
+        elif held >= _ENOUGH * radius or (
+            beyond is None and (backtracks > 0 or not whole or held < 0)
         ):
             return accepted
         else:
             short = accepted
-            known = (scale, trial.kl)
+            known = (scale, held)
         if beyond is not None:
-            scale = beyond[0] * _share(_TARGET * radius, prediction.kl, known, beyond)
+            scale = beyond[0] * _share(_TARGET * radius, bend, known, beyond)
         elif backtracks == 0 and short is not None:
-            scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * radius / max(trial.kl, 1e-300)))
+            scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * radius / max(held, 1e-300)))
         else:
             scale *= settings.backtrack_ratio
         if short is not None and scale <= short.scale:

@@ -43,12 +43,21 @@ class Direction:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to take a step; another is another row of ``MODES``."""
+    """One way to take a step; another is another row of ``MODES``.
+
+    Attributes:
+        linearize: Makes the local model, with curvature or without.
+        direction: Where the step goes.
+        length: How far.
+        search: Which share of it is taken.
+        radius_is_held: Whether the search measures the KL and holds it to the radius.
+    """
 
     linearize: Callable[[Batch], LocalModel]
     direction: Callable[[LocalModel, Tensor, Hyperparameters], Direction]
     length: Callable[[Hyperparameters, float, float], float]
     search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
+    radius_is_held: bool = False
 
 
 def natural_direction(model: LocalModel, unit: Tensor, settings: Hyperparameters) -> Direction:
@@ -104,7 +113,9 @@ def gradient_direction(
 
 
 MODES = {
-    "trpo": Mode(Batch.second_order, natural_direction, natural_length, backtrack),
+    "trpo": Mode(
+        Batch.second_order, natural_direction, natural_length, backtrack, radius_is_held=True
+    ),
     "natural": Mode(Batch.second_order, natural_direction, natural_length, whole_step),
     "vanilla": Mode(Batch.first_order, gradient_direction, vanilla_length, whole_step),
 }

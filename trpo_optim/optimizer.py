@@ -25,9 +25,10 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     """Trust-region policy optimization, natural and vanilla policy gradient, as an optimizer.
 
     ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
-    ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors. It
-    may return as a third value the new policy's distribution, or the tensors that parametrise it:
-    that changes no result and nearly halves the price. It never calls ``backward()``.
+    ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors; or,
+    for the mean, the KL of every sample, shape (N,). It may return as a third value the new
+    policy's distribution, or the tensors that parametrise it: that changes no result and nearly
+    halves the price. It never calls ``backward()``.
 
     =========== ================== ==================================== =========================
     mode        direction          length                               accepted if
@@ -46,6 +47,9 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         mode: ``"trpo"``, ``"natural"`` or ``"vanilla"``.
         max_kl: δ, the trust region's radius in nats: the batch mean of the joint KL(old ‖ new).
             None, with mode ``"natural"`` alone: no radius, the fixed rate ``lr``.
+        constraint: Mode ``"trpo"`` alone: which KL the line search holds to δ, the batch's
+            ``"mean"`` or the ``"max"`` over samples, for which the closure returns one KL per
+            sample. The mean gives curvature and length either way.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
         lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` still shortens
             a step beyond ``max_kl``.
@@ -78,6 +82,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         *,
         mode: str = "trpo",
         max_kl: float | None = 0.01,
+        constraint: str = "mean",
         max_norm: float | None = None,
         lr: float = 1.0,
         damping: float | None = None,
@@ -91,6 +96,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         defaults = Hyperparameters(
             mode=mode,
             max_kl=max_kl,
+            constraint=constraint,
             max_norm=max_norm,
             lr=lr,
             damping=damping,

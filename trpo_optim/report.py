@@ -87,6 +87,7 @@ class StepReport:
             ``maximize``.
         predicted_improvement: gᵀs for the trial, from the gradient alone.
         kl: The closure's KL at the parameters that the step leaves, in nats.
+        largest_kl: The largest KL of a sample there, in nats; NaN where the closure gives the mean.
         predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
         step_scale: The multiple of the full step that was taken: 1 without a line search; with
             one, √0.97 unless it shortened or lengthened the step.
@@ -100,6 +101,7 @@ class StepReport:
             included.
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
+        trial_largest_kl: The largest KL of a sample at the trial, in nats, or NaN.
         closure_evaluations: How often a closure was called, all of a step's together.
         fisher_products: How many Fisher-vector products were made.
         engine: What differentiated the closure: ``"Gauss-Newton"`` where its third value allows,
@@ -116,6 +118,7 @@ class StepReport:
     improvement: float = 0.0
     predicted_improvement: float = _NAN
     kl: float = _NAN
+    largest_kl: float = _NAN
     predicted_kl: float = _NAN
     step_scale: float = 0.0
     step_norm: float = 0.0
@@ -127,6 +130,7 @@ class StepReport:
     backtracks: int = 0
     trial_loss: float = _NAN
     trial_kl: float = _NAN
+    trial_largest_kl: float = _NAN
     closure_evaluations: int = 0
     fisher_products: int = 0
     engine: str = ""

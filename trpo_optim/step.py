@@ -8,7 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from trpo_optim.batch import Batch
-from trpo_optim.closure_checks import blaming, require_moving_kl, require_zero_kl
+from trpo_optim.closure_checks import (
+    blaming,
+    require_largest_kl,
+    require_moving_kl,
+    require_zero_kl,
+)
 from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial
@@ -42,6 +47,8 @@ def take_step(
     for name, kl in model.kls.items():
         with blaming(name):
             require_zero_kl(kl, model.kl_resolution, settings.max_kl)
+    if mode.radius_is_held and settings.constraint == "max":
+        require_largest_kl(model.largest_kl)
     if (flaw := _flaw(model, gradient_norm)) is not None:
         return flaw
 
@@ -73,8 +80,8 @@ def take_step(
 
     def attempt(scale: float) -> Trial:
         transaction.move(step, scale)
-        loss, kl = batch.values()
-        return Trial(loss, kl, sign * (loss - model.loss))
+        loss, kl, largest_kl = batch.values()
+        return Trial(loss, kl, sign * (loss - model.loss), largest_kl)
 
     search = mode.search(attempt, prediction, settings)
     figures |= _figures_of_search(search, prediction)
@@ -91,6 +98,7 @@ def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]
         "loss_before": model.loss,
         "loss_after": model.loss,
         "kl": model.kl,
+        "largest_kl": _or_nan(model.largest_kl),
         "gradient_norm": gradient_norm,
         "engine": model.engine,
         "fallback": model.fallback,
@@ -105,11 +113,16 @@ def _figures_of_search(search: Search, prediction: Prediction) -> dict[str, Any]
         "backtracks": search.backtracks,
         "trial_loss": trial.loss,
         "trial_kl": trial.kl,
+        "trial_largest_kl": _or_nan(trial.largest_kl),
     }
     if search.outcome is Outcome.ACCEPTED:
         figures |= {"loss_after": trial.loss, "improvement": trial.improvement, "kl": trial.kl}
-        figures["step_scale"] = search.scale
+        figures |= {"step_scale": search.scale, "largest_kl": _or_nan(trial.largest_kl)}
     return figures
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _normalized(vector: Tensor) -> tuple[Tensor, float]:
@@ -147,4 +160,4 @@ def _require_moving_kl(batch: Batch, transaction: Transaction, model: LocalModel
         far = batch.values()
     except Exception:  # what a sound closure makes of a point that no step goes to
         return
-    require_moving_kl((model.loss, model.kl), far, model.kl_resolution)
+    require_moving_kl(model.kl, far, model.kl_resolution)

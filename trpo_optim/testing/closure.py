@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trpo_optim.autograd_graph import now, require_attached
 from trpo_optim.closure import Closure, Objective
-from trpo_optim.closure_checks import require_moving_kl, require_zero_kl
+from trpo_optim.closure_checks import Numbers, checked_values, require_moving_kl, require_zero_kl
 from trpo_optim.curvature import second_order
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
@@ -46,7 +46,7 @@ class _Subject:
         nowhere = torch.zeros((), device=self.vector.device)
         self.transaction.move(nowhere if step is None else step, 1.0)
         try:
-            return self.objective.values()[1]
+            return self.objective.values().kl
         finally:
             self.transaction.move(nowhere, 1.0)
 
@@ -63,7 +63,7 @@ def _values(subject: _Subject) -> Finding:
     values = subject.objective.with_graph()
     seconds = time.perf_counter() - start
     require_attached((values.loss, values.kl), subject.vector.parameters, started)
-    loss, kl = values.numbers()
+    loss, kl, _ = values.numbers()
     figures = {"loss": loss, "kl": kl, "seconds": seconds}
     if math.isfinite(loss) and math.isfinite(kl):
         return Finding(name, Verdict.PASSED, figures)
@@ -80,7 +80,7 @@ def _deterministic(subject: _Subject) -> Finding:
     name = "deterministic"
     subject.objective.rewind()
     with torch.no_grad():
-        first, second = ([float(each) for each in subject.closure()[:2]] for _ in range(2))
+        first, second = (checked_values(subject.closure()).numbers()[:2] for _ in range(2))
     pairs = zip(first, second, strict=True)  # NaN twice is no difference, and NaN once is one
     gap = max(0.0 if math.isnan(a) and math.isnan(b) else abs(a - b) for a, b in pairs)
     if gap <= 1e-6 * max(1.0, abs(first[0])):
@@ -104,7 +104,7 @@ def _zero_kl(subject: _Subject) -> Finding:
 def _moving_kl(subject: _Subject) -> Finding:
     """The KL answers to the parameters: the old policy is not made inside."""
     here, far = subject.kl(), subject.kl(subject.direction())
-    require_moving_kl((0.0, here), (0.0, far), 1e-7)
+    require_moving_kl(here, Numbers(0.0, far), 1e-7)
     return Finding("moving kl", Verdict.PASSED, {"kl far away": far})
 
 
