@@ -1,5 +1,6 @@
 """The public names of trpo_optim."""
 
+from trpo_optim.batch import Closures
 from trpo_optim.closure import Closure
 from trpo_optim.distributions import (
     entropy,
@@ -15,6 +16,7 @@ from trpo_optim.report import Outcome, StepReport, TrustRegionError
 
 __all__ = [
     "Closure",
+    "Closures",
     "Outcome",
     "StepReport",
     "TrustRegionError",

@@ -4,20 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trpo_optim.closure import Closure, Objective
-from trpo_optim.closure_checks import Numbers, blaming
+from trpo_optim.closure_checks import Numbers, blaming, checked_values
 from trpo_optim.curvature import LocalModel, first_order, second_order
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Closures"]
+
+
+@dataclass(frozen=True)
+class Closures:
+    """All that one step is taken on, as one value: what ``step`` takes in place of a closure.
+
+    Called, it evaluates all parts and returns their weighted mean, without a third value where
+    there are several.
+
+    Attributes:
+        parts: One closure, or several of which each evaluates a micro-batch.
+        weights: The share of each, up to a common factor; None for equal shares.
+        curvature: The closure whose KL gives the Fisher-vector products; None for the parts'.
+    """
+
+    parts: Sequence[Closure]
+    weights: Sequence[float] | None = None
+    curvature: Closure | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]:
+        """Return loss and KL of the whole."""
+        if len(self.parts) == 1:
+            return self.parts[0]()
+        shares = _shares(self.weights, len(self.parts))
+        values = [checked_values(part()) for part in self.parts]
+        loss = torch.stack([s * each.loss for s, each in zip(shares, values, strict=True)]).sum()
+        kl = torch.stack([s * each.kl for s, each in zip(shares, values, strict=True)]).sum()
+        return loss, kl
 
 
 class Batch:

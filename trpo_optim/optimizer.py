@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.batch import Batch
+from trpo_optim.batch import Batch, Closures
 from trpo_optim.closure import Closure
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.parameter_vector import ParameterVector
@@ -112,7 +112,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
         self,
-        closure: Closure | Iterable[Closure] | None = None,
+        closure: Closure | Closures | Iterable[Closure] | None = None,
         *,
         curvature: Closure | None = None,
         weights: Iterable[float] | None = None,
@@ -123,7 +123,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It is
                 called once with derivatives and once per trial without. A list of closures, one
                 per micro-batch, stands for their weighted mean and takes the memory of one: each
-                is called once more for every product.
+                is called once more for every product. ``Closures`` are such a list with its
+                weights and curvature.
             curvature: A closure of the same kind, for a part of the batch: its KL gives the
                 Fisher-vector products; its loss is not used. Gradient, trials and acceptance stay
                 with ``closure``. Mode ``"vanilla"`` has no use for it.
@@ -136,6 +137,14 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         Raises:
             TrustRegionError: If a closure or a hyperparameter is misused; nothing has moved.
         """
+        if isinstance(closure, Closures):
+            if curvature is not None or weights is not None:
+                raise TrustRegionError(
+                    "step() got Closures, which have their own curvature and weights, and another "
+                    "of these. Leave it out."
+                )
+            curvature, weights = closure.curvature, closure.weights
+            closure = closure.parts if len(closure.parts) != 1 else closure.parts[0]
         settings = self._settings()
         vector = ParameterVector(self._trainable())
         figures: dict[str, Any] = {}

@@ -1,0 +1,246 @@
+"""The state of real environments, taken and put back: what follows is the same, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import wrappers
+from gymnasium.vector import SyncVectorEnv
+
+from trpo_optim import TrustRegionError
+from trpo_optim.rollouts import Simulator, capture, register_simulator, restore
+from trpo_optim.rollouts.simulators import simulator_of
+
+gym.register_envs(ale_py)
+
+Env = gym.Env[Any, Any]
+
+MUJOCO = ["Hopper-v5", "Humanoid-v5", "Ant-v5", "Reacher-v5", "Swimmer-v5"]
+CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
+TOY = ["FrozenLake-v1", "Taxi-v4", "CliffWalking-v1", "Blackjack-v1"]
+ATARI = ["ALE/Pong-v5", "ALE/Breakout-v5"]
+ADAPTERS = {"MuJoCo": MUJOCO, "classic control": CLASSIC, "toy text": TOY, "Atari": ATARI}
+
+
+def make(env_id: str) -> Env:
+    """An environment in the wrappers that people put around it, each with a clock of its own."""
+    if env_id.startswith("ALE/"):
+        game = gym.make(
+            env_id, frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=400
+        )
+        env: Env = wrappers.StickyAction(wrappers.AtariPreprocessing(game), 0.25)
+        env = wrappers.FrameStackObservation(env, 4)
+    else:
+        env = gym.make(env_id, max_episode_steps=30)
+        if isinstance(env.observation_space, gym.spaces.Box):
+            env = wrappers.NormalizeObservation(env)
+    return wrappers.NormalizeReward(wrappers.RecordEpisodeStatistics(env))
+
+
+def played(env: Env, actions: list[Any]) -> list[Any]:
+    """What the environment says to actions in turn; it is reset where an episode ends."""
+    said: list[Any] = []
+    for action in actions:
+        result = env.step(action)
+        said.append(result)
+        if result[2] or result[3]:
+            said.append(env.reset())
+    return said
+
+
+def same(left: Any, right: Any) -> bool:
+    """Compare nested results bit for bit, but for the wall clock."""
+    if isinstance(left, dict):
+        clock = {"t", "elapsed"}
+        return left.keys() == right.keys() and all(
+            same(left[name], right[name]) for name in left.keys() - clock
+        )
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def begun(env_id: str) -> Env:
+    env = make(env_id)
+    env.reset(seed=0)
+    env.action_space.seed(1)
+    return env
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:
+    env_ids = ADAPTERS[adapter]
+    lengths = random.Random(0)
+    pairs = 1000 // len(env_ids) + 1
+    for env_id in env_ids:
+        env = begun(env_id)
+        states: deque[tuple[Any, list[Any], list[Any]]] = deque(maxlen=5)
+        for _ in range(pairs):
+            actions = [env.action_space.sample() for _ in range(lengths.randint(1, 10))]
+            snapshot = capture(env)
+            said = played(env, actions)
+            states.append((snapshot, actions, said))
+            old, again, expected = states[0]  # a few states back
+            there = capture(env)
+            restore(env, old)
+            assert same(played(env, again), expected)
+            restore(env, there)
+        env.close()
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Acrobot-v1", "Taxi-v4", "ALE/Pong-v5"])
+def test_another_environment_made_alike_goes_on_from_a_pickled_state(env_id: str) -> None:
+    env, other = begun(env_id), make(env_id)
+    played(env, [env.action_space.sample() for _ in range(20)])
+    pickled = pickle.dumps(capture(env))
+    actions = [env.action_space.sample() for _ in range(40)]
+    expected = played(env, actions)
+    other.reset(seed=99)
+    for _ in range(2):
+        restore(other, pickle.loads(pickled))
+        assert same(played(other, actions), expected)
+
+
+def test_vector_environments_are_captured_whole() -> None:
+    envs = SyncVectorEnv([functools.partial(make, "Hopper-v5")] * 3)
+    envs.reset(seed=3)
+    envs.action_space.seed(4)
+    for _ in range(10):
+        envs.step(envs.action_space.sample())
+    snapshot = capture(envs)
+    actions = [envs.action_space.sample() for _ in range(50)]
+    first = [envs.step(each) for each in actions]
+    restore(envs, snapshot)
+    assert same([envs.step(each) for each in actions], first)
+
+
+def test_a_snapshot_shares_no_memory_with_the_environment() -> None:
+    env = begun("Hopper-v5")
+    snapshot = capture(env)
+    before = pickle.dumps(snapshot)
+    played(env, [env.action_space.sample() for _ in range(50)])
+    restore(env, snapshot)
+    played(env, [env.action_space.sample() for _ in range(50)])
+    assert pickle.dumps(snapshot) == before
+
+
+class Holding(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment with one more attribute."""
+
+    def __init__(self, env: Env, held: Any) -> None:
+        super().__init__(env)
+        self.held = held
+
+
+class Plain:
+    """An object whose state is in its attributes, one of them itself."""
+
+    def __init__(self) -> None:
+        self.numbers = [1, 2]
+        self.me = self
+
+
+def test_what_is_one_object_stays_one_and_what_was_not_there_goes_away() -> None:
+    shared = [1, 2, 3]
+    everything: dict[str, Any] = {
+        "shared": (shared, shared),
+        "plain": Plain(),
+        "random": random.Random(3),
+        "legacy": np.random.RandomState(4),
+        "tensor": torch.arange(3.0, requires_grad=True),
+        "set": {1, 2},
+        "objects": np.array([[1], None], dtype=object),
+    }
+    env: Any = Holding(gym.make("CartPole-v1"), everything)
+    env.reset(seed=0)
+    snapshot = capture(env)
+    state = everything["legacy"].get_state()[1].copy()
+    shared.append(4)
+    env.held["plain"].numbers.append(3)
+    env.held["random"].random()
+    env.held["legacy"].random()
+    env.held["later"] = 1
+    env.later = 2
+    restore(env, snapshot)
+    held = env.held
+    assert not hasattr(env, "later")
+    assert held.keys() == {"shared", "plain", "random", "legacy", "tensor", "set", "objects"}
+    assert held["shared"][0] == [1, 2, 3]
+    assert held["shared"][0] is held["shared"][1]
+    assert held["plain"].numbers == [1, 2]
+    assert held["plain"].me is held["plain"]
+    assert held["random"].random() == random.Random(3).random()
+    assert np.array_equal(held["legacy"].get_state()[1], state)
+
+
+def test_a_simulator_can_be_made_known() -> None:
+    env = Holding(gym.make("CartPole-v1"), iter(range(100)))
+    env.reset()
+    with pytest.raises(
+        TrustRegionError, match=r"Holding.held is a builtins.range_iterator.*regist"
+    ):
+        capture(env)
+    simulator = Simulator(lambda it: it.__reduce__()[-1], lambda it, state: it.__setstate__(state))
+    register_simulator("builtins.range_iterator", simulator)
+    snapshot = capture(env)
+    drawn = [next(env.held) for _ in range(3)]
+    restore(env, snapshot)
+    assert [next(env.held) for _ in range(3)] == drawn == [0, 1, 2]
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "Box2D": (lambda: gym.make("LunarLander-v3"), r"LunarLander.world.*SwigPyObject.*another"),
+    "sticky emulator": (
+        lambda: gym.make("ALE/Pong-v5"),
+        r"repeat_action_probability=0.*StickyAction",
+    ),
+    "processes": (
+        lambda: gym.make_vec("CartPole-v1", 2, vectorization_mode="async"),
+        "AsyncVectorEnv keeps its environments in other processes.*SyncVectorEnv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_environment_that_cannot_be_captured_is_refused_by_name(name: str) -> None:
+    build, message = REFUSED[name]
+    env = build()
+    env.reset()
+    with pytest.raises(TrustRegionError, match=message):
+        capture(env)
+    env.close()
+
+
+def test_a_state_of_another_environment_is_refused_and_nothing_changes() -> None:
+    snapshot = capture(begun("Hopper-v5"))
+    for other in ("Swimmer-v5", "CartPole-v1"):
+        env = begun(other)
+        before = pickle.dumps(capture(env))
+        with pytest.raises(
+            TrustRegionError, match=r"captured from .*Hopper-v5.*Make it in the same"
+        ):
+            restore(env, snapshot)
+        assert pickle.dumps(capture(env)) == before
+    bare = gym.make("Hopper-v5")
+    with pytest.raises(TrustRegionError, match="wrappers included"):
+        restore(bare, snapshot)
+
+
+def test_a_mujoco_state_of_another_model_is_refused() -> None:
+    hopper: Any = gym.make("Hopper-v5").unwrapped
+    ant: Any = gym.make("Ant-v5").unwrapped
+    simulator = simulator_of(hopper.data)
+    assert simulator is not None
+    with pytest.raises(TrustRegionError, match="Restore it into an environment of the same model"):
+        simulator.restore(ant.data, simulator.capture(hopper.data))

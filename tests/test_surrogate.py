@@ -1,0 +1,325 @@
+"""The surrogate against exact sums, and closures built from batches against handwritten ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from trpo_optim import (
+    Closures,
+    TrustRegionError,
+    TrustRegionOptimizer,
+    frozen,
+    log_prob,
+    mean_kl,
+)
+from trpo_optim.rollouts import (
+    SinglePathBatch,
+    policy_closure,
+    single_path,
+    surrogate,
+    trajectory_weights,
+)
+from trpo_optim.testing import check_closure
+from trpo_optim.theory import random_mdp
+
+
+def test_it_is_the_exact_surrogate_when_every_action_is_weighted_by_its_share() -> None:
+    """Eq. 14 by enumeration: states by the visitation, actions by any q."""
+    mdp = random_mdp(5, 3, 0.9, seed=0)
+    noise = torch.Generator().manual_seed(1)
+    old, new, q = (
+        torch.randn((5, 3), generator=noise, dtype=torch.float64).softmax(1) for _ in range(3)
+    )
+    share = (1 - mdp.discount) * mdp.visitation(old)[:, None] * q  # of each (s, a), sums to 1
+    for gains in (mdp.action_values(old), mdp.advantages(old)):
+        weights = (share * share.numel()).reshape(-1)
+        loss = surrogate(
+            new.log().reshape(-1), q.log().reshape(-1), gains.reshape(-1), weights=weights
+        )
+        expected = (1 - mdp.discount) * float(mdp.visitation(old) @ (new * gains).sum(1))
+        assert float(loss.detach()) == pytest.approx(-expected, abs=1e-12)
+    rise = (mdp.surrogate(old, new) - mdp.expected_return(old)) * (1 - mdp.discount)
+    assert float(loss.detach()) == pytest.approx(-rise, abs=1e-12)
+
+
+class Gaussian(nn.Module):
+    """An MLP's mean and one free scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.log_std = nn.Parameter(torch.zeros(1))
+
+    def forward(self, seen: Tensor) -> Distribution:
+        return Independent(Normal(self.network(seen), self.log_std.exp()), 1)
+
+
+class Recurrent(nn.Module):
+    """A GRU whose state is put to zero where an episode starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, seen: Tensor, state: Any, starts: Tensor) -> tuple[Distribution, Any]:
+        outputs = []
+        for now, begins in zip(seen, starts, strict=True):
+            kept = state[0] * ~begins[None, :, None]
+            output, after = self.gru(now[None], kept)
+            state = (after,)
+            outputs.append(output[0])
+        mean = self.head(torch.stack(outputs))
+        return Independent(Normal(mean, torch.ones(1)), 1), state
+
+
+def pendulum(mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> SyncVectorEnv:
+    return SyncVectorEnv(
+        [lambda: gym.make("Pendulum-v1", max_episode_steps=17)] * 4, autoreset_mode=mode
+    )
+
+
+def feedforward(seed: int = 0) -> tuple[Gaussian, SinglePathBatch, Tensor]:
+    torch.manual_seed(seed)
+    policy = Gaussian()
+    batch = single_path(pendulum(), policy, steps=50, seed=0)
+    return policy, batch, torch.randn(50, 4).masked_fill(~batch.valid, math.nan)
+
+
+def recurrent() -> tuple[Recurrent, SinglePathBatch, Tensor]:
+    torch.manual_seed(0)
+    policy = Recurrent()
+    start = (torch.zeros(1, 4, 8),)
+    envs = pendulum()
+    first = single_path(envs, policy, steps=50, state=start, seed=0)
+    batch = single_path(envs, policy, steps=50, after=first)
+    return policy, batch, torch.randn(50, 4).masked_fill(~batch.valid, math.nan)
+
+
+def vector_of(policy: nn.Module) -> Tensor:
+    return torch.cat([each.detach().reshape(-1).clone() for each in policy.parameters()])
+
+
+def by_hand(policy: Any, batch: SinglePathBatch, gains: Tensor, bonus: float = 0.0) -> Any:
+    """The closure as one writes it oneself."""
+    observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
+    gain = batch.flat(gains)
+    with torch.no_grad():
+        old = frozen(policy(observations))
+        old_log_prob = log_prob(old, actions)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        dist = policy(observations)
+        ratio = (dist.log_prob(actions) - old_log_prob).exp()
+        loss = -(ratio * gain).mean() - bonus * dist.entropy().mean()
+        return loss, mean_kl(old, dist)
+
+    return closure
+
+
+@pytest.mark.parametrize("micro_batch", [None, 33])
+@pytest.mark.parametrize("bonus", [0.0, 0.1])
+def test_the_built_closure_takes_the_handwritten_ones_step(
+    micro_batch: int | None, bonus: float
+) -> None:
+    policy, batch, gains = feedforward()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    expected = TrustRegionOptimizer(policy.parameters()).step(by_hand(policy, batch, gains, bonus))
+    wanted = vector_of(policy)
+    policy.load_state_dict(before)
+    built = policy_closure(policy, batch, gains, entropy_bonus=bonus, micro_batch=micro_batch)
+    report = TrustRegionOptimizer(policy.parameters()).step(built)
+    torch.testing.assert_close(vector_of(policy), wanted, rtol=1e-4, atol=1e-6)
+    assert report.kl == pytest.approx(expected.kl, rel=1e-3)
+    assert report.largest_kl > report.kl
+    assert report.engine == "Gauss-Newton"
+    assert report.fallback == ""
+
+
+def test_curvature_is_taken_on_a_share_drawn_by_the_generator() -> None:
+    policy, batch, gains = feedforward()
+    rows = []
+
+    def watched(seen: Tensor) -> Distribution:
+        rows.append(len(seen))
+        dist: Distribution = policy(seen)
+        return dist
+
+    noise = torch.Generator().manual_seed(3)
+    built = policy_closure(watched, batch, gains, curvature=0.1, generator=noise)
+    count = int(batch.valid.sum())
+    assert sorted(rows) == sorted([count, round(0.1 * count)])
+    assert built.curvature is not None
+    first = built.curvature()[1]
+    again = policy_closure(
+        policy, batch, gains, curvature=0.1, generator=torch.Generator().manual_seed(3)
+    )
+    assert again.curvature is not None
+    assert torch.equal(first, again.curvature()[1])
+    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
+
+
+def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
+    torch.manual_seed(0)
+    policy = Recurrent()
+    logs = []
+
+    def acting(seen: Tensor, state: Any, starts: Tensor) -> Any:
+        dist, state = policy(seen, state, starts)
+        logs.append(dist)
+        return dist, state
+
+    start = (torch.zeros(1, 4, 8),)
+    envs = pendulum()
+    first = single_path(envs, acting, steps=20, state=start, seed=0)
+    logs.clear()
+    batch = single_path(envs, acting, steps=30, after=first)
+    acted = torch.stack(
+        [dist.log_prob(each[None])[0] for dist, each in zip(logs, batch.actions, strict=True)]
+    )
+    gains = torch.ones(30, 4)
+    (closure,) = policy_closure(policy, batch, gains, sampling_log_prob=acted).parts
+    loss, kl, _ = closure()  # type: ignore[misc]  # with a distribution
+    assert float(loss.detach()) == pytest.approx(-1.0, abs=1e-5)  # every ratio is one
+    assert kl.shape == (int(batch.valid.sum()),)
+
+
+def test_a_recurrent_policys_step_is_the_same_in_parts_of_environments() -> None:
+    found = []
+    for micro_batch in (None, 1, 3):
+        policy, batch, gains = recurrent()
+        built = policy_closure(policy, batch, gains, micro_batch=micro_batch)
+        assert len(built.parts) == {None: 1, 1: 4, 3: 2}[micro_batch]
+        report = TrustRegionOptimizer(policy.parameters()).step(built)
+        assert report.accepted
+        found.append(vector_of(policy))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-5)
+    policy, batch, gains = recurrent()
+    built = policy_closure(policy, batch, gains, curvature=0.5)
+    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
+
+
+def test_data_of_an_earlier_policy_counts_by_its_weights() -> None:
+    policy, batch, gains = feedforward()
+    with torch.no_grad():
+        behaviour = policy(batch.observations).log_prob(batch.actions)
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        present = policy(batch.observations).log_prob(batch.actions)
+    weights = trajectory_weights(present - behaviour, batch.starts, largest=5.0)
+    built = policy_closure(policy, batch, gains, weights=weights, sampling_log_prob=behaviour)
+    loss = built()[0]
+    expected = (weights * (present - behaviour).exp() * gains)[batch.valid].mean()
+    assert float(loss.detach()) == pytest.approx(-float(expected), rel=1e-4)
+    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
+
+
+def test_a_kl_without_a_closed_form_is_estimated_on_the_actions() -> None:
+    policy, batch, gains = feedforward()
+    report = TrustRegionOptimizer(policy.parameters()).step(
+        policy_closure(policy, batch, gains, sampled=True)
+    )
+    assert report.accepted
+    assert 0 < report.kl <= 0.01
+
+
+def test_the_kit_finds_no_fault_with_built_closures() -> None:
+    for micro_batch in (None, 100):
+        policy, batch, gains = feedforward()
+        built = policy_closure(policy, batch, gains, micro_batch=micro_batch)
+        assert check_closure(built, policy.parameters()).passed
+
+
+def test_called_the_parts_are_their_weighted_mean() -> None:
+    policy, batch, gains = feedforward()
+    whole, parts = (policy_closure(policy, batch, gains, micro_batch=n) for n in (None, 60))
+    loss, kl = parts()[:2]
+    assert float(loss.detach()) == pytest.approx(float(whole()[0].detach()), rel=1e-5)
+    assert kl.shape == ()
+    assert isinstance(parts, Closures)
+
+
+def test_closures_bring_their_own_weights_and_curvature() -> None:
+    policy, batch, gains = feedforward()
+    built = policy_closure(policy, batch, gains)
+    with pytest.raises(TrustRegionError, match="Closures, which have their own"):
+        TrustRegionOptimizer(policy.parameters()).step(built, curvature=built)
+
+
+POLICY, BATCH, GAINS = feedforward()
+ROW = torch.zeros(4)
+
+
+def building(gains: Tensor = GAINS, **options: Any) -> Callable[[], object]:
+    return lambda: policy_closure(POLICY, BATCH, gains, **options)
+
+
+def one_nan() -> Tensor:
+    gains = torch.zeros(50, 4)
+    gains[7, 2] = math.nan
+    return gains
+
+
+def nothing_valid() -> object:
+    batch = feedforward()[1]
+    batch.valid[:] = False
+    return policy_closure(POLICY, batch, GAINS)
+
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "gains of flat rows": (
+        building(torch.zeros(200)),
+        r"gains has shape \(200,\) and the batch \(50, 4\)",
+    ),
+    "NaN gains": (building(one_nan()), "gains is nan at step 7 of environment 2"),
+    "infinite weights": (
+        building(weights=torch.full((50, 4), math.inf)),
+        "weights is inf at step 0 of environment 0",
+    ),
+    "an empty batch": (nothing_valid, "none of its rows is valid"),
+    "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),
+    "no micro-batch": (building(micro_batch=0), "micro_batch is 0"),
+    "no bonus": (building(entropy_bonus=math.nan), "entropy_bonus is nan"),
+    "another's actions for the KL": (
+        building(sampled=True, sampling_log_prob=torch.zeros(50, 4)),
+        "needs actions of the old policy",
+    ),
+    "lengths": (lambda: surrogate(ROW, ROW, ROW[:2]), r"gains has shape \(2,\)"),
+    "a column": (
+        lambda: surrogate(ROW, ROW[:, None], ROW),
+        r"sampling_log_prob has shape \(4, 1\)",
+    ),
+    "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "the batch is empty"),
+    "a graph": (
+        lambda: surrogate(ROW, ROW.clone().requires_grad_(), ROW),
+        "sampling_log_prob carries a graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(TrustRegionError, match=message):
+        call()
+
+
+def test_discrete_actions_with_whole_episodes_and_idle_environments() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(4, 2)
+    envs = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync")
+    policy = lambda seen: Categorical(logits=network(seen))  # noqa: E731
+    batch = single_path(envs, policy, episodes=3, seed=0)
+    gains = torch.randn(batch.rewards.shape)
+    report = TrustRegionOptimizer(network.parameters()).step(policy_closure(policy, batch, gains))
+    assert report.accepted

@@ -1,0 +1,366 @@
+"""Vine: its estimates against exact values, its variance, and where it leaves the environments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import SyncVectorEnv
+from tabular import table, tabular
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from trpo_optim import TrustRegionError, TrustRegionOptimizer
+from trpo_optim.rollouts import (
+    RolloutError,
+    VineBatch,
+    discounted_returns,
+    policy_closure,
+    single_path,
+    vine,
+    vine_closure,
+)
+
+DISCOUNT = 0.9
+
+
+def lake() -> gym.Env[int, int]:
+    return gym.make("FrozenLake-v1", is_slippery=True, max_episode_steps=100_000)
+
+
+def lakes(count: int = 16) -> SyncVectorEnv:
+    return SyncVectorEnv([lake] * count, autoreset_mode="SameStep")
+
+
+class Table(nn.Module):
+    """A policy by one logit for every state and action."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        noise = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(torch.randn(16, 4, generator=noise))
+
+    def forward(self, states: Tensor) -> Categorical:
+        return Categorical(logits=self.logits[states])
+
+
+class Swing(nn.Module):
+    """A fixed random controller of the pendulum, with noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, seen: Tensor) -> Distribution:
+        return Independent(Normal(self.network(seen), torch.ones(1)), 1)
+
+
+def pendulums() -> SyncVectorEnv:
+    return SyncVectorEnv([lambda: gym.make("Pendulum-v1")] * 8, autoreset_mode="SameStep")
+
+
+@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize("horizon", [1, 4, 200])
+def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> None:
+    """Cut off with the true value of what follows, a branch of any length is."""
+    torch.manual_seed(horizon)
+    policy, envs = Table(), lakes()
+    mdp = tabular(lake(), DISCOUNT)
+    exact = mdp.action_values(table(policy.logits.detach()))
+    values = mdp.state_values(table(policy.logits.detach())).float()
+    batch = vine(
+        envs,
+        policy,
+        steps=60,
+        states=600,
+        horizon=horizon,
+        discount=DISCOUNT,
+        critic=None if horizon == 200 else lambda states: values[states],
+        common_random_numbers=common,
+        seed=0,
+    )
+    off = batch.q.double() - exact[batch.observations]
+    assert batch.q.shape == (600, 4)
+    for action in range(4):
+        error = float(off[:, action].std()) / math.sqrt(len(off))
+        assert abs(float(off[:, action].mean())) < 4 * error + 1e-6
+    for state in (0, 1, 4):
+        here = off[batch.observations == state].mean(1)
+        assert abs(float(here.mean())) < 4 * float(here.std()) / math.sqrt(len(here)) + 1e-6
+
+
+def gradient(policy: nn.Module, loss: Tensor) -> Tensor:
+    slopes = torch.autograd.grad(loss, list(policy.parameters()))
+    return torch.cat([each.reshape(-1) for each in slopes])
+
+
+def test_common_random_numbers_make_differences_more_certain() -> None:
+    """Two actions of the policy from the same state, over many such pairs."""
+    envs, policy = pendulums(), Swing()
+
+    torch.manual_seed(0)
+    both: dict[bool, list[Tensor]] = {True: [], False: []}
+    for seed in range(30):
+        for common, found in both.items():
+            batch = vine(
+                envs,
+                policy,
+                steps=8,
+                states=64,
+                branches=2,
+                horizon=30,
+                discount=0.97,
+                common_random_numbers=common,
+                seed=seed,
+            )
+            found.append(batch.q[:, 0] - batch.q[:, 1])
+    together, apart = (float(torch.cat(both[each]).var()) for each in (True, False))
+    assert together < 0.5 * apart
+
+
+def cartpoles() -> SyncVectorEnv:
+    return SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 8, autoreset_mode="SameStep")
+
+
+class Balance(nn.Module):
+    """A random controller of the pole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, seen: Tensor) -> Categorical:
+        return Categorical(logits=self.network(seen))
+
+
+@pytest.mark.parametrize(
+    ("make", "policy", "branches"), [(cartpoles, Balance(), None), (pendulums, Swing(), 4)]
+)
+def test_per_sample_the_gradient_varies_less_than_single_paths(
+    make: Callable[[], SyncVectorEnv], policy: nn.Module, branches: int | None
+) -> None:
+    """Section 5.2: for the same number of Q-values in the objective, 128."""
+    torch.manual_seed(0)
+    envs = make()
+    found: dict[str, list[Tensor]] = {"vine": [], "path": []}
+    for seed in range(25):
+        branched = vine(
+            envs,
+            policy,
+            steps=16,
+            states=128 // (branches or 2),
+            branches=branches,
+            horizon=40,
+            discount=0.95,
+            seed=seed,
+        )
+        assert branched.q.numel() == 128
+        found["vine"].append(gradient(policy, vine_closure(policy, branched)()[0]))
+        path = single_path(envs, policy, steps=16 + 40, seed=1000 + seed)
+        path.valid[16:] = False  # 128 rows, each with 40 steps of what follows or more
+        returns = discounted_returns(
+            path.rewards, torch.zeros_like(path.rewards), path.ends, discount=0.95
+        )
+        found["path"].append(gradient(policy, policy_closure(policy, path, returns)()[0]))
+    by_vine, by_path = (float(torch.stack(each).var(0).sum()) for each in found.values())
+    assert by_vine < 0.7 * by_path
+
+
+def test_trying_all_actions_is_equation_15() -> None:
+    torch.manual_seed(0)
+    policy = Table()
+    batch = vine(lakes(4), policy, steps=20, states=30, horizon=20, discount=DISCOUNT, seed=0)
+    assert batch.sampling_log_prob is None
+    assert batch.actions.tolist() == [[0, 1, 2, 3]] * 30
+    old = gradient(policy, -(policy(batch.observations).probs * batch.q).sum(1).mean())
+    closure = vine_closure(policy, batch)
+    torch.testing.assert_close(gradient(policy, closure()[0]), old)
+    with torch.no_grad():
+        before = (policy(batch.observations).probs * batch.q).sum(1).mean()
+        policy.logits.add_(torch.randn_like(policy.logits))
+        after = (policy(batch.observations).probs * batch.q).sum(1).mean()
+    torch.testing.assert_close(closure()[0].detach(), before - after)
+
+
+@pytest.mark.parametrize("sampling", ["policy", "uniform"])
+def test_trying_some_actions_is_equation_16(sampling: Any) -> None:
+    torch.manual_seed(0)
+    policy = Table()
+    batch = vine(
+        lakes(4),
+        policy,
+        steps=20,
+        states=30,
+        branches=3,
+        sampling=sampling,
+        horizon=20,
+        discount=DISCOUNT,
+        seed=0,
+    )
+    assert batch.q.shape == batch.actions.shape == (30, 3)
+    if sampling == "uniform":
+        assert batch.sampling_log_prob is not None
+        assert torch.equal(batch.sampling_log_prob, torch.full((30, 3), -math.log(4)))
+
+    def objective() -> Tensor:
+        logs = torch.log_softmax(policy.logits, 1)[batch.observations].gather(1, batch.actions)
+        assert batch.sampling_log_prob is not None
+        ratio = (logs - batch.sampling_log_prob).exp()
+        return ((ratio * batch.q).sum(1) / ratio.sum(1)).mean()
+
+    closure = vine_closure(policy, batch)
+    torch.testing.assert_close(
+        gradient(policy, closure()[0]), gradient(policy, -objective()), rtol=1e-3, atol=1e-7
+    )
+    with torch.no_grad():
+        before = objective()
+        policy.logits.add_(torch.randn_like(policy.logits))
+        torch.testing.assert_close(closure()[0], before - objective(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_step_is_held_over_the_whole_trunk() -> None:
+    policy, envs = Swing(), pendulums()
+    batch = vine(envs, policy, steps=25, states=20, branches=4, horizon=10, discount=0.97, seed=0)
+    closure = vine_closure(policy, batch, entropy_bonus=0.01)
+    loss, kl, _ = closure()  # type: ignore[misc]  # with a distribution
+    assert kl.shape == (200,)
+    report = TrustRegionOptimizer(policy.parameters(), constraint="max").step(closure)
+    assert report.accepted
+    assert report.engine == "Gauss-Newton"
+    assert report.largest_kl <= 0.01
+    assert report.loss_before == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_the_environments_are_left_where_the_trunk_ended() -> None:
+    policy, envs, others = Swing(), pendulums(), pendulums()
+    torch.manual_seed(0)
+    plain = single_path(others, policy, steps=15, seed=0)
+    state = torch.get_rng_state()
+    after_plain = single_path(others, policy, steps=15, after=plain)
+    torch.manual_seed(0)
+    batch = vine(
+        envs,
+        policy,
+        steps=15,
+        states=lambda step, cursor: np.arange(8) == step,
+        branches=2,
+        horizon=9,
+        discount=0.97,
+        seed=0,
+    )
+    assert batch.q.shape == (8, 2)
+    assert batch.steps == 15 * 8 + 8 * 2 * 9
+    torch.testing.assert_close(batch.observations, batch.trunk.observations[range(8), range(8)])
+    torch.set_rng_state(state)
+    after_vine = single_path(envs, policy, steps=15, after=batch.trunk)
+    assert torch.equal(batch.trunk.observations, plain.observations)
+    assert torch.equal(after_vine.observations, after_plain.observations)
+    assert torch.equal(after_vine.rewards, after_plain.rewards)
+
+
+def test_a_branch_stops_where_its_episode_does() -> None:
+    """Every branch of CartPole returns how long the pole stood, counted from the state on."""
+    torch.manual_seed(0)
+    envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode="NextStep")
+    policy = lambda seen: Categorical(logits=torch.tensor([9.0, -9.0]).expand(len(seen), 2))  # noqa: E731
+    batch = vine(envs, policy, steps=30, states=40, horizon=100, discount=1.0, seed=0)
+    assert batch.q.max() <= 12
+    assert batch.q[:, 0].min() >= 1
+    branch_steps = batch.steps - int(batch.trunk.valid.sum())
+    assert branch_steps == int(batch.q.sum())
+
+
+class Dying(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that is gone after so many steps, or rewards with NaN from then on."""
+
+    def __init__(self, env: gym.Env[Any, Any], steps: list[int], odd: bool) -> None:
+        super().__init__(env)
+        self.steps, self.odd = steps, odd
+
+    def step(self, action: Any) -> Any:
+        left = next(COUNTER)
+        observation, reward, *rest = self.env.step(action)
+        if left > self.steps[0] and not self.odd:
+            raise ConnectionError("gone")
+        return (observation, math.nan if left > self.steps[0] else reward, *rest)
+
+
+COUNTER = iter(range(10**9))
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_states_that_were_finished_are_kept_when_an_environment_dies(*, odd: bool) -> None:
+    global COUNTER
+    COUNTER = iter(range(10**9))
+    envs = SyncVectorEnv([lambda: Dying(lake(), [200], odd)] * 2, autoreset_mode="SameStep")
+    policy = Table()
+    with pytest.raises(RolloutError, match="A branch failed") as caught:
+        vine(envs, policy, steps=20, states=40, horizon=3, discount=DISCOUNT, seed=0)
+    batch = caught.value.batch
+    assert isinstance(batch, VineBatch)
+    assert 0 < len(batch.q) < 40
+    assert len(batch.q) == len(batch.observations) == len(batch.actions)
+    assert batch.trunk.rewards.shape == (20, 2)
+    assert TrustRegionOptimizer(policy.parameters()).step(vine_closure(policy, batch)) is not None
+
+
+def growing(
+    make: Callable[[], Any] = lakes, policy: Any = None, **options: Any
+) -> Callable[[], object]:
+    chosen = {"steps": 2, "states": 2, "horizon": 2, "discount": 0.9, "seed": 0, **options}
+    return lambda: vine(make(), policy or Table(), **chosen)
+
+
+def odd_q(value: float) -> Callable[[], object]:
+    def call() -> object:
+        batch = vine(lakes(2), Table(), steps=2, states=2, horizon=2, discount=0.9, seed=0)
+        batch.q[:] = value
+        return vine_closure(Table(), batch)
+
+    return call
+
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "zero branches": (growing(branches=0), "branches is 0; it must be a whole number of at least"),
+    "zero states": (growing(states=0), "states is 0"),
+    "zero steps": (growing(steps=0), "steps is 0"),
+    "no horizon": (growing(horizon=0), "horizon is 0"),
+    "γ": (growing(discount=1.5), r"discount is 1.5; it must be in \[0, 1\]"),
+    "another sampling": (growing(branches=2, sampling="greedy"), "sampling is 'greedy'"),
+    "all of a continuum": (growing(pendulums, Swing()), "not all can be tried"),
+    "alike in a continuum": (
+        growing(pendulums, Swing(), branches=2, sampling="uniform"),
+        "not all can be tried, nor drawn alike",
+    ),
+    "vector wrappers": (
+        growing(lambda: gym.wrappers.vector.RecordEpisodeStatistics(lakes(2))),
+        "got a RecordEpisodeStatistics.*SyncVectorEnv",
+    ),
+    "a rule that takes none": (
+        growing(states=lambda step, cursor: np.zeros(16, dtype=bool)),
+        "chose no state",
+    ),
+    "an environment without a state": (
+        growing(
+            lambda: SyncVectorEnv([lambda: gym.make("LunarLander-v3")] * 2),
+            lambda seen: Categorical(torch.ones(2, 4)),
+        ),
+        "cannot be captured.*LunarLander",
+    ),
+    "NaN Q": (odd_q(math.nan), "Q holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(TrustRegionError, match=message):
+        call()

@@ -1,0 +1,41 @@
+"""Where the data comes from: trajectories and vines of Gymnasium's environments; the extra gym."""
+
+from trpo_optim.rollouts.policy_closure import policy_closure
+from trpo_optim.rollouts.returns import (
+    discounted_returns,
+    explained_variance,
+    gae,
+    n_step_returns,
+    trajectory_weights,
+)
+from trpo_optim.rollouts.simulators import Simulator, register_simulator
+from trpo_optim.rollouts.single_path import Cursor, RolloutError, SinglePathBatch, single_path
+from trpo_optim.rollouts.snapshot import Snapshot, capture, restore
+from trpo_optim.rollouts.surrogate import surrogate
+from trpo_optim.rollouts.value_function import ValueFit, fit_value
+from trpo_optim.rollouts.vine import VineBatch, vine
+from trpo_optim.rollouts.vine_closure import vine_closure
+
+__all__ = [
+    "Cursor",
+    "RolloutError",
+    "Simulator",
+    "SinglePathBatch",
+    "Snapshot",
+    "ValueFit",
+    "VineBatch",
+    "capture",
+    "discounted_returns",
+    "explained_variance",
+    "fit_value",
+    "gae",
+    "n_step_returns",
+    "policy_closure",
+    "register_simulator",
+    "restore",
+    "single_path",
+    "surrogate",
+    "trajectory_weights",
+    "vine",
+    "vine_closure",
+]

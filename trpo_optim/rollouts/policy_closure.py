@@ -1,0 +1,229 @@
+"""The optimizer's closure on a batch of trajectories, in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.batch import Closures
+from trpo_optim.closure import Closure
+from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
+from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.single_path import SinglePathBatch
+from trpo_optim.rollouts.spaces import mapped
+from trpo_optim.rollouts.surrogate import surrogate
+
+__all__ = ["policy_closure"]
+
+
+def policy_closure(
+    policy: Callable[..., Any],
+    batch: SinglePathBatch,
+    gains: Tensor,
+    *,
+    weights: Tensor | None = None,
+    sampling_log_prob: Tensor | None = None,
+    entropy_bonus: float = 0.0,
+    sampled: bool = False,
+    curvature: float | None = None,
+    micro_batch: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Closures:
+    """Return what ``optimizer.step`` takes for one step on a batch.
+
+    The old policy is the policy as it is at this call. The KL is one per sample, so that either
+    ``constraint`` can be held; the distribution is the third value.
+
+    Args:
+        policy: What collected the batch, called as ``single_path`` calls it. With a recurrent
+            state the whole trajectories are evaluated, (T, N, …); the environments are the
+            second dimension of the state's tensors, as torch.nn's recurrences have them.
+        batch: What ``single_path`` returned.
+        gains: Advantages or Q, shape (T, N); those of rows that are not valid are not used.
+        weights: Importance weights of the states, (T, N), where another policy visited them.
+        sampling_log_prob: ln q(a|s) of the actions, (T, N), where another policy drew them. None:
+            the old policy did.
+        entropy_bonus: What a nat of the mean entropy is worth, in units of the gains.
+        sampled: Whether the KL is estimated on the batch's actions, for policies without a closed
+            form; it is then a mean.
+        curvature: The share of the rows (or environments, with a recurrent state) that
+            Fisher-vector products are taken on, in (0, 1). None: all.
+        micro_batch: Evaluate at most so many rows (or environments) at once. None: all.
+        generator: Draws the curvature's share; None: torch's global one.
+
+    Returns:
+        What ``step`` takes in place of a closure.
+
+    Raises:
+        TrustRegionError: If shapes do not fit, a gain or weight that is used is not finite, there
+            are no valid rows, or an option is outside its range.
+
+    Source:
+        Schulman et al. (2015), equation 14 and appendix C.
+    """
+    _require_options(curvature, micro_batch, entropy_bonus)
+    if sampled and sampling_log_prob is not None:
+        raise TrustRegionError(
+            "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
+            "drew them. Leave one of them out."
+        )
+    for name, value in (("gains", gains), ("weights", weights), ("log q", sampling_log_prob)):
+        if value is not None:
+            _require_rows(name, value, batch.valid)
+    select, count = (_rows if batch.state is None else _sequences)(policy, batch)
+
+    def closure(chosen: Tensor) -> Closure:
+        part = select(chosen)
+        return _closure(
+            part,
+            part.numbers(gains),
+            None if weights is None else part.numbers(weights),
+            None if sampling_log_prob is None else part.numbers(sampling_log_prob),
+            entropy_bonus,
+            sampled=sampled,
+        )
+
+    pieces = torch.arange(count).split(micro_batch or count)
+    part = None
+    if curvature is not None:
+        order = torch.randperm(count, generator=generator)
+        part = order[: max(1, round(curvature * count))].sort().values
+    return Closures(
+        parts=[closure(piece) for piece in pieces],
+        weights=[float(select(piece).count) for piece in pieces] if len(pieces) > 1 else None,
+        curvature=None if part is None else closure(part),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a batch.
+
+    Attributes:
+        evaluate: Returns the policy's distribution there.
+        actions: What was drawn.
+        mask: Which elements of the distribution's batch are rows; None: all.
+        numbers: From (T, N) to the rows', (B,).
+        count: B.
+    """
+
+    evaluate: Callable[[], Any]
+    actions: Any
+    mask: Tensor | None
+    numbers: Callable[[Tensor], Tensor]
+    count: int
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return the rows of what has the distribution's batch shape."""
+        return values if self.mask is None else values[self.mask]
+
+
+def _rows(
+    policy: Callable[..., Any], batch: SinglePathBatch
+) -> tuple[Callable[[Tensor], _Part], int]:
+    """Return what selects from the valid rows, and how many there are."""
+    observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
+    device, count = batch.rewards.device, int(batch.valid.sum())
+
+    def select(chosen: Tensor) -> _Part:
+        rows = slice(None) if len(chosen) == count else chosen.to(device)
+        seen = mapped(lambda each: each[rows], observations)
+        return _Part(
+            evaluate=lambda: policy(seen),
+            actions=mapped(lambda each: each[rows], actions),
+            mask=None,
+            numbers=lambda values: values[batch.valid][rows],
+            count=len(chosen),
+        )
+
+    return select, count
+
+
+def _sequences(
+    policy: Callable[..., Any], batch: SinglePathBatch
+) -> tuple[Callable[[Tensor], _Part], int]:
+    """Return what selects from the environments with valid rows, and how many there are."""
+    device = batch.rewards.device
+    used = batch.valid.any(0).nonzero().reshape(-1)
+
+    def select(chosen: Tensor) -> _Part:
+        columns = used[chosen.to(device)]
+
+        def of_columns(values: Any) -> Any:
+            return mapped(lambda each: each[:, columns], values)
+
+        seen, state = of_columns(batch.observations), of_columns(batch.state)
+        starts, mask = batch.starts[:, columns], batch.valid[:, columns]
+        return _Part(
+            evaluate=lambda: policy(seen, state, starts)[0],
+            actions=of_columns(batch.actions),
+            mask=mask,
+            numbers=lambda values: values[:, columns][mask],
+            count=int(mask.sum()),
+        )
+
+    return select, len(used)
+
+
+def _closure(
+    part: _Part,
+    gains: Tensor,
+    weights: Tensor | None,
+    sampling_log_prob: Tensor | None,
+    entropy_bonus: float,
+    *,
+    sampled: bool,
+) -> Closure:
+    """Return the closure on some rows, the policy as it is being the old one."""
+    with torch.no_grad():
+        old = frozen(part.evaluate())
+        old_log_prob = part.rows(log_prob(old, part.actions))
+    base = old_log_prob if sampling_log_prob is None else sampling_log_prob
+
+    def closure() -> tuple[Tensor, Tensor, Any]:
+        dist = part.evaluate()
+        new_log_prob = part.rows(log_prob(dist, part.actions))
+        loss = surrogate(new_log_prob, base, gains, weights=weights)
+        if entropy_bonus:
+            loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
+        if sampled:
+            return loss, sampled_kl(old_log_prob, new_log_prob, low_variance=True), new_log_prob
+        return loss, joint_kl(old, dist, part.mask), dist
+
+    return closure
+
+
+def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
+    """Check that there is a number for every valid row."""
+    if values.shape != valid.shape:
+        raise TrustRegionError(
+            f"{name} has shape {tuple(values.shape)} and the batch {tuple(valid.shape)}: T steps "
+            "of N environments. Give one number per row."
+        )
+    if not valid.any():
+        raise TrustRegionError("The batch is empty: none of its rows is valid.")
+    bad = (~values.isfinite() & valid).nonzero()
+    if len(bad):
+        step, env = bad[0].tolist()
+        raise TrustRegionError(
+            f"{name} is {float(values[step, env])} at step {step} of environment {env}; it must be "
+            "a number. Look at the rewards and at the critic."
+        )
+
+
+def _require_options(
+    curvature: float | None, micro_batch: int | None, entropy_bonus: float
+) -> None:
+    if curvature is not None and not 0 < curvature < 1:
+        raise TrustRegionError(
+            f"curvature is {curvature!r}; it must be a share in (0, 1), or None for all rows."
+        )
+    if micro_batch is not None and micro_batch < 1:
+        raise TrustRegionError(f"micro_batch is {micro_batch!r}; it must be at least 1, or None.")
+    if not math.isfinite(entropy_bonus):
+        raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")

@@ -1,0 +1,112 @@
+"""What holds an environment's physics or emulator, and how its state is read and written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["Simulator", "register_simulator", "simulator_of", "type_name"]
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """How the state of one kind of simulator is taken and put back.
+
+    Attributes:
+        capture: From the simulator to its state, which shares no memory with it and can be pickled.
+        restore: Writes such a state into a simulator of the same kind, in place.
+    """
+
+    capture: Callable[[Any], Any]
+    restore: Callable[[Any, Any], None]
+
+
+def register_simulator(name: str, simulator: Simulator) -> None:
+    """Make a kind of simulator known, so that environments that hold one can be captured.
+
+    Args:
+        name: Its type as ``module.qualname``; a name, so that it need not be imported.
+        simulator: How its state is taken and put back.
+    """
+    _SIMULATORS[name] = simulator
+    _simulator_of_kind.cache_clear()
+
+
+def simulator_of(value: object) -> Simulator | None:
+    """Return how the state of a value is taken, or None where it is no known simulator."""
+    kind: Any = type(value)  # which mypy does not hold to be hashable
+    return _simulator_of_kind(kind)
+
+
+@functools.cache
+def _simulator_of_kind(kind: Any) -> Simulator | None:
+    known = (_SIMULATORS.get(type_name(each)) for each in kind.__mro__)
+    return next((each for each in known if each is not None), None)
+
+
+def type_name(kind: Any) -> str:
+    """Return ``module.qualname`` of a type; some of SWIG's have no module."""
+    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_arrays(model: Any) -> tuple[str, ...]:
+    """Return the names of MuJoCo's arrays that live from step to step.
+
+    The others, of contacts and constraints, are made anew by every step; fresh data has none.
+    """
+    import mujoco  # the extra that needs it is not this one's
+
+    data = mujoco.MjData(model)
+    found = ((name, getattr(data, name, None)) for name in dir(data) if not name.startswith("_"))
+    return tuple(name for name, each in found if isinstance(each, np.ndarray) and each.size)
+
+
+def _capture_mujoco(data: Any) -> dict[str, Any]:
+    """Return the integration state, and all that is derived from it, as it lags behind."""
+    import mujoco  # the extra that needs it is not this one's
+
+    size = mujoco.mj_stateSize(data.model, mujoco.mjtState.mjSTATE_INTEGRATION)
+    state = np.empty(size)
+    mujoco.mj_getState(data.model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    arrays = {name: getattr(data, name).copy() for name in _kept_arrays(data.model)}
+    return {"state": state, "arrays": arrays}
+
+
+def _restore_mujoco(data: Any, saved: dict[str, Any]) -> None:
+    import mujoco  # the extra that needs it is not this one's
+
+    size = mujoco.mj_stateSize(data.model, mujoco.mjtState.mjSTATE_INTEGRATION)
+    if len(saved["state"]) != size:
+        raise TrustRegionError(
+            f"The MuJoCo state has {len(saved['state'])} numbers and this model takes {size}. "
+            "Restore it into an environment of the same model."
+        )
+    mujoco.mj_setState(data.model, data, saved["state"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    for name, array in saved["arrays"].items():
+        getattr(data, name)[...] = array
+
+
+def _capture_atari(ale: Any) -> Any:
+    """Return the emulator's state with its random numbers, but for the last action executed."""
+    if ale.getFloat("repeat_action_probability") > 0:
+        raise TrustRegionError(
+            "This Atari emulator repeats actions at random, and does not say which it executed "
+            "last, so that its state is out of reach. Make it with repeat_action_probability=0 and "
+            "wrap it in gymnasium.wrappers.StickyAction(env, 0.25)."
+        )
+    return ale.cloneState(include_rng=True)
+
+
+_SIMULATORS = {
+    "mujoco._structs.MjData": Simulator(_capture_mujoco, _restore_mujoco),
+    "ale_py._ale_py.ALEInterface": Simulator(
+        _capture_atari, lambda ale, saved: ale.restoreState(saved)
+    ),
+}

@@ -1,0 +1,136 @@
+"""The whole state of an environment as a value, to be taken and put back at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AsyncVectorEnv, VectorEnv
+
+from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.simulators import simulator_of
+from trpo_optim.rollouts.state_data import copied, is_environments, is_state
+
+__all__ = ["Environment", "Snapshot", "capture", "restore"]
+
+Environment = gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
+"""One environment or several side by side, in whatever wrappers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The state of an environment and all its wrappers at one moment; it can be pickled.
+
+    Attributes:
+        layers: For every layer from the outside in (of vector environments, each one's) its class,
+            its attributes that are data, and its simulators' states by attribute.
+    """
+
+    layers: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+
+
+def capture(env: Environment) -> Snapshot:
+    """Take the state of an environment: simulator, clocks, random state, wrappers.
+
+    All attributes of all layers are copied that are data; what the constructor makes and nobody
+    changes (spaces, specs, functions, models, renderers) is not. Known simulators are MuJoCo's and
+    the Arcade Learning Environment's; ``register_simulator`` adds others.
+
+    Args:
+        env: An environment, or vector environments that live in this process.
+
+    Returns:
+        The state, which shares no memory with the environment.
+
+    Raises:
+        TrustRegionError: If something in it cannot be copied, such as a Box2D world; it is named.
+    """
+    memo: dict[int, Any] = {}
+    layers = []
+    for layer in _layers(env):
+        data = {
+            name: copied(value, memo, f"{type(layer).__name__}.{name}")
+            for name, value in _data_of(layer).items()
+        }
+        simulators = {
+            name: simulator.capture(value)
+            for name, value in vars(layer).items()
+            if (simulator := simulator_of(value)) is not None
+        }
+        layers.append((_name_of(layer), data, simulators))
+    return Snapshot(tuple(layers))
+
+
+def restore(env: Environment, snapshot: Snapshot) -> None:
+    """Put a state back, after which the environment goes on exactly as it did from there.
+
+    Args:
+        env: The environment that was captured, or one made in the same way, in any process.
+        snapshot: What ``capture`` returned; it stays as it is.
+
+    Raises:
+        TrustRegionError: If the environment is another or its wrappers are; nothing has changed.
+    """
+    layers = list(_layers(env))
+    here = [_name_of(layer) for layer in layers]
+    there = [name for name, _, _ in snapshot.layers]
+    if here != there:
+        raise TrustRegionError(
+            f"The state was captured from {' > '.join(there)} and this environment is "
+            f"{' > '.join(here)}. Make it in the same way, wrappers included."
+        )
+    found = []
+    for layer, (_, _, simulators) in zip(layers, snapshot.layers, strict=True):
+        for name, state in simulators.items():
+            live = getattr(layer, name, None)
+            if (simulator := simulator_of(live)) is None:
+                raise TrustRegionError(
+                    f"{type(layer).__name__} has no simulator {name!r} yet. Call reset() once on a "
+                    "new environment before restoring a state."
+                )
+            found.append((simulator, live, state))
+    for simulator, live, state in found:
+        simulator.restore(live, state)
+    memo: dict[int, Any] = {}
+    for layer, (_, data, _) in zip(layers, snapshot.layers, strict=True):
+        for name in _data_of(layer).keys() - data.keys():
+            delattr(layer, name)  # it did not exist yet
+        for name, value in data.items():
+            setattr(layer, name, copied(value, memo, name))
+
+
+def _data_of(layer: object) -> dict[str, Any]:
+    """Return the attributes that are state, but for the simulators."""
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if simulator_of(value) is None and is_state(layer, name, value)
+    }
+
+
+def _layers(env: object, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yield an environment's layers from the outside in; of vector environments, each one's."""
+    if isinstance(env, AsyncVectorEnv):
+        raise TrustRegionError(
+            "AsyncVectorEnv keeps its environments in other processes, out of reach. Use "
+            "SyncVectorEnv where states are to be captured."
+        )
+    seen = set() if seen is None else seen
+    if id(env) in seen:
+        return
+    seen.add(id(env))
+    yield env
+    for value in vars(env).values():
+        inner = value if is_environments(value) else [value]
+        for each in inner:
+            if isinstance(each, gym.Env | VectorEnv):
+                yield from _layers(each, seen)
+
+
+def _name_of(layer: object) -> str:
+    name = type(layer).__qualname__
+    spec = getattr(layer, "spec", None) if getattr(layer, "unwrapped", None) is layer else None
+    return f"{name}({spec.id})" if isinstance(spec, EnvSpec) else name

@@ -1,0 +1,129 @@
+"""Between Gymnasium's observations and actions and tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["actions_for", "mapped", "one_of", "require_known", "stacked", "tensors_of"]
+
+_KNOWN = (
+    gym.spaces.Box,
+    gym.spaces.Discrete,
+    gym.spaces.MultiDiscrete,
+    gym.spaces.MultiBinary,
+)
+
+
+def require_known(space: gym.Space[Any], what: str) -> None:
+    """Check that a space holds arrays of one shape, or tuples and dicts of such.
+
+    Args:
+        space: Of one environment.
+        what: What it is the space of, for the error.
+
+    Raises:
+        TrustRegionError: If it is another, which is named.
+    """
+    if isinstance(space, gym.spaces.Tuple):
+        for each in space.spaces:
+            require_known(each, what)
+    elif isinstance(space, gym.spaces.Dict):
+        for each in space.spaces.values():
+            require_known(each, what)
+    elif not isinstance(space, _KNOWN):
+        raise TrustRegionError(
+            f"The environments' {what} hold a {type(space).__name__}, whose values have no fixed "
+            "shape. Flatten or encode them in a wrapper, to Box, Discrete, MultiDiscrete, "
+            "MultiBinary, or Tuple and Dict of these."
+        )
+
+
+def mapped(change: Callable[..., Any], *values: Any) -> Any:
+    """Return tensors or arrays changed one by one, in the form of the first value.
+
+    Args:
+        change: Takes one of each value.
+        values: Of one form: plain, or nested dicts and tuples.
+    """
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {name: mapped(change, *(value[name] for value in values)) for name in first}
+    if isinstance(first, tuple | list):
+        return tuple(mapped(change, *parts) for parts in zip(*values, strict=True))
+    return change(*values)
+
+
+def tensors_of(observations: Any, device: torch.device | str) -> Any:
+    """Return observations as tensors: real numbers in torch's default type, others in their own."""
+
+    def tensor(value: Any) -> Tensor:
+        made = torch.as_tensor(np.asarray(value))
+        kind = torch.get_default_dtype() if made.is_floating_point() else made.dtype
+        return made.to(device=device, dtype=kind, copy=True)  # environments may reuse their memory
+
+    return mapped(tensor, observations)
+
+
+def one_of(observations: Any, index: int) -> Any:
+    """Return a copy of one environment's observation, out of a batch or an array of objects."""
+    if isinstance(observations, Mapping):
+        return {name: one_of(each, index) for name, each in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(one_of(each, index) for each in observations)
+    return mapped(np.array, observations[index])
+
+
+def stacked(steps: Sequence[Any]) -> Any:
+    """Return arrays or tensors of many steps as one, the steps first."""
+
+    def stack(*each: Any) -> Any:
+        return torch.stack(each) if isinstance(each[0], Tensor) else np.stack(each)
+
+    return mapped(stack, *steps)
+
+
+def actions_for(space: gym.Space[Any], actions: Any) -> Any:
+    """Return a batch of drawn actions as vector environments of a space take them.
+
+    Args:
+        space: The action space of one environment.
+        actions: What ``sample`` returned: Discrete from 0 on, MultiDiscrete as a tuple or stacked.
+
+    Returns:
+        Arrays: a Discrete's start added, and a Box's clipped to its bounds.
+
+    Raises:
+        TrustRegionError: If the actions are not of the space's form or shape.
+    """
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(
+            actions_for(part, each) for part, each in zip(space.spaces, actions, strict=True)
+        )
+    if isinstance(space, gym.spaces.Dict):
+        return {name: actions_for(part, actions[name]) for name, part in space.spaces.items()}
+    if isinstance(actions, tuple | list):
+        actions = torch.stack(list(actions), -1)
+    values = actions.cpu().numpy()
+    shape: tuple[int, ...] = space.shape or ()
+    if values.size != len(values) * math.prod(shape):
+        raise TrustRegionError(
+            f"The policy's actions have shape {values.shape}, and {space} takes {shape} of every "
+            "environment."
+        )
+    values = values.reshape(-1, *shape)
+    if isinstance(space, gym.spaces.Discrete):
+        return values + space.start
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return values + space.start
+    if isinstance(space, gym.spaces.Box):
+        return values.clip(space.low, space.high).astype(space.dtype, copy=False)
+    return values.astype(space.dtype, copy=False)

@@ -1,0 +1,109 @@
+"""The fit of a value function to its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.returns import explained_variance
+from trpo_optim.rollouts.spaces import mapped
+
+__all__ = ["ValueFit", "fit_value"]
+
+
+@dataclass(frozen=True)
+class ValueFit:
+    """How well a value function fits.
+
+    Attributes:
+        loss: Mean squared error after the fit.
+        explained_variance_before: Share of the targets' variance explained before it.
+        explained_variance: The same after it.
+    """
+
+    loss: float
+    explained_variance_before: float
+    explained_variance: float
+
+
+def fit_value(
+    critic: Callable[[Any], Tensor],
+    observations: Any,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int = 10,
+    minibatch: int | None = None,
+) -> ValueFit:
+    """Fit a value function to its targets by least squares.
+
+    Args:
+        critic: From observations (B, …) to values, (B,) or (B, 1).
+        observations: Shape (B, …), or a dict or tuple of such.
+        targets: Shape (B,).
+        optimizer: Of the critic's parameters: Adam with minibatches, or ``torch.optim.LBFGS`` on
+            the whole, for which one or two epochs do.
+        epochs: Passes over the data, in an order drawn afresh by torch's global generator.
+        minibatch: Rows per step. None: all of them.
+
+    Returns:
+        How well it fits.
+
+    Raises:
+        TrustRegionError: If lengths differ, there are no rows, a target is not finite, or epochs or
+            minibatch are below 1.
+    """
+    if targets.dim() != 1 or not len(targets):
+        raise TrustRegionError(
+            f"targets has shape {tuple(targets.shape)}; it must be (B,), with rows in it."
+        )
+    mapped(lambda each: _require_length(each, len(targets)), observations)
+    if not targets.isfinite().all():
+        raise TrustRegionError("targets holds NaN or infinity; every target must be a number.")
+    if epochs < 1 or (minibatch is not None and minibatch < 1):
+        raise TrustRegionError(f"epochs is {epochs!r} and minibatch {minibatch!r}; at least 1.")
+
+    @torch.no_grad()
+    def predictions() -> Tensor:
+        return critic(observations).reshape(-1)
+
+    before = explained_variance(predictions(), targets)
+    for _ in range(epochs):
+        if minibatch is None:
+            optimizer.step(partial(_error, critic, observations, targets, optimizer))  # type: ignore[arg-type]  # torch says float, and takes tensors
+            continue
+        for chosen in torch.randperm(len(targets)).split(minibatch):
+            rows = chosen.to(targets.device)
+            part = mapped(itemgetter(rows), observations)
+            optimizer.step(partial(_error, critic, part, targets[rows], optimizer))  # type: ignore[arg-type]  # as above
+    after = predictions()
+    return ValueFit(
+        float((after - targets).square().mean()), before, explained_variance(after, targets)
+    )
+
+
+def _error(
+    critic: Callable[[Any], Tensor],
+    observations: Any,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer,
+) -> Tensor:
+    """Return the mean squared error, its gradients in place."""
+    optimizer.zero_grad()
+    loss = (critic(observations).reshape(-1) - targets).square().mean()
+    loss.backward()
+    return loss
+
+
+def _require_length(observations: Tensor, count: int) -> None:
+    if len(observations) != count:
+        raise TrustRegionError(
+            f"There are {len(observations)} observations and {count} targets; as many of both."
+        )

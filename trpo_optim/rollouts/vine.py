@@ -1,0 +1,286 @@
+"""Vine, the paper's second sampling scheme: several actions tried from the same states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import SyncVectorEnv
+from torch import Tensor
+
+from trpo_optim.distributions import log_prob, sample
+from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.returns import require_shares
+from trpo_optim.rollouts.single_path import Cursor, RolloutError, SinglePathBatch, single_path
+from trpo_optim.rollouts.snapshot import Snapshot, capture, restore
+from trpo_optim.rollouts.spaces import actions_for, mapped, one_of, stacked, tensors_of
+
+__all__ = ["VineBatch", "vine"]
+
+Rule = Callable[[int, Cursor], "np.ndarray[Any, Any]"]
+"""From a step's number and where the trunk stands to which environments' states are taken, (N,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class VineBatch:
+    """S states of the trunk, K actions tried from each.
+
+    Attributes:
+        trunk: The trajectories that the states were taken from.
+        observations: Of the rollout set, (S, …).
+        actions: Shape (S, K, …).
+        q: Estimates of Q(s, a), shape (S, K).
+        sampling_log_prob: ln q(a|s) of the actions, (S, K); None where all actions were tried.
+        steps: Simulator steps of trunk and branches together.
+    """
+
+    trunk: SinglePathBatch
+    observations: Any
+    actions: Any
+    q: Tensor
+    sampling_log_prob: Tensor | None
+    steps: int
+
+
+@torch.no_grad()
+def vine(
+    envs: SyncVectorEnv,
+    policy: Callable[[Any], Any],
+    *,
+    steps: int,
+    states: int | Rule,
+    branches: int | None = None,
+    sampling: Literal["policy", "uniform"] = "policy",
+    horizon: int,
+    discount: float,
+    critic: Callable[[Any], Tensor] | None = None,
+    common_random_numbers: bool = True,
+    after: SinglePathBatch | Cursor | None = None,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> VineBatch:
+    """Let a policy act, return to some of the states, and try several actions from each.
+
+    The environments are left where the trunk ended, so that the next call can go on ``after`` it.
+
+    Args:
+        envs: Environments whose states can be captured (``capture``), without vector wrappers.
+        policy: From observations (N, …) to what ``trpo_optim.sample`` draws from.
+        steps: The trunk's steps of each environment.
+        states: How many of the trunk's states to return to, drawn uniformly; or a rule that says
+            which.
+        branches: K, how many actions to try from each state. None: every action of a Discrete
+            space, for the estimator (15).
+        sampling: What draws K actions, for the estimator (16): the policy, or all alike.
+        horizon: Most steps of a branch, the first action's included.
+        discount: γ, in [0, 1].
+        critic: What a branch is worth that was cut off, from observations (B, …) to (B,) or
+            (B, 1). None: nothing.
+        common_random_numbers: Whether the branches of a state meet the same random numbers, in the
+            policy's sampling and in the environment, which makes their differences more certain.
+        after: The trunk, or its ``end``, that this one goes on from. None: the environments are
+            reset.
+        seed: Of the reset.
+        device: Where policy and critic live.
+
+    Returns:
+        The batch.
+
+    Raises:
+        TrustRegionError: If an argument does not fit, or the environments cannot be captured.
+        RolloutError: If an environment fails; its batch holds the states that were finished.
+
+    Source:
+        Schulman et al. (2015), section 5.2; common random numbers: Ng & Jordan, "PEGASUS", 2000.
+    """
+    _require(
+        envs, states=states, branches=branches, sampling=sampling, steps=steps, horizon=horizon
+    )
+    require_shares(discount=discount)
+    chosen: list[tuple[Snapshot, Any]] = []
+    rule = _uniform(states, steps, envs.num_envs) if isinstance(states, int) else states
+
+    def keep(step: int, cursor: Cursor) -> None:
+        wanted = rule(step, cursor) & ~cursor.resetting
+        for index in np.flatnonzero(wanted):
+            observation = one_of(cursor.observations, int(index))
+            chosen.append((capture(envs.envs[index]), observation))
+
+    trunk = single_path(
+        envs, policy, steps=steps, after=after, seed=seed, device=device, before_step=keep
+    )
+    if not chosen:
+        raise TrustRegionError("The rule chose no state of the trunk. Take at least one.")
+    observations = tensors_of(stacked([each for _, each in chosen]), device)
+    actions, sampling_log_prob = _branch_actions(
+        policy(observations), len(chosen), envs.single_action_space, branches, sampling, device
+    )
+    branch = _Branches(envs.envs, policy, critic, horizon, discount, device)
+    ending = capture(envs)
+    q: list[Tensor] = []
+
+    def batch() -> VineBatch:
+        done = sum(map(len, q))
+        return VineBatch(
+            trunk=trunk,
+            observations=mapped(lambda each: each[:done], observations),
+            actions=mapped(lambda each: each[:done], actions),
+            q=torch.cat(q) if q else torch.zeros(0, 0),
+            sampling_log_prob=None if sampling_log_prob is None else sampling_log_prob[:done],
+            steps=int(trunk.valid.sum()) + branch.steps,
+        )
+
+    try:
+        for start in range(0, len(chosen), envs.num_envs):
+            rows = slice(start, start + envs.num_envs)
+            tried = mapped(lambda each: each[rows], actions)  # noqa: B023 (used at once)
+            q.append(branch.values(chosen[rows], tried, common=common_random_numbers))
+    except Exception as error:
+        raise RolloutError(
+            f"A branch failed ({type(error).__name__}: {error}). The states that were finished are "
+            "this error's batch.",
+            batch(),
+        ) from error
+    finally:
+        restore(envs, ending)
+    return batch()
+
+
+@dataclass
+class _Branches:
+    """Runs branches from as many states at once as there are environments."""
+
+    envs: list[gym.Env[Any, Any]]
+    policy: Callable[[Any], Any]
+    critic: Callable[[Any], Tensor] | None
+    horizon: int
+    discount: float
+    device: torch.device | str
+    steps: int = 0
+
+    def values(self, states: list[tuple[Snapshot, Any]], actions: Any, *, common: bool) -> Tensor:
+        """Return one estimate of Q for each state and action, (S, K)."""
+        width = _width(actions)
+        seeds = torch.randint(2**62, (width, len(states) + 1))
+        if common:
+            seeds = seeds[:1].expand(width, -1)
+        result = []
+        with torch.random.fork_rng(devices=_devices(self.device)):
+            for index in range(width):
+                own, *noise = seeds[index].tolist()
+                torch.manual_seed(own)
+                for env, (snapshot, _), each in zip(self.envs, states, noise, strict=False):
+                    restore(env, snapshot)
+                    env.unwrapped.np_random = np.random.default_rng(each)
+                first = mapped(lambda each: each[:, index], actions)  # noqa: B023 (used at once)
+                result.append(self._returns([each for _, each in states], first))
+        return torch.stack(result, 1)
+
+    def _returns(self, observations: list[Any], actions: Any) -> Tensor:
+        """Return the discounted return of one branch from each state, (S,)."""
+        count = len(observations)
+        space = self.envs[0].action_space
+        returns, weights = np.zeros(count), np.ones(count)
+        alive, open_ended = np.ones(count, dtype=bool), np.ones(count, dtype=bool)
+        observations = list(observations)
+        for step in range(self.horizon):
+            if step:
+                seen = tensors_of(stacked(observations), self.device)
+                actions = sample(self.policy(seen))
+            taken = actions_for(space, actions)
+            for index in np.flatnonzero(alive):
+                own = mapped(lambda each: each[index], taken)  # noqa: B023 (used at once)
+                observation, reward, terminated, truncated, _ = self.envs[index].step(own)
+                if not math.isfinite(reward):
+                    raise ValueError(f"the reward was {reward}")
+                observations[index] = observation
+                returns[index] += weights[index] * float(reward)
+                weights[index] *= self.discount
+                alive[index] = not (terminated or truncated)
+                open_ended[index] = not terminated
+                self.steps += 1
+            if not alive.any():
+                break
+        total = torch.as_tensor(returns, dtype=torch.get_default_dtype(), device=self.device)
+        if self.critic is None:
+            return total
+        rest = self.critic(tensors_of(stacked(observations), self.device)).reshape(-1)
+        return total + torch.as_tensor(weights * open_ended).to(rest) * rest
+
+
+def _width(actions: Any) -> int:
+    """Return K of actions of shape (S, K, …)."""
+    while not isinstance(actions, Tensor):
+        actions = next(iter(actions.values() if isinstance(actions, Mapping) else actions))
+    return actions.shape[1]
+
+
+def _branch_actions(
+    dist: Any,
+    count: int,
+    space: gym.Space[Any],
+    branches: int | None,
+    sampling: str,
+    device: torch.device | str,
+) -> tuple[Any, Tensor | None]:
+    """Return the actions to try, (S, K, …), and ln q of them."""
+    if branches is not None and sampling == "policy":
+        drawn = [sample(dist) for _ in range(branches)]
+        logs = torch.stack([log_prob(dist, each) for each in drawn], 1)
+        return mapped(lambda *each: torch.stack(each, 1), *drawn), logs
+    assert isinstance(space, gym.spaces.Discrete)  # as required before
+    number = int(space.n)
+    if branches is None:
+        return torch.arange(number, device=device).expand(count, -1), None
+    actions = torch.randint(number, (count, branches), device=device)
+    return actions, torch.full(actions.shape, -math.log(number), device=device)
+
+
+def _uniform(states: int, steps: int, count: int) -> Rule:
+    """Return the rule that takes so many of a trunk's rows, all alike."""
+    rows = torch.randperm(steps * count)[:states]
+    wanted = np.zeros((steps, count), dtype=bool)
+    wanted.reshape(-1)[rows.numpy()] = True
+    return lambda step, cursor: wanted[step]  # noqa: ARG005 (one form for all rules)
+
+
+def _require(
+    envs: SyncVectorEnv,
+    *,
+    states: int | Rule,
+    branches: int | None,
+    sampling: str,
+    **whole: int,
+) -> None:
+    """Check the arguments that are not single_path's."""
+    if not isinstance(envs, SyncVectorEnv):
+        raise TrustRegionError(
+            f"vine() got a {type(envs).__name__}. Branches need the environments themselves: use "
+            "gymnasium.vector.SyncVectorEnv, with wrappers around each environment."
+        )
+    if isinstance(states, int):
+        whole["states"] = states
+    if branches is not None:
+        whole["branches"] = branches
+    for name, value in whole.items():
+        if value < 1:
+            raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if sampling not in {"policy", "uniform"}:
+        raise TrustRegionError(f"sampling is {sampling!r}; it must be 'policy' or 'uniform'.")
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Discrete) and (branches is None or sampling == "uniform"):
+        raise TrustRegionError(
+            f"The actions are {space}, of which not all can be tried, nor drawn alike. Give the "
+            "number of branches, and sampling='policy'."
+        )
+
+
+def _devices(device: torch.device | str) -> list[torch.device]:
+    """Return the devices but the CPU whose random state sampling moves."""
+    made = torch.device(device)
+    return [] if made.type == "cpu" else [made]

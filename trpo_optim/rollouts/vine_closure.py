@@ -1,0 +1,77 @@
+"""The paper's two estimators on a vine, as the optimizer's closure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.batch import Closures
+from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob
+from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.spaces import mapped
+from trpo_optim.rollouts.vine import VineBatch
+
+__all__ = ["vine_closure"]
+
+
+def vine_closure(
+    policy: Callable[[Any], Any], batch: VineBatch, *, entropy_bonus: float = 0.0
+) -> Closures:
+    """Return what ``optimizer.step`` takes for one step on a vine.
+
+    The loss is that of the rollout set: where every action was tried, −mean Σ π(a|s) Q(s, a);
+    otherwise the self-normalised −mean Σ r Q / Σ r with r = π(a|s)/q(a|s). Neither changes with
+    what is added to the Q of a state. The KL is one per sample, over all states of the trunk; the
+    distribution there is the third value.
+
+    Args:
+        policy: What collected the batch.
+        batch: What ``vine`` returned.
+        entropy_bonus: What a nat of the mean entropy is worth, in units of Q.
+
+    Returns:
+        What ``step`` takes in place of a closure.
+
+    Raises:
+        TrustRegionError: If the batch is empty or a Q is not finite.
+
+    Source:
+        Schulman et al. (2015), equations 15 and 16.
+    """
+    if batch.q.numel() == 0:
+        raise TrustRegionError("The vine is empty: no state has branches.")
+    if not batch.q.isfinite().all():
+        raise TrustRegionError("The vine's Q holds NaN or infinity. Look at rewards and critic.")
+    trunk = batch.trunk.flat(batch.trunk.observations)
+    with torch.no_grad():
+        old = frozen(policy(trunk))
+        start = _log_probs(policy(batch.observations), batch)
+    base = start if batch.sampling_log_prob is None else batch.sampling_log_prob
+    shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)
+    gains = batch.q - (shares * batch.q).sum(1, keepdim=True)  # so that the loss begins at zero
+
+    def closure() -> tuple[Tensor, Tensor, Any]:
+        dist = policy(batch.observations)
+        logs = _log_probs(dist, batch)
+        if batch.sampling_log_prob is None:
+            loss = -(logs.exp() * gains).sum(1).mean()
+        else:
+            loss = -((logs - base).softmax(1) * gains).sum(1).mean()
+        if entropy_bonus:
+            loss = loss - entropy_bonus * entropy(dist).mean()
+        new = policy(trunk)
+        return loss, joint_kl(old, new), new
+
+    return Closures([closure])
+
+
+def _log_probs(dist: Any, batch: VineBatch) -> Tensor:
+    """Return ln π of the actions that were tried, (S, K)."""
+    columns = range(batch.q.shape[1])
+    return torch.stack(
+        [log_prob(dist, mapped(lambda each: each[:, k], batch.actions)) for k in columns],  # noqa: B023 (used at once)
+        1,
+    )
