@@ -106,7 +106,7 @@ def test_common_random_numbers_make_differences_more_certain() -> None:
 
     torch.manual_seed(0)
     both: dict[bool, list[Tensor]] = {True: [], False: []}
-    for seed in range(30):
+    for seed in range(10):
         for common, found in both.items():
             batch = vine(
                 envs,
