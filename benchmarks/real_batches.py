@@ -13,9 +13,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import gymnasium as gym
 import torch
@@ -101,25 +100,27 @@ def make(env_id: str, updates: int) -> Pool:
         The pool.
     """
     run = train.new_run(train.Args(env_id=env_id))
-    batches = train.rollouts(run)
-    for batch in islice(batches, updates):
-        advantage, target = train.advantages(run, batch)
-        train.update_policy(run, batch, advantage)
-        train.fit_critic(run, batch, target)
-        run.observation_stats.update(batch.raw_observations)
+    for _ in range(updates):
+        train.improve(run, train.collect(run))
         run.update += 1
     before = len(run.episodes)
-    rollouts = [next(batches)]
-    with patch.object(run.return_stats, "update"):
-        rollouts.extend(islice(batches, ROLLOUTS - 1))
+    observations, actions, advantages = [], [], []
+    for number in range(ROLLOUTS):
+        batch = train.collect(run)
+        if number == 0:
+            train.scaled_rewards(run, batch)
+        rewards = batch.rewards / math.sqrt(run.return_stats.var + 1e-8)
+        observations.append(run.normalise(batch.flat(batch.observations)))
+        actions.append(batch.flat(batch.actions))
+        advantages.append(batch.flat(train.advantages(run, batch, rewards)[0]))
     run.envs.close()
     return Pool(
         env_id=env_id,
         updates=updates,
         policy=run.policy,
-        observations=torch.stack([each.observations.flatten(0, 1) for each in rollouts]),
-        actions=torch.stack([each.actions.flatten(0, 1) for each in rollouts]),
-        advantages=torch.stack([train.advantages(run, each)[0].flatten() for each in rollouts]),
+        observations=torch.stack(observations),
+        actions=torch.stack(actions),
+        advantages=torch.stack(advantages),
         returns=torch.tensor([value for _, value in run.episodes[before:]]),
     )
 

@@ -4,14 +4,15 @@
 
 Box and Discrete actions; vector environments; GAE; observation and reward scaling; the critic by
 Adam. Everything goes to runs/ENV__MODE__SEED: TensorBoard events, training.png, and checkpoint.pt,
-from which ``--resume`` continues. Without it, an earlier run's folder is kept under another name.
+from which ``--resume`` goes on bit for bit, the environments included. Without it, an earlier run's
+folder is kept under another name.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,18 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from trpo_optim import StepReport, TrustRegionOptimizer, frozen, mean_kl
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim.rollouts import (
+    Cursor,
+    SinglePathBatch,
+    ValueFit,
+    capture,
+    fit_value,
+    gae,
+    policy_closure,
+    restore,
+    single_path,
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +97,10 @@ def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode."""
 
     def make() -> gym.Env[Any, Any]:
-        recorded = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id))
-        env = gym.wrappers.FlattenObservation(recorded)
-        return gym.wrappers.ClipAction(env) if isinstance(env.action_space, gym.spaces.Box) else env
+        env = gym.make(args.env_id)
+        space = env.observation_space
+        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        return env if flat else gym.wrappers.FlattenObservation(env)
 
     return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
@@ -130,17 +143,29 @@ class Policy(nn.Module):
         return Independent(Normal(output, self.log_std.exp()), 1)
 
 
-@dataclass
-class Batch:
-    """One rollout, T steps of N environments; observations are already normalised."""
+class Normaliser:
+    """Brings observations to zero mean and unit variance, clipped at 10."""
 
-    observations: Tensor  # (T, N, D)
-    actions: Tensor  # (T, N) or (T, N, A)
-    rewards: Tensor  # (T, N), scaled
-    dones: Tensor  # (T, N), 1 where an episode ended after the step
-    next_observations: Tensor  # (N, D), after the last step
-    cut: list[tuple[int, int, Tensor]]  # step, environment, final observation: time limits
-    raw_observations: np.ndarray[Any, Any]  # (T * N, D), as they came
+    def __init__(self, size: int, device: str) -> None:
+        self.stats = RunningMeanStd(shape=(size,))
+        self.device = device
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the statistics."""
+        mean, scale = self.stats.mean, np.sqrt(self.stats.var + 1e-8)
+        self.mean, self.scale = (
+            torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in (mean, scale)
+        )
+
+    def update(self, observations: Tensor) -> None:
+        """Count further observations in, shape (B, D)."""
+        self.stats.update(observations.cpu().numpy())
+        self.refresh()
+
+    def __call__(self, observations: Tensor) -> Tensor:
+        """Return them scaled."""
+        return ((observations - self.mean) / self.scale).clamp_(-10, 10)
 
 
 @dataclass
@@ -153,8 +178,10 @@ class Run:
     critic: nn.Sequential
     optimizer: TrustRegionOptimizer
     critic_optimizer: torch.optim.Adam
-    observation_stats: RunningMeanStd
+    normalise: Normaliser
+    discounted: Tensor  # return so far of each environment's episode, (N,)
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
+    end: Cursor | None = None  # where the environments stand
     update: int = 0
     episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
     kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update
@@ -168,20 +195,24 @@ class Run:
         """Mean return of the last 20 episodes."""
         return float(np.mean([value for _, value in self.episodes[-20:]] or [math.nan]))
 
-    def normalise(self, observation: np.ndarray[Any, Any]) -> Tensor:
-        """Return observations of zero mean and unit variance, clipped at 10."""
-        stats = self.observation_stats
-        scaled = (observation - stats.mean) / np.sqrt(stats.var + 1e-8)
-        return torch.as_tensor(scaled, dtype=torch.float32).clamp_(-10, 10).to(self.args.device)
+    def act(self, observations: Tensor) -> Distribution:
+        """Return the policy on observations as the environments give them."""
+        dist: Distribution = self.policy(self.normalise(observations))
+        return dist
+
+    def value(self, observations: Tensor) -> Tensor:
+        """Return the critic on observations as the environments give them."""
+        value: Tensor = self.critic(self.normalise(observations))
+        return value
 
 
 def new_run(args: Args) -> Run:
     """Build environments, networks and optimizers."""
     torch.manual_seed(args.seed)
     envs = make_envs(args)
-    observations = math.prod(envs.single_observation_space.shape or ())
-    policy = Policy(observations, envs.single_action_space, args).to(args.device)
-    critic = mlp(observations, args.hidden, 1, gain=1.0).to(args.device)
+    size = math.prod(envs.single_observation_space.shape or ())
+    policy = Policy(size, envs.single_action_space, args).to(args.device)
+    critic = mlp(size, args.hidden, 1, gain=1.0).to(args.device)
     return Run(
         args=args,
         envs=envs,
@@ -191,118 +222,75 @@ def new_run(args: Args) -> Run:
             policy.parameters(), mode=args.mode, max_kl=args.max_kl, lr=args.lr
         ),
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr),
-        observation_stats=RunningMeanStd(shape=(observations,)),
+        normalise=Normaliser(size, args.device),
+        discounted=torch.zeros(args.num_envs, device=args.device),
     )
 
 
-def for_envs(run: Run, action: Tensor) -> np.ndarray[Any, Any]:
-    """Return actions as the environments' space has them."""
-    space = run.envs.single_action_space
-    if isinstance(space, gym.spaces.Discrete):
-        return action.cpu().numpy() + int(space.start)
-    return action.cpu().numpy().reshape(-1, *(space.shape or ()))
+def collect(run: Run) -> SinglePathBatch:
+    """Return the next batch; episodes run on from one to the next."""
+    args = run.args
+    seed = int(np.random.SeedSequence([args.seed, run.update]).generate_state(1)[0])
+    batch = single_path(
+        run.envs,
+        run.act,
+        steps=args.batch_size // args.num_envs,
+        after=run.end,
+        seed=None if run.end is not None else seed,
+        device=args.device,
+    )
+    run.end = batch.end
+    ends = (batch.terminated | batch.truncated).nonzero()[:, 0].tolist()
+    for step, value in zip(ends, batch.episode_returns, strict=True):
+        run.episodes.append((float(run.step + (step + 1) * args.num_envs), value))
+    return batch
 
 
-def rollouts(run: Run) -> Iterator[Batch]:
-    """Yield one batch after another; episodes run on from each to the next."""
-    args, envs = run.args, run.envs
-    length = args.batch_size // args.num_envs
-    seed = np.random.SeedSequence([args.seed, run.update]).generate_state(1)
-    raw, _ = envs.reset(seed=int(seed[0]))
-    discounted = np.zeros(args.num_envs)
-    while True:
-        raws, actions, rewards, dones, cut = [], [], [], [], []
-        for step in range(length):
-            raws.append(raw)
-            with torch.no_grad():
-                action = run.policy(run.normalise(raw)).sample()
-            raw, reward, terminated, truncated, info = envs.step(for_envs(run, action))
-            done = terminated | truncated
-            actions.append(action)
-            rewards.append(reward)
-            dones.append(done)
-            for index in np.flatnonzero(done):
-                episode = info["final_info"]["episode"]["r"][index]
-                now = run.step + (step + 1) * args.num_envs
-                run.episodes.append((float(now), float(episode)))
-                if not terminated[index]:
-                    cut.append((step, int(index), run.normalise(info["final_obs"][index])))
-        returns = []
-        for reward, done in zip(rewards, dones, strict=True):
-            discounted = args.gamma * discounted + reward
-            returns.append(discounted)
-            discounted = discounted * ~done
-        run.return_stats.update(np.concatenate(returns))
-        scale = math.sqrt(run.return_stats.var + 1e-8)
-        yield Batch(
-            observations=run.normalise(np.stack(raws)),
-            actions=torch.stack(actions),
-            rewards=torch.as_tensor(np.stack(rewards) / scale, dtype=torch.float32).to(args.device),
-            dones=torch.as_tensor(np.stack(dones), dtype=torch.float32).to(args.device),
-            next_observations=run.normalise(raw),
-            cut=cut,
-            raw_observations=np.concatenate(raws),
-        )
+def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
+    """Return rewards over the standard deviation of the discounted returns so far, (T, N)."""
+    returns = []
+    for reward, ends in zip(batch.rewards, batch.terminated | batch.truncated, strict=True):
+        run.discounted = run.args.gamma * run.discounted + reward
+        returns.append(run.discounted)
+        run.discounted = run.discounted * ~ends
+    run.return_stats.update(torch.cat(returns).double().cpu().numpy())
+    return batch.rewards / math.sqrt(run.return_stats.var + 1e-8)
 
 
-@torch.no_grad()
-def advantages(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return GAE's advantages and the critic's targets, both (T, N).
-
-    A terminated episode is worth nothing after its end; one that the time limit cut goes on being
-    worth the critic's value of its last observation.
-    """
-    observations = torch.cat([batch.observations, batch.next_observations[None]])
-    values = run.critic(observations).squeeze(-1)
-    following = values[1:] * (1 - batch.dones)
-    for step, index, observation in batch.cut:
-        following[step, index] = run.critic(observation).squeeze(-1)
-    deltas = batch.rewards + run.args.gamma * following - values[:-1]
-    result = torch.zeros_like(deltas)
-    carried = torch.zeros_like(deltas[0])
-    for step in reversed(range(len(deltas))):
-        fade = run.args.gamma * run.args.gae_lambda * (1 - batch.dones[step])
-        carried = deltas[step] + fade * carried
-        result[step] = carried
-    return result, result + values[:-1]
+def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return GAE's advantages and the critic's targets, both (T, N)."""
+    args = run.args
+    values, following = batch.values(run.value)
+    result = gae(
+        rewards, values, following, batch.ends, discount=args.gamma, gae_lambda=args.gae_lambda
+    )
+    return result, result + values
 
 
-def update_policy(run: Run, batch: Batch, advantage: Tensor) -> StepReport:
-    """Take one step of the optimizer on the surrogate loss."""
-    observations, actions = batch.observations.flatten(0, 1), batch.actions.flatten(0, 1)
-    advantage = advantage.flatten()
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    with torch.no_grad():
-        old = frozen(run.policy(observations))
-        old_log_prob = old.log_prob(actions)
-
-    def closure() -> tuple[Tensor, Tensor, Distribution]:
-        dist = run.policy(observations)
-        ratio = (dist.log_prob(actions) - old_log_prob).exp()
-        return -(ratio * advantage).mean(), mean_kl(old, dist), dist
-
-    return run.optimizer.step(closure)
+def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
+    """Take one step of the policy, and fit the critic to its targets."""
+    advantage, targets = advantages(run, batch, scaled_rewards(run, batch))
+    standard = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    report = run.optimizer.step(policy_closure(run.act, batch, standard))
+    fit = fit_critic(run, batch, targets)
+    run.normalise.update(batch.flat(batch.observations))
+    return report, fit
 
 
-def fit_critic(run: Run, batch: Batch, target: Tensor) -> float:
-    """Fit the critic to its targets by Adam; return the last mean squared error."""
-    observations, targets = batch.observations.flatten(0, 1), target.flatten()
-    loss = torch.zeros(())
-    for _ in range(run.args.critic_epochs):
-        for rows in torch.split(torch.randperm(len(targets)), run.args.critic_minibatch):
-            loss = (run.critic(observations[rows]).squeeze(-1) - targets[rows]).square().mean()
-            run.critic_optimizer.zero_grad()
-            loss.backward()
-            run.critic_optimizer.step()
-    return loss.item()
+def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
+    """Fit the critic by Adam."""
+    return fit_value(
+        run.critic,
+        run.normalise(batch.flat(batch.observations)),
+        batch.flat(targets),
+        run.critic_optimizer,
+        epochs=run.args.critic_epochs,
+        minibatch=run.args.critic_minibatch,
+    )
 
 
 def save(run: Run) -> None:
     """Write the checkpoint so that whatever happens, a whole one is there."""
-    stats = {
-        name: {key: torch.as_tensor(getattr(each, key)) for key in ("mean", "var", "count")}
-        for name, each in (("observation", run.observation_stats), ("return", run.return_stats))
-    }
     content = {
         "args": comparable(run.args),
         "update": run.update,
@@ -312,7 +300,15 @@ def save(run: Run) -> None:
         "critic": run.critic.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "critic_optimizer": run.critic_optimizer.state_dict(),
-        "stats": stats,
+        "discounted": run.discounted,
+        "stats": {
+            name: {
+                key: torch.as_tensor(getattr(each, key), dtype=torch.float64)
+                for key in ("mean", "var", "count")
+            }
+            for name, each in stats_of(run).items()
+        },
+        "environments": pickled_environments(run),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
@@ -325,11 +321,26 @@ def save(run: Run) -> None:
     half.replace(path)
 
 
+def stats_of(run: Run) -> dict[str, RunningMeanStd]:
+    """Return the run's running statistics by name."""
+    return {"observation": run.normalise.stats, "return": run.return_stats}
+
+
+def pickled_environments(run: Run) -> Tensor | None:
+    """Return where the environments stand, as bytes; None where that is out of reach."""
+    try:
+        content = pickle.dumps((run.end, capture(run.envs)))
+    except TrustRegionError:
+        return None
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 def load(run: Run) -> None:
     """Take up the run where its checkpoint left it, or at the beginning where there is none.
 
-    Environments cannot be saved: they start new episodes, seeded by the number of the update, so
-    that two resumptions agree.
+    The run goes on bit for bit as if it had never stopped. Environments whose state cannot be
+    captured (Box2D's, say) start new episodes instead. A checkpoint holds pickled environments:
+    load none that you do not trust.
 
     Args:
         run: A new run.
@@ -356,10 +367,18 @@ def load(run: Run) -> None:
     run.critic.load_state_dict(content["critic"])
     run.optimizer.load_state_dict(content["optimizer"])
     run.critic_optimizer.load_state_dict(content["critic_optimizer"])
-    for name, stats in (("observation", run.observation_stats), ("return", run.return_stats)):
+    for name, stats in stats_of(run).items():
         saved = content["stats"][name]
         stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
         stats.count = saved["count"].item()
+    run.normalise.refresh()
+    if content["environments"] is None:
+        print(f"The state of {run.args.env_id} could not be saved: it starts new episodes.")
+    else:
+        run.discounted = content["discounted"].to(run.args.device)
+        run.end, snapshot = pickle.loads(content["environments"].numpy().tobytes())
+        run.envs.reset()
+        restore(run.envs, snapshot)
     torch.set_rng_state(content["random"])
     if content["random_cuda"]:
         torch.cuda.set_rng_state_all(content["random_cuda"])
@@ -380,15 +399,16 @@ def comparable(args: Args) -> dict[str, Any]:
     return {key: value for key, value in asdict(args).items() if key not in free}
 
 
-def log(run: Run, writer: SummaryWriter, report: StepReport, critic_loss: float) -> None:
-    """Write every field of the report, and the run's own figures, to TensorBoard."""
+def log(run: Run, writer: SummaryWriter, report: StepReport, fit: ValueFit) -> None:
+    """Write every field of report and fit, and the run's own figures, to TensorBoard."""
     for name, value in report.as_dict().items():
         if isinstance(value, str):
             writer.add_text(f"report/{name}", value, run.step)
         else:
             writer.add_scalar(f"report/{name}", value, run.step)
     writer.add_scalar("charts/recent_return", run.recent_return(), run.step)
-    writer.add_scalar("losses/critic", critic_loss, run.step)
+    for name, value in asdict(fit).items():
+        writer.add_scalar(f"critic/{name}", value, run.step)
 
 
 def draw(run: Run) -> Path:
@@ -438,17 +458,12 @@ def train(args: Args) -> Run:
         load(run)
     updates = args.total_steps // args.batch_size
     writer = SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)
-    batches = rollouts(run)
     with tqdm(total=updates * args.batch_size, initial=run.step, unit="step") as progress:
         while run.update < updates:
-            batch = next(batches)
-            advantage, target = advantages(run, batch)
-            report = update_policy(run, batch, advantage)
-            critic_loss = fit_critic(run, batch, target)
-            run.observation_stats.update(batch.raw_observations)
+            report, fit = improve(run, collect(run))
             run.update += 1
             run.kls.append((float(run.step), report.kl))
-            log(run, writer, report, critic_loss)
+            log(run, writer, report, fit)
             if run.update % args.checkpoint_every == 0 or run.update == updates:
                 save(run)
             progress.update(args.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 import train
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Tensor, nn
 
 from trpo_optim import TrustRegionOptimizer, frozen, log_prob, mean_kl, sample, sampled_kl
@@ -181,10 +181,8 @@ def learn_environment(
         seed=seed, num_envs=20, batch_size=2000, gamma=gamma, critic_epochs=10, critic_minibatch=200
     )
     policy: Any = learner.policy
-    envs = SyncVectorEnv(
-        [lambda: gym.wrappers.RecordEpisodeStatistics(make())] * args.num_envs,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
+    envs = SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    size = math.prod(envs.single_observation_space.shape or ())
     run = train.Run(
         args=args,
         envs=envs,
@@ -192,15 +190,15 @@ def learn_environment(
         critic=critic,
         optimizer=learner.optimizer,
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=critic_lr),
-        observation_stats=RunningMeanStd(shape=envs.single_observation_space.shape or ()),
+        normalise=train.Normaliser(size, "cpu"),  # never updated: observations are used as they are
+        discounted=torch.zeros(args.num_envs),
     )
-    batches = train.rollouts(run)
     for _ in range(updates):
-        batch = next(batches)
-        advantages, values = train.advantages(run, batch)
-        observations, actions = batch.observations.flatten(0, 1), batch.actions.flatten(0, 1)
-        learner.update(observations, actions, advantages.flatten())
-        train.fit_critic(run, batch, values)
+        batch = train.collect(run)
+        gains, targets = train.advantages(run, batch, train.scaled_rewards(run, batch))
+        observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
+        learner.update(observations, actions, batch.flat(gains))
+        train.fit_critic(run, batch, targets)
         run.update += 1
     envs.close()
     return float(np.mean([value for _, value in run.episodes[-100:]]))
