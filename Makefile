@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench format clean
+.PHONY: demo test bench bench-sampling format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,9 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 
 bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
 	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py
+
+bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (half an hour); writes docs/sampling.md
+	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

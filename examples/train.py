@@ -57,6 +57,8 @@ class Args:
     """environment steps, over all environments"""
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
+    constraint: Literal["mean", "max"] = "mean"
+    """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
     lr: float = 1.0
     """multiplies the policy's step; mode vanilla: the learning rate"""
     resume: bool = False
@@ -219,7 +221,11 @@ def new_run(args: Args) -> Run:
         policy=policy,
         critic=critic,
         optimizer=TrustRegionOptimizer(
-            policy.parameters(), mode=args.mode, max_kl=args.max_kl, lr=args.lr
+            policy.parameters(),
+            mode=args.mode,
+            max_kl=args.max_kl,
+            constraint=args.constraint,
+            lr=args.lr,
         ),
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr),
         normalise=Normaliser(size, args.device),
