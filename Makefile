@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench bench-sampling format clean
+.PHONY: demo test bench bench-sampling bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ bench: .venv/bench ## time this package beside its peers (a quarter of an hour);
 
 bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (half an hour); writes docs/sampling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
+
+bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes runs/learning
+	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -11,7 +11,7 @@ import pytest
 import torch
 import train
 from gymnasium.envs.toy_text.taxi import TaxiEnv
-from learning import (
+from learner import (
     Bandit,
     Learner,
     act,

@@ -316,6 +316,11 @@ def test_observations_of_nested_spaces_keep_their_form() -> None:
     assert len(batch.cut_rows) == len(batch.cut_observations["more"][0]) > 2
 
 
+def test_a_policy_may_return_the_actions_themselves() -> None:
+    batch = single_path(vector(cartpole), lambda seen: (seen[:, 3] > 0).long(), steps=30, seed=0)
+    assert torch.equal(batch.actions, (batch.observations[..., 3] > 0).long())
+
+
 def test_environments_that_reuse_their_memory_do_no_harm() -> None:
     def collected(*, copy: bool) -> SinglePathBatch:
         torch.manual_seed(0)

@@ -150,9 +150,10 @@ def single_path(
     Args:
         envs: Vector environments, in any autoreset mode, of Box, Discrete, MultiDiscrete and
             MultiBinary spaces and tuples and dicts of these.
-        policy: From observations (N, …) to what ``trpo_optim.sample`` draws from. With ``state``,
-            from observations (1, N, …), the state and where an episode starts, (1, N), to a
-            distribution of batch shape (1, N) and the next state.
+        policy: From observations (N, …) to what ``trpo_optim.sample`` draws from, or to actions
+            themselves, tensors, which are taken as they are. With ``state``, from observations
+            (1, N, …), the state and where an episode starts, (1, N), to a distribution of batch
+            shape (1, N) and the next state.
         steps: How many steps each environment takes. With ``AutoresetMode.NEXT_STEP`` a reset
             takes one, whose row is not valid.
         episodes: Instead: how many whole episodes, split evenly between the environments, since
@@ -303,10 +304,10 @@ class _Path:
         """Return actions and the policy's next recurrent state."""
         state = self.cursor.state
         if state is None:
-            return sample(self.policy(seen)), None
+            return _drawn(self.policy(seen)), None
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         dist, state = self.policy(mapped(lambda each: each[None], seen), state, starts)
-        return mapped(lambda each: each[0], sample(dist)), state
+        return mapped(lambda each: each[0], _drawn(dist)), state
 
     def batch(self) -> SinglePathBatch:
         """Return what has been collected."""
@@ -340,3 +341,8 @@ class _Path:
             episode_lengths=[length for _, length in self.episodes],
             end=self.cursor,
         )
+
+
+def _drawn(dist: Any) -> Any:
+    """Return actions of a distribution, or what are actions already."""
+    return mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)

@@ -1,0 +1,253 @@
+"""Learning curves of this package's modes and of sb3-contrib's TRPO, job by job.
+
+    make bench-learning
+
+A job is one environment, algorithm and seed. It is advanced in pieces, side by side with others;
+after each piece the policy is evaluated and one line of JSON written to runs/learning. Killed at
+any moment, the same command goes on where it stopped. benchmarks/learning_report.py makes
+docs/results.md of the lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import train
+import tyro
+from sb3_contrib import TRPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+from tqdm import tqdm
+
+from trpo_optim.rollouts import single_path
+
+MUJOCO = train.Args(total_steps=1_000_000)
+"""One set of settings for all MuJoCo tasks."""
+
+CLASSIC = train.Args(total_steps=100_000)
+"""One set of settings for classic control."""
+
+SETTINGS: dict[str, train.Args] = {
+    **{
+        env_id: replace(MUJOCO, env_id=env_id)
+        for env_id in (
+            "HalfCheetah-v5",
+            "Hopper-v5",
+            "Walker2d-v5",
+            "Ant-v5",
+            "Humanoid-v5",
+            "Reacher-v5",
+            "InvertedPendulum-v5",
+            "InvertedDoublePendulum-v5",
+        )
+    },
+    "Swimmer-v5": replace(MUJOCO, env_id="Swimmer-v5", gamma=0.9999),
+    "CartPole-v1": replace(CLASSIC, env_id="CartPole-v1"),
+    "Acrobot-v1": replace(CLASSIC, env_id="Acrobot-v1"),
+    "Pendulum-v1": replace(CLASSIC, env_id="Pendulum-v1", gamma=0.9),
+    "MountainCarContinuous-v0": replace(
+        CLASSIC, env_id="MountainCarContinuous-v0", total_steps=50_000
+    ),
+    "LunarLander-v3": replace(CLASSIC, env_id="LunarLander-v3", total_steps=200_000),
+}
+
+SB3: dict[str, Any] = {
+    "n_steps": 1024,
+    "batch_size": 128,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "cg_max_steps": 25,
+    "cg_damping": 0.1,
+    "n_critic_updates": 20,
+    "learning_rate": 1e-3,
+}
+"""What rl-baselines3-zoo's hyperparams/trpo.yml gives for MuJoCo, with two environments."""
+
+SB3_OWN: dict[str, dict[str, Any]] = {
+    "HalfCheetah-v5": {"target_kl": 0.04},
+    "Swimmer-v5": {"gamma": 0.9999},
+}
+"""What it gives for single tasks."""
+
+EPISODES = 20
+"""Episodes of an evaluation, of each kind."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    env_id: str
+    algorithm: str  # "trpo", "natural", "vanilla" or "sb3-contrib"
+    seed: int
+    folder: Path
+    pieces: int
+    changes: tuple[tuple[str, Any], ...] = ()  # of the settings
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.env_id}__{self.algorithm}__{self.seed}"
+
+    @property
+    def lines(self) -> Path:
+        """Where its evaluations are written."""
+        return self.folder / f"{self.name}.jsonl"
+
+    @property
+    def total_steps(self) -> int:
+        """How long it is, in environment steps."""
+        whole: int = dict(self.changes).get("total_steps", SETTINGS[self.env_id].total_steps)
+        return whole
+
+    def args(self, total_steps: int) -> train.Args:
+        """Return the example's settings up to so many steps."""
+        own = {"lr": VANILLA_LR} if self.algorithm == "vanilla" else {}
+        changes: dict[str, Any] = {"mode": self.algorithm, **own, **dict(self.changes)}
+        changes["total_steps"] = total_steps
+        return replace(
+            SETTINGS[self.env_id],
+            seed=self.seed,
+            run_dir=self.folder / self.name,
+            resume=True,
+            checkpoint_every=10**9,  # at the end of the piece
+            **changes,
+        )
+
+    def done(self) -> int:
+        """Return how many pieces are finished."""
+        return len(self.lines.read_text("utf-8").splitlines()) if self.lines.exists() else 0
+
+
+VANILLA_LR = 0.01
+"""Learning rate of vanilla policy gradient; no one value fits all tasks."""
+
+
+def advance(job: Job, piece: int) -> None:
+    """Train one piece further, evaluate, and append a line."""
+    steps = job.total_steps * (piece + 1) // job.pieces
+    start = time.perf_counter()
+    result = _sb3(job, steps) if job.algorithm == "sb3-contrib" else _ours(job, steps)
+    line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
+    line |= {"seconds": round(time.perf_counter() - start, 1)}
+    with job.lines.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ours(job: Job, steps: int) -> dict[str, Any]:
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run = train.train(job.args(steps))
+    envs = train.make_envs(replace(run.args, num_envs=EPISODES))
+    policies = {"sampled": run.act, "deterministic": lambda seen: run.act(seen).mode}
+    returns = {
+        name: single_path(envs, policy, episodes=EPISODES, seed=10_000 + job.seed).episode_returns
+        for name, policy in policies.items()
+    }
+    envs.close()
+    return {"steps": run.step, **returns}
+
+
+def _sb3(job: Job, steps: int) -> dict[str, Any]:
+    folder = job.folder / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    envs = make_vec_env(job.env_id, n_envs=2, seed=job.seed)
+    settings = SB3 | SB3_OWN.get(job.env_id, {})
+    if (folder / "model.zip").exists():
+        normalised = VecNormalize.load(str(folder / "normalise.pkl"), envs)
+        model = TRPO.load(folder / "model.zip", normalised, device="cpu")
+    else:
+        normalised = VecNormalize(envs, gamma=settings["gamma"])
+        model = TRPO("MlpPolicy", normalised, seed=job.seed, device="cpu", **settings)
+    model.learn(steps - model.num_timesteps, reset_num_timesteps=False)
+    model.save(folder / "model.zip")
+    normalised.save(str(folder / "normalise.pkl"))
+    judged = VecNormalize(make_vec_env(job.env_id, n_envs=1, seed=10_000 + job.seed))
+    judged.obs_rms, judged.training, judged.norm_reward = normalised.obs_rms, False, False
+    returns = {
+        name: evaluate_policy(
+            model, judged, EPISODES, deterministic=deterministic, return_episode_rewards=True
+        )[0]
+        for name, deterministic in (("sampled", False), ("deterministic", True))
+    }
+    return {"steps": model.num_timesteps, **returns}
+
+
+def _quietly() -> None:
+    """Prepare a worker: one thread, and no progress bar but the one of all jobs."""
+    torch.set_num_threads(1)
+    setattr(train, "tqdm", functools.partial(tqdm, disable=True))  # noqa: B010 (typed as the class)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which jobs to run."""
+
+    environments: tuple[str, ...] = tuple(SETTINGS)
+    """the tasks"""
+    algorithms: tuple[str, ...] = ("trpo",)
+    """trpo, natural, vanilla, sb3-contrib"""
+    seeds: int = 5
+    """runs of each"""
+    pieces: int = 10
+    """evaluations of each run"""
+    workers: int = 2
+    """runs side by side"""
+    folder: Path = Path("runs/learning")
+    """where lines and checkpoints go"""
+    changes: dict[str, float] | None = None
+    """settings to change, for a study: --changes max_kl 0.02"""
+
+
+def main(settings: Settings) -> None:
+    """Advance all jobs to their ends.
+
+    Args:
+        settings: Which.
+    """
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    kinds = asdict(train.Args())
+    changes = tuple(
+        (name, type(kinds[name])(value)) for name, value in (settings.changes or {}).items()
+    )
+    jobs = [
+        Job(env_id, algorithm, seed, settings.folder, settings.pieces, changes)
+        for seed in range(settings.seeds)
+        for algorithm in settings.algorithms
+        for env_id in settings.environments
+    ]
+    waiting = deque((job, job.done()) for job in jobs if job.done() < job.pieces)
+    running: dict[Future[None], tuple[Job, int]] = {}
+    total, finished = len(jobs) * settings.pieces, sum(job.done() for job in jobs)
+    with (
+        ProcessPoolExecutor(settings.workers, initializer=_quietly) as pool,
+        tqdm(total=total, initial=finished, unit="piece") as progress,
+    ):
+        while waiting or running:
+            while waiting and len(running) < settings.workers:
+                job, piece = waiting.popleft()
+                running[pool.submit(advance, job, piece)] = job, piece
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job, piece = running.pop(future)
+                future.result()
+                progress.update()
+                progress.set_postfix_str(job.name)
+                if piece + 1 < job.pieces:
+                    waiting.appendleft((job, piece + 1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
