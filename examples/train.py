@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from trpo_optim.rollouts import (
     fit_value,
     gae,
     policy_closure,
+    restorable,
     restore,
     single_path,
 )
@@ -99,7 +101,7 @@ def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode."""
 
     def make() -> gym.Env[Any, Any]:
-        env = gym.make(args.env_id)
+        env = restorable(partial(gym.make, args.env_id))
         space = env.observation_space
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         return env if flat else gym.wrappers.FlattenObservation(env)
@@ -297,6 +299,7 @@ def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
 
 def save(run: Run) -> None:
     """Write the checkpoint so that whatever happens, a whole one is there."""
+    environments = pickle.dumps((run.end, capture(run.envs)))
     content = {
         "args": comparable(run.args),
         "update": run.update,
@@ -314,7 +317,7 @@ def save(run: Run) -> None:
             }
             for name, each in stats_of(run).items()
         },
-        "environments": pickled_environments(run),
+        "environments": torch.frombuffer(bytearray(environments), dtype=torch.uint8),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
@@ -332,21 +335,12 @@ def stats_of(run: Run) -> dict[str, RunningMeanStd]:
     return {"observation": run.normalise.stats, "return": run.return_stats}
 
 
-def pickled_environments(run: Run) -> Tensor | None:
-    """Return where the environments stand, as bytes; None where that is out of reach."""
-    try:
-        content = pickle.dumps((run.end, capture(run.envs)))
-    except TrustRegionError:
-        return None
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
 def load(run: Run) -> None:
     """Take up the run where its checkpoint left it, or at the beginning where there is none.
 
-    The run goes on bit for bit as if it had never stopped. Environments whose state cannot be
-    captured (Box2D's, say) start new episodes instead. A checkpoint holds pickled environments:
-    load none that you do not trust.
+    The run goes on bit for bit as if it had never stopped. Environments that do not return to their
+    state start new episodes instead. A checkpoint holds pickled environments: load none that you do
+    not trust.
 
     Args:
         run: A new run.
@@ -378,13 +372,13 @@ def load(run: Run) -> None:
         stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
         stats.count = saved["count"].item()
     run.normalise.refresh()
-    if content["environments"] is None:
-        print(f"The state of {run.args.env_id} could not be saved: it starts new episodes.")
-    else:
-        run.discounted = content["discounted"].to(run.args.device)
-        run.end, snapshot = pickle.loads(content["environments"].numpy().tobytes())
-        run.envs.reset()
+    end, snapshot = pickle.loads(content["environments"].numpy().tobytes())
+    run.envs.reset()
+    try:
         restore(run.envs, snapshot)
+        run.end, run.discounted = end, content["discounted"].to(run.args.device)
+    except TrustRegionError as error:
+        print(f"{run.args.env_id} starts new episodes: {error}")
     torch.set_rng_state(content["random"])
     if content["random_cuda"]:
         torch.cuda.set_rng_state_all(content["random_cuda"])

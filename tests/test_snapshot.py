@@ -18,18 +18,34 @@ from gymnasium import wrappers
 from gymnasium.vector import SyncVectorEnv
 
 from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import Simulator, capture, register_simulator, restore
+from trpo_optim.rollouts import (
+    Replayed,
+    Simulator,
+    capture,
+    register_simulator,
+    restorable,
+    restore,
+)
 from trpo_optim.rollouts.simulators import simulator_of
 
 gym.register_envs(ale_py)
 
 Env = gym.Env[Any, Any]
+box2d = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""What its bindings raise when they are imported."""
 
 MUJOCO = ["Hopper-v5", "Humanoid-v5", "Ant-v5", "Reacher-v5", "Swimmer-v5"]
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 TOY = ["FrozenLake-v1", "Taxi-v4", "CliffWalking-v1", "Blackjack-v1"]
 ATARI = ["ALE/Pong-v5", "ALE/Breakout-v5"]
-ADAPTERS = {"MuJoCo": MUJOCO, "classic control": CLASSIC, "toy text": TOY, "Atari": ATARI}
+BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"]
+ADAPTERS = {
+    "MuJoCo": MUJOCO,
+    "classic control": CLASSIC,
+    "toy text": TOY,
+    "Atari": ATARI,
+    "Box2D": BOX2D,
+}
 
 
 def make(env_id: str) -> Env:
@@ -41,7 +57,7 @@ def make(env_id: str) -> Env:
         env: Env = wrappers.StickyAction(wrappers.AtariPreprocessing(game), 0.25)
         env = wrappers.FrameStackObservation(env, 4)
     else:
-        env = gym.make(env_id, max_episode_steps=30)
+        env = restorable(functools.partial(gym.make, env_id, max_episode_steps=30))
         if isinstance(env.observation_space, gym.spaces.Box):
             env = wrappers.NormalizeObservation(env)
     return wrappers.NormalizeReward(wrappers.RecordEpisodeStatistics(env))
@@ -78,6 +94,7 @@ def begun(env_id: str) -> Env:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
+@box2d
 def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:
     env_ids = ADAPTERS[adapter]
     lengths = random.Random(0)
@@ -98,7 +115,10 @@ def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:
         env.close()
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "Acrobot-v1", "Taxi-v4", "ALE/Pong-v5"])
+@pytest.mark.parametrize(
+    "env_id", ["Hopper-v5", "Acrobot-v1", "Taxi-v4", "ALE/Pong-v5", "BipedalWalker-v3"]
+)
+@box2d
 def test_another_environment_made_alike_goes_on_from_a_pickled_state(env_id: str) -> None:
     env, other = begun(env_id), make(env_id)
     played(env, [env.action_space.sample() for _ in range(20)])
@@ -198,6 +218,60 @@ def test_a_simulator_can_be_made_known() -> None:
     assert [next(env.held) for _ in range(3)] == drawn == [0, 1, 2]
 
 
+def test_only_what_hides_its_state_is_replayed() -> None:
+    for env_id in ("CartPole-v1", "Hopper-v5"):
+        assert not isinstance(restorable(functools.partial(gym.make, env_id)), Replayed)
+    assert isinstance(restorable(functools.partial(gym.make, "ALE/Pong-v5")), Replayed)
+
+
+def test_a_replayed_environment_is_the_environment() -> None:
+    """Seeds, clocks and spaces are those of the one inside; the emulator repeats actions."""
+    make = functools.partial(gym.make, "ALE/Pong-v5", obs_type="ram")
+    env, plain = Replayed(make), make()
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(200)]
+    env.reset(seed=1)
+    env.step(0)
+    first, expected = env.reset(seed=5), plain.reset(seed=5)
+    assert same(first, expected)
+    assert same([env.step(each) for each in actions], [plain.step(each) for each in actions])
+    assert env.action_space == plain.action_space
+    env.reset()
+    snapshot = capture(env)
+    said = [env.step(each) for each in actions]
+    restore(env, snapshot)
+    assert same([env.step(each) for each in actions], said)
+
+
+def test_a_replay_that_goes_astray_is_refused() -> None:
+    """An environment that draws from a generator that no reset seeds."""
+
+    def astray() -> Env:
+        noise = np.random.default_rng()
+        return wrappers.TransformObservation(
+            gym.make("CartPole-v1"), lambda seen: seen + np.float32(noise.normal()), None
+        )
+
+    env = Replayed(astray)
+    with pytest.raises(TrustRegionError, match="No episode has begun"):
+        capture(env)
+    env.reset(seed=0)
+    env.step(0)
+    snapshot = capture(env)
+    env.step(1)
+    with pytest.raises(TrustRegionError, match=r"CartPole.*did not return.*1 actions.*reset"):
+        restore(env, snapshot)
+
+
+def test_a_replayed_environment_of_another_kind_is_refused() -> None:
+    make = functools.partial(gym.make, "CartPole-v1")
+    env, other = Replayed(make), Replayed(functools.partial(gym.make, "Acrobot-v1"))
+    env.reset()
+    other.reset()
+    with pytest.raises(TrustRegionError, match=r"Replayed\(CartPole-v1\).*Replayed\(Acrobot-v1"):
+        restore(other, capture(env))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "Box2D": (lambda: gym.make("LunarLander-v3"), r"LunarLander.world.*SwigPyObject.*another"),
     "sticky emulator": (
@@ -212,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@box2d
 def test_an_environment_that_cannot_be_captured_is_refused_by_name(name: str) -> None:
     build, message = REFUSED[name]
     env = build()

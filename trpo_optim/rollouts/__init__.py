@@ -1,6 +1,7 @@
 """Where the data comes from: trajectories and vines of Gymnasium's environments; the extra gym."""
 
 from trpo_optim.rollouts.policy_closure import policy_closure
+from trpo_optim.rollouts.replay import Replayed
 from trpo_optim.rollouts.returns import (
     discounted_returns,
     explained_variance,
@@ -10,7 +11,7 @@ from trpo_optim.rollouts.returns import (
 )
 from trpo_optim.rollouts.simulators import Simulator, register_simulator
 from trpo_optim.rollouts.single_path import Cursor, RolloutError, SinglePathBatch, single_path
-from trpo_optim.rollouts.snapshot import Snapshot, capture, restore
+from trpo_optim.rollouts.snapshot import Snapshot, capture, restorable, restore
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.value_function import ValueFit, fit_value
 from trpo_optim.rollouts.vine import VineBatch, vine
@@ -18,6 +19,7 @@ from trpo_optim.rollouts.vine_closure import vine_closure
 
 __all__ = [
     "Cursor",
+    "Replayed",
     "RolloutError",
     "Simulator",
     "SinglePathBatch",
@@ -32,6 +34,7 @@ __all__ = [
     "n_step_returns",
     "policy_closure",
     "register_simulator",
+    "restorable",
     "restore",
     "single_path",
     "surrogate",

@@ -105,6 +105,9 @@ def _capture_atari(ale: Any) -> Any:
 
 
 _SIMULATORS = {
+    "trpo_optim.rollouts.replay.Journal": Simulator(
+        lambda journal: journal.capture(), lambda journal, saved: journal.restore(saved)
+    ),
     "mujoco._structs.MjData": Simulator(_capture_mujoco, _restore_mujoco),
     "ale_py._ale_py.ALEInterface": Simulator(
         _capture_atari, lambda ale, saved: ale.restoreState(saved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.replay import Replayed
 from trpo_optim.rollouts.simulators import simulator_of
 from trpo_optim.rollouts.state_data import copied, is_environments, is_state
 
-__all__ = ["Environment", "Snapshot", "capture", "restore"]
+__all__ = ["Environment", "Snapshot", "capture", "restorable", "restore"]
 
 Environment = gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 """One environment or several side by side, in whatever wrappers."""
@@ -37,7 +38,8 @@ def capture(env: Environment) -> Snapshot:
 
     All attributes of all layers are copied that are data; what the constructor makes and nobody
     changes (spaces, specs, functions, models, renderers) is not. Known simulators are MuJoCo's and
-    the Arcade Learning Environment's; ``register_simulator`` adds others.
+    the Arcade Learning Environment's; ``register_simulator`` adds others, and ``Replayed`` does
+    without.
 
     Args:
         env: An environment, or vector environments that live in this process.
@@ -102,6 +104,26 @@ def restore(env: Environment, snapshot: Snapshot) -> None:
             setattr(layer, name, copied(value, memo, name))
 
 
+def restorable(make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
+    """Return an environment that can be captured: as it is made, or else ``Replayed``.
+
+    Args:
+        make: Returns a new environment, as ``functools.partial(gymnasium.make, "Hopper-v5")`` does.
+            Wrappers that remember other episodes belong around what is returned.
+
+    Returns:
+        The environment.
+    """
+    env = make()
+    env.reset()
+    try:
+        capture(env)
+    except TrustRegionError:
+        env.close()
+        return Replayed(make)
+    return env
+
+
 def _data_of(layer: object) -> dict[str, Any]:
     """Return the attributes that are state, but for the simulators."""
     return {
@@ -123,6 +145,8 @@ def _layers(env: object, seen: set[int] | None = None) -> Iterator[Any]:
         return
     seen.add(id(env))
     yield env
+    if isinstance(env, Replayed):
+        return  # its journal stands for what is in it
     for value in vars(env).values():
         inner = value if is_environments(value) else [value]
         for each in inner:
@@ -132,5 +156,6 @@ def _layers(env: object, seen: set[int] | None = None) -> Iterator[Any]:
 
 def _name_of(layer: object) -> str:
     name = type(layer).__qualname__
-    spec = getattr(layer, "spec", None) if getattr(layer, "unwrapped", None) is layer else None
+    innermost = getattr(layer, "unwrapped", None) is layer or isinstance(layer, Replayed)
+    spec = getattr(layer, "spec", None) if innermost else None
     return f"{name}({spec.id})" if isinstance(spec, EnvSpec) else name
