@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,16 +46,17 @@ def random_policy(mdp: TabularMDP, seed: int, sharpness: float = 1.0) -> Tensor:
     return (sharpness * noise).softmax(1)
 
 
+def epsilon(mdp: TabularMDP, policy: Tensor) -> float:
+    return float(mdp.advantages(policy).abs().max())
+
+
 @many
 @given(MDPS, SEEDS, SEEDS, SHARPNESS)
 def test_the_return_is_the_old_one_and_the_advantages_on_the_way(
     mdp: TabularMDP, first: int, second: int, sharpness: float
 ) -> None:
     old, new = random_policy(mdp, first, sharpness), random_policy(mdp, second, sharpness)
-    scale = float(mdp.state_values(old).abs().max()) + 1
-    assert mdp.return_by_advantages(old, new) == pytest.approx(
-        mdp.expected_return(new), abs=1e-10 * scale / (1 - mdp.discount)
-    )
+    assert mdp.return_by_advantages(old, new) == pytest.approx(mdp.expected_return(new), abs=1e-10)
 
 
 @many
@@ -63,8 +65,14 @@ def test_the_return_does_not_fall_below_the_bound(
     mdp: TabularMDP, first: int, second: int, sharpness: float
 ) -> None:
     old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
-    assert mdp.expected_return(new) >= lower_bound(mdp, old, new) - 1e-9
-    assert lower_bound(mdp, old, old) == pytest.approx(mdp.expected_return(old), abs=1e-9)
+    value, coefficient = (
+        mdp.expected_return(new),
+        penalty_coefficient(epsilon(mdp, old), mdp.discount),
+    )
+    in_variation = mdp.surrogate(old, new) - coefficient * max_total_variation(old, new) ** 2
+    assert value >= in_variation - 1e-10
+    assert value >= lower_bound(mdp, old, new) - 1e-10
+    assert lower_bound(mdp, old, old) == pytest.approx(mdp.expected_return(old), abs=1e-10)
 
 
 @many
@@ -75,7 +83,20 @@ def test_a_mixture_does_not_fall_below_the_conservative_bound(
     old, other = random_policy(mdp, first), random_policy(mdp, second, 4.0)
     mixed = (1 - share) * old + share * other
     bound = conservative_lower_bound(mdp, old, other, share)
-    assert mdp.expected_return(mixed) >= bound - 1e-9
+    assert mdp.expected_return(mixed) >= bound - 1e-10
+
+
+@many
+@given(MDPS, SEEDS, SEEDS)
+def test_return_and_surrogate_have_one_gradient(mdp: TabularMDP, seed: int, way: int) -> None:
+    """By central differences along a random direction."""
+    old = random_policy(mdp, seed)
+    direction = random_policy(mdp, way) - old
+    width = 1e-5
+    there, back = old + width * direction, old - width * direction
+    of_return = (mdp.expected_return(there) - mdp.expected_return(back)) / (2 * width)
+    of_surrogate = (mdp.surrogate(old, there) - mdp.surrogate(old, back)) / (2 * width)
+    assert of_return == pytest.approx(of_surrogate, rel=1e-5, abs=1e-6)
 
 
 @many
@@ -105,7 +126,9 @@ def test_state_distributions_part_no_faster_than_the_bound(
 def test_algorithm_1_never_lowers_the_return(mdp: TabularMDP, seed: int) -> None:
     policy = random_policy(mdp, seed)
     new = monotonic_step(mdp, policy)
-    assert mdp.expected_return(new) >= mdp.expected_return(policy) - 1e-10
+    bound = lower_bound(mdp, policy, new)
+    assert mdp.expected_return(new) >= bound - 1e-10
+    assert bound >= mdp.expected_return(policy) - 1e-10
 
 
 def test_algorithm_1_climbs_step_by_step() -> None:
@@ -123,7 +146,7 @@ def test_algorithm_1_climbs_step_by_step() -> None:
     assert returns[-1] > returns[0] + 1e-3 * (best - returns[0])
 
 
-@some
+@many
 @given(MDPS, SEEDS)
 def test_conservative_policy_iteration_never_lowers_the_return(mdp: TabularMDP, seed: int) -> None:
     policy = random_policy(mdp, seed)
@@ -133,7 +156,7 @@ def test_conservative_policy_iteration_never_lowers_the_return(mdp: TabularMDP, 
         policy = new
 
 
-@some
+@many
 @given(MDPS, SEEDS, st.floats(1e-4, 3.0))
 def test_the_constrained_step_is_the_best_of_all_within_the_radius(
     mdp: TabularMDP, seed: int, radius: float
@@ -150,7 +173,7 @@ def test_the_constrained_step_is_the_best_of_all_within_the_radius(
                 assert mdp.surrogate(policy, mixed) <= best + 1e-9
 
 
-@some
+@many
 @given(MDPS, SEEDS, st.floats(1e-3, 1.0))
 def test_penalty_and_constraint_agree_where_the_price_is_the_slope(
     mdp: TabularMDP, seed: int, radius: float
@@ -216,6 +239,8 @@ def test_the_bound_of_a_practical_step_is_its_improvement_less_the_penalty() -> 
     report = StepReport(Outcome.ACCEPTED, improvement=0.05, kl=0.01)
     assert penalty_coefficient(2.0, 0.5) == 16.0
     assert improvement_bound(report, advantage=2.0, discount=0.5) == pytest.approx(0.1 - 0.16)
+    report = replace(report, largest_kl=0.02)
+    assert improvement_bound(report, advantage=2.0, discount=0.5) == pytest.approx(0.1 - 0.32)
     assert kl_by_state(torch.eye(2), torch.full((2, 2), 0.5)).tolist() == pytest.approx(
         [math.log(2)] * 2
     )

@@ -103,7 +103,7 @@ def vine(
     )
     require_shares(discount=discount)
     chosen: list[tuple[Snapshot, Any]] = []
-    rule = _uniform(states, steps, envs.num_envs) if isinstance(states, int) else states
+    rule = states if callable(states) else _uniform(states, steps, envs.num_envs)
 
     def keep(step: int, cursor: Cursor) -> None:
         wanted = rule(step, cursor) & ~cursor.resetting
@@ -263,7 +263,7 @@ def _require(
             f"vine() got a {type(envs).__name__}. Branches need the environments themselves: use "
             "gymnasium.vector.SyncVectorEnv, with wrappers around each environment."
         )
-    if isinstance(states, int):
+    if not callable(states):
         whole["states"] = states
     if branches is not None:
         whole["branches"] = branches

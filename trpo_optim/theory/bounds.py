@@ -129,11 +129,11 @@ def state_distribution_bound(time: int, largest_kl: float) -> float:
 
 
 def improvement_bound(report: StepReport, *, advantage: float, discount: float) -> float:
-    """Return what the theory guarantees of a practical step: improvement − C · KL.
+    """Return what the theory says of a practical step: improvement/(1 − γ) − C · KL.
 
-    Practical steps hold the mean KL, not the largest, and estimate both values on a batch: this is
-    the bound as if they were exact, per step of the environment in units of the (normalised)
-    surrogate, and almost always far below zero. That is the paper's reason for a constraint.
+    The KL is the largest of a sample, where the closure returned one per sample, else the mean. It
+    and the improvement are a batch's estimates, so that this is a bound as far as they are exact;
+    and it is almost always far below zero, the paper's reason for a constraint.
 
     Args:
         report: Of an accepted step whose loss is the surrogate, in units of advantages.
@@ -153,4 +153,5 @@ def improvement_bound(report: StepReport, *, advantage: float, discount: float) 
     if not report.accepted:
         raise TrustRegionError(f"The step was not taken ({report.outcome.name}): nothing improved.")
     coefficient = penalty_coefficient(advantage, discount)
-    return report.improvement / (1 - discount) - coefficient * report.kl
+    kl = report.kl if math.isnan(report.largest_kl) else report.largest_kl
+    return report.improvement / (1 - discount) - coefficient * kl
