@@ -256,6 +256,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: n_step_returns(GOOD, GOOD, ENDS, discount=0.9, steps=0),
         "steps is 0; it must be a whole number of at least 1",
     ),
+    "ends that are numbers": (
+        lambda: discounted_returns(GOOD, GOOD, GOOD, discount=0.9),
+        "ends is torch.float32; it must be torch.bool",
+    ),
+    "starts that are numbers": (
+        lambda: trajectory_weights(GOOD, GOOD),
+        "starts is torch.float32",
+    ),
     "ratios and starts": (lambda: trajectory_weights(GOOD, ENDS[:2]), "shapes differ"),
     "predictions": (lambda: explained_variance(GOOD, GOOD[0]), "shapes differ"),
 }

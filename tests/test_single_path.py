@@ -402,6 +402,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no episodes": (start(episodes=-1), "episodes is -1"),
     "after and a seed": (lambda: start(steps=1, after=collected(), seed=1)(), "Leave one of them"),
     "after and episodes": (lambda: start(episodes=1, after=collected())(), "Leave one of them"),
+    "one environment": (
+        lambda: single_path(cartpole(), coin, steps=1),  # type: ignore[arg-type]  # the mistake
+        "got a TimeLimit; it takes vector environments",
+    ),
+    "a state without its environments": (
+        start(steps=1, state=(torch.zeros(1, 3, 4), torch.zeros(3, 4))),
+        r"state holds a tensor of shape \(3, 4\); its second dimension must be the \d environments",
+    ),
     "a space without a shape": (
         lambda: single_path(with_sequences(), coin, steps=1),
         "observations hold a Sequence.*Flatten or encode",

@@ -286,6 +286,18 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         building(weights=torch.full((50, 4), math.inf)),
         "weights is inf at step 0 of environment 0",
     ),
+    "negative weights": (
+        building(weights=torch.full((50, 4), -0.5)),
+        "weights holds -0.5; a weight is a ratio",
+    ),
+    "a batch of another kind": (
+        lambda: policy_closure(POLICY, (BATCH, GAINS), GAINS),  # type: ignore[arg-type]  # the mistake
+        "got a tuple; it takes what single_path",
+    ),
+    "an action's dimensions apart": (
+        lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, GAINS),
+        r"log-probabilities have shape \(\d+, 1\) and there are \d+ rows.*Independent",
+    ),
     "an empty batch": (nothing_valid, "none of its rows is valid"),
     "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),
     "no micro-batch": (building(micro_batch=0), "micro_batch is 0"),

@@ -19,8 +19,10 @@ from trpo_optim import TrustRegionError, TrustRegionOptimizer
 from trpo_optim.rollouts import (
     RolloutError,
     VineBatch,
+    capture,
     discounted_returns,
     policy_closure,
+    restore,
     single_path,
     vine,
     vine_closure,
@@ -259,10 +261,17 @@ def test_the_environments_are_left_where_the_trunk_ended() -> None:
     assert batch.steps == 15 * 8 + 8 * 2 * 9
     torch.testing.assert_close(batch.observations, batch.trunk.observations[range(8), range(8)])
     torch.set_rng_state(state)
+    end = capture(envs)
     after_vine = single_path(envs, policy, steps=15, after=batch.trunk)
     assert torch.equal(batch.trunk.observations, plain.observations)
     assert torch.equal(after_vine.observations, after_plain.observations)
     assert torch.equal(after_vine.rewards, after_plain.rewards)
+    restore(envs, end)
+    torch.set_rng_state(state)
+    again = vine(
+        envs, policy, steps=15, states=9, branches=2, horizon=2, discount=0.97, after=batch
+    )
+    assert torch.equal(again.trunk.observations[0], after_plain.observations[0])
 
 
 def test_a_branch_stops_where_its_episode_does() -> None:
@@ -329,6 +338,7 @@ def odd_q(value: float) -> Callable[[], object]:
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "zero branches": (growing(branches=0), "branches is 0; it must be a whole number of at least"),
+    "one branch": (growing(branches=1), "branches is 1; it must be at least 2"),
     "zero states": (growing(states=0), "states is 0"),
     "zero steps": (growing(steps=0), "steps is 0"),
     "no horizon": (growing(horizon=0), "horizon is 0"),

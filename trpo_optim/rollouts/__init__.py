@@ -10,9 +10,10 @@ from trpo_optim.rollouts.returns import (
     trajectory_weights,
 )
 from trpo_optim.rollouts.simulators import Simulator, register_simulator
-from trpo_optim.rollouts.single_path import Cursor, RolloutError, SinglePathBatch, single_path
+from trpo_optim.rollouts.single_path import single_path
 from trpo_optim.rollouts.snapshot import Snapshot, capture, restorable, restore
 from trpo_optim.rollouts.surrogate import surrogate
+from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
 from trpo_optim.rollouts.value_function import ValueFit, fit_value
 from trpo_optim.rollouts.vine import VineBatch, vine
 from trpo_optim.rollouts.vine_closure import vine_closure

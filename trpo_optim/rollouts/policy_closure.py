@@ -14,9 +14,9 @@ from trpo_optim.batch import Closures
 from trpo_optim.closure import Closure
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
 from trpo_optim.report import TrustRegionError
-from trpo_optim.rollouts.single_path import SinglePathBatch
 from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.surrogate import surrogate
+from trpo_optim.rollouts.trajectories import SinglePathBatch
 
 __all__ = ["policy_closure"]
 
@@ -66,15 +66,26 @@ def policy_closure(
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
     """
+    if not isinstance(batch, SinglePathBatch):
+        raise TrustRegionError(
+            f"policy_closure() got a {type(batch).__name__}; it takes what single_path() returned. "
+            "For a vine there is vine_closure()."
+        )
     _require_options(curvature, micro_batch, entropy_bonus)
     if sampled and sampling_log_prob is not None:
         raise TrustRegionError(
             "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
             "drew them. Leave one of them out."
         )
-    for name, value in (("gains", gains), ("weights", weights), ("log q", sampling_log_prob)):
+    given = {"gains": gains, "weights": weights, "sampling_log_prob": sampling_log_prob}
+    for name, value in given.items():
         if value is not None:
             _require_rows(name, value, batch.valid)
+    if weights is not None and bool((weights[batch.valid] < 0).any()):
+        raise TrustRegionError(
+            f"weights holds {float(weights[batch.valid].min())}; a weight is a ratio of "
+            "probabilities, which cannot be negative. See trajectory_weights()."
+        )
     select, count = (_rows if batch.state is None else _sequences)(policy, batch)
 
     def closure(chosen: Tensor) -> Closure:
@@ -183,6 +194,12 @@ def _closure(
     with torch.no_grad():
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions))
+        if old_log_prob.shape != gains.shape:
+            raise TrustRegionError(
+                f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
+                f"are {len(gains)} rows. Where the last dimension is the action's, the policy "
+                "returns Independent(dist, 1)."
+            )
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
 
     def closure() -> tuple[Tensor, Tensor, Any]:
@@ -203,7 +220,7 @@ def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
     if values.shape != valid.shape:
         raise TrustRegionError(
             f"{name} has shape {tuple(values.shape)} and the batch {tuple(valid.shape)}: T steps "
-            "of N environments. Give one number per row."
+            "of N environments. Give one number (advantage, Q, weight, …) per row."
         )
     if not valid.any():
         raise TrustRegionError("The batch is empty: none of its rows is valid.")

@@ -170,6 +170,9 @@ def _require_rows(**values: Tensor) -> None:
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if len(set(shapes.values())) > 1:
         raise TrustRegionError(f"The shapes differ: {shapes}. All must be (T, N), time first.")
+    for name in ("ends", "starts"):
+        if name in values and values[name].dtype != torch.bool:
+            raise TrustRegionError(f"{name} is {values[name].dtype}; it must be torch.bool.")
     name, value = next(iter(values.items()))
     if value.numel() == 0:
         raise TrustRegionError(f"{name} is empty (shape {tuple(value.shape)}): there are no rows.")

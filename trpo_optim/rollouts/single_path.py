@@ -21,115 +21,11 @@ from trpo_optim.rollouts.spaces import (
     stacked,
     tensors_of,
 )
+from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
 
-__all__ = ["Cursor", "RolloutError", "SinglePathBatch", "single_path"]
+__all__ = ["single_path"]
 
 _Array = np.ndarray[Any, Any]
-
-
-@dataclass
-class Cursor:
-    """Where a rollout stands, so that the next one can go on from there; it can be pickled.
-
-    Attributes:
-        observations: The environments' last ones, as they returned them.
-        state: The policy's recurrent state, or None.
-        starts: Where an episode begins with these observations, shape (N,).
-        resetting: Where the next step only resets (``AutoresetMode.NEXT_STEP``), shape (N,).
-        returns: The sums of rewards of the episodes in progress, shape (N,).
-        lengths: Their steps, shape (N,).
-    """
-
-    observations: Any
-    state: Any
-    starts: _Array
-    resetting: _Array
-    returns: _Array
-    lengths: _Array
-
-
-@dataclass(frozen=True, eq=False)
-class SinglePathBatch:
-    """T steps of N environments, time first; a row is one step of one of them.
-
-    Attributes:
-        observations: What the policy saw, (T, N, …), in the space's form.
-        actions: What it drew, (T, N, …), before clipping.
-        rewards: Shape (T, N).
-        terminated: True where the episode ended with the step for good, (T, N).
-        truncated: True where it was cut off after the step, by a time limit say, (T, N).
-        starts: True where an episode begins, (T, N).
-        valid: False where a row is none, (T, N): a reset, or beyond the episodes asked for.
-        cut_observations: What followed each row after which the batch does not go on, though the
-            episode did not terminate, (K, …).
-        cut_rows: Their places (t, n), shape (K, 2).
-        state: The policy's recurrent state before the first row, or None.
-        episode_returns: Undiscounted returns of the episodes that ended in the batch, in order.
-        episode_lengths: Their lengths in steps.
-        end: Where the next rollout goes on.
-    """
-
-    observations: Any
-    actions: Any
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    starts: Tensor
-    valid: Tensor
-    cut_observations: Any
-    cut_rows: Tensor
-    state: Any
-    episode_returns: list[float]
-    episode_lengths: list[int]
-    end: Cursor
-
-    @property
-    def ends(self) -> Tensor:
-        """True where what follows a row is not the next one, (T, N)."""
-        ends = self.terminated | self.truncated
-        ends[-1] = True
-        if len(self.cut_rows):
-            ends[self.cut_rows[:, 0], self.cut_rows[:, 1]] = True
-        return ends
-
-    def flat(self, values: Any) -> Any:
-        """Return the valid rows, (B, …), of tensors of shape (T, N, …)."""
-        return mapped(lambda each: each[self.valid], values)
-
-    @torch.no_grad()
-    def values(self, critic: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the critic's values of every row and of what followed it.
-
-        Where the episode terminated nothing follows, which is worth 0; where it was truncated, or
-        the batch ends, the last observation is.
-
-        Args:
-            critic: From observations (B, …) to values, (B,) or (B, 1).
-
-        Returns:
-            V(sₜ) and V(sₜ₊₁), both (T, N).
-        """
-        steps, envs = self.rewards.shape
-        rows = mapped(lambda each: each.flatten(0, 1), self.observations)
-        values = critic(rows).reshape(steps, envs)
-        following = torch.cat([values[1:], torch.zeros_like(values[:1])])
-        if len(self.cut_rows):
-            cut = critic(self.cut_observations).reshape(-1)
-            following[self.cut_rows[:, 0], self.cut_rows[:, 1]] = cut
-        return values, following.masked_fill(self.terminated, 0.0)
-
-
-class RolloutError(RuntimeError):
-    """An environment failed in mid-rollout.
-
-    Attributes:
-        batch: What had been collected by then, of the kind that was asked for, or None where that
-            was nothing.
-    """
-
-    def __init__(self, message: str, batch: Any) -> None:
-        super().__init__(message)
-        self.batch = batch
 
 
 @torch.no_grad()
@@ -160,7 +56,8 @@ def single_path(
             the first to end would be the short ones.
         after: The rollout, or its ``end``, that this one goes on from. None: the environments are
             reset.
-        state: The initial recurrent state of a policy that has one.
+        state: The initial recurrent state of a policy that has one: a tensor, or a dict or tuple
+            of such, with the environments as second dimension.
         seed: Of the reset.
         device: Where the policy lives.
         before_step: Called before every step with its number and where the rollout stands.
@@ -173,6 +70,11 @@ def single_path(
         RolloutError: If an environment raises, or returns a reward that is no number; it holds the
             batch up to there.
     """
+    if not isinstance(envs, VectorEnv):
+        raise TrustRegionError(
+            f"single_path() got a {type(envs).__name__}; it takes vector environments. Make them "
+            "by gymnasium.make_vec, or put one into gymnasium.vector.SyncVectorEnv([lambda: env])."
+        )
     if (steps is None) == (episodes is None):
         raise TrustRegionError("Give either steps or episodes to single_path().")
     for name, value in (("steps", steps), ("episodes", episodes)):
@@ -187,6 +89,7 @@ def single_path(
     require_known(envs.single_action_space, "actions")
     if isinstance(after, SinglePathBatch):
         after = after.end
+    _require_state(state, envs.num_envs)
     cursor = _fresh(envs, state, seed) if after is None else after
     path = _Path(envs, policy, cursor, device, _quotas(episodes, envs.num_envs))
     try:
@@ -224,6 +127,20 @@ def _fresh(envs: VectorEnv[Any, Any, Any], state: Any, seed: int | None) -> Curs
         returns=np.zeros(count),
         lengths=np.zeros(count, dtype=np.int64),
     )
+
+
+def _require_state(state: Any, count: int) -> None:
+    """Check that a recurrent state has the environments as its second dimension."""
+
+    def check(each: Tensor) -> None:
+        if each.dim() < 2 or each.shape[1] != count:
+            raise TrustRegionError(
+                f"state holds a tensor of shape {tuple(each.shape)}; its second dimension must be "
+                f"the {count} environments, as torch.nn's recurrences have it: (layers, N, …)."
+            )
+
+    if state is not None:
+        mapped(check, state)
 
 
 def _quotas(episodes: int | None, count: int) -> _Array | None:

@@ -117,7 +117,7 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     if values.size != len(values) * math.prod(shape):
         raise TrustRegionError(
             f"The policy's actions have shape {values.shape}, and {space} takes {shape} of every "
-            "environment."
+            "environment. A policy returns a distribution over actions, not its logits or means."
         )
     values = values.reshape(-1, *shape)
     if isinstance(space, gym.spaces.Discrete):

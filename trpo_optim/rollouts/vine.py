@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from trpo_optim.distributions import log_prob, sample
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.branches import Branches
 from trpo_optim.rollouts.returns import require_shares
-from trpo_optim.rollouts.single_path import Cursor, RolloutError, SinglePathBatch, single_path
+from trpo_optim.rollouts.single_path import single_path
 from trpo_optim.rollouts.snapshot import Snapshot, capture, restore
-from trpo_optim.rollouts.spaces import actions_for, mapped, one_of, stacked, tensors_of
+from trpo_optim.rollouts.spaces import mapped, one_of, stacked, tensors_of
+from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
 
 __all__ = ["VineBatch", "vine"]
 
@@ -60,7 +62,7 @@ def vine(
     discount: float,
     critic: Callable[[Any], Tensor] | None = None,
     common_random_numbers: bool = True,
-    after: SinglePathBatch | Cursor | None = None,
+    after: VineBatch | SinglePathBatch | Cursor | None = None,
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> VineBatch:
@@ -72,10 +74,11 @@ def vine(
         envs: Environments whose states can be captured (``capture``), without vector wrappers.
         policy: From observations (N, …) to what ``trpo_optim.sample`` draws from.
         steps: The trunk's steps of each environment.
-        states: How many of the trunk's states to return to, drawn uniformly; or a rule that says
+        states: How many of the trunk's rows to return to the states of, drawn uniformly (those that
+            only reset, with ``AutoresetMode.NEXT_STEP``, are passed over); or a rule that says
             which.
-        branches: K, how many actions to try from each state. None: every action of a Discrete
-            space, for the estimator (15).
+        branches: K, how many actions to try from each state, at least 2. None: every action of a
+            Discrete space, for the estimator (15).
         sampling: What draws K actions, for the estimator (16): the policy, or all alike.
         horizon: Most steps of a branch, the first action's included.
         discount: γ, in [0, 1].
@@ -83,8 +86,8 @@ def vine(
             (B, 1). None: nothing.
         common_random_numbers: Whether the branches of a state meet the same random numbers, in the
             policy's sampling and in the environment, which makes their differences more certain.
-        after: The trunk, or its ``end``, that this one goes on from. None: the environments are
-            reset.
+        after: The vine or the rollout that this trunk goes on from, or its ``end``. None: the
+            environments are reset.
         seed: Of the reset.
         device: Where policy and critic live.
 
@@ -102,6 +105,8 @@ def vine(
         envs, states=states, branches=branches, sampling=sampling, steps=steps, horizon=horizon
     )
     require_shares(discount=discount)
+    if isinstance(after, VineBatch):
+        after = after.trunk
     chosen: list[tuple[Snapshot, Any]] = []
     rule = states if callable(states) else _uniform(states, steps, envs.num_envs)
 
@@ -120,7 +125,7 @@ def vine(
     actions, sampling_log_prob = _branch_actions(
         policy(observations), len(chosen), envs.single_action_space, branches, sampling, device
     )
-    branch = _Branches(envs.envs, policy, critic, horizon, discount, device)
+    branch = Branches(envs.envs, policy, critic, horizon, discount, device)
     ending = capture(envs)
     q: list[Tensor] = []
 
@@ -149,75 +154,6 @@ def vine(
     finally:
         restore(envs, ending)
     return batch()
-
-
-@dataclass
-class _Branches:
-    """Runs branches from as many states at once as there are environments."""
-
-    envs: list[gym.Env[Any, Any]]
-    policy: Callable[[Any], Any]
-    critic: Callable[[Any], Tensor] | None
-    horizon: int
-    discount: float
-    device: torch.device | str
-    steps: int = 0
-
-    def values(self, states: list[tuple[Snapshot, Any]], actions: Any, *, common: bool) -> Tensor:
-        """Return one estimate of Q for each state and action, (S, K)."""
-        width = _width(actions)
-        seeds = torch.randint(2**62, (width, len(states) + 1))
-        if common:
-            seeds = seeds[:1].expand(width, -1)
-        result = []
-        with torch.random.fork_rng(devices=_devices(self.device)):
-            for index in range(width):
-                own, *noise = seeds[index].tolist()
-                torch.manual_seed(own)
-                for env, (snapshot, _), each in zip(self.envs, states, noise, strict=False):
-                    restore(env, snapshot)
-                    env.unwrapped.np_random = np.random.default_rng(each)
-                first = mapped(lambda each: each[:, index], actions)  # noqa: B023 (used at once)
-                result.append(self._returns([each for _, each in states], first))
-        return torch.stack(result, 1)
-
-    def _returns(self, observations: list[Any], actions: Any) -> Tensor:
-        """Return the discounted return of one branch from each state, (S,)."""
-        count = len(observations)
-        space = self.envs[0].action_space
-        returns, weights = np.zeros(count), np.ones(count)
-        alive, open_ended = np.ones(count, dtype=bool), np.ones(count, dtype=bool)
-        observations = list(observations)
-        for step in range(self.horizon):
-            if step:
-                seen = tensors_of(stacked(observations), self.device)
-                actions = sample(self.policy(seen))
-            taken = actions_for(space, actions)
-            for index in np.flatnonzero(alive):
-                own = mapped(lambda each: each[index], taken)  # noqa: B023 (used at once)
-                observation, reward, terminated, truncated, _ = self.envs[index].step(own)
-                if not math.isfinite(reward):
-                    raise ValueError(f"the reward was {reward}")
-                observations[index] = observation
-                returns[index] += weights[index] * float(reward)
-                weights[index] *= self.discount
-                alive[index] = not (terminated or truncated)
-                open_ended[index] = not terminated
-                self.steps += 1
-            if not alive.any():
-                break
-        total = torch.as_tensor(returns, dtype=torch.get_default_dtype(), device=self.device)
-        if self.critic is None:
-            return total
-        rest = self.critic(tensors_of(stacked(observations), self.device)).reshape(-1)
-        return total + torch.as_tensor(weights * open_ended).to(rest) * rest
-
-
-def _width(actions: Any) -> int:
-    """Return K of actions of shape (S, K, …)."""
-    while not isinstance(actions, Tensor):
-        actions = next(iter(actions.values() if isinstance(actions, Mapping) else actions))
-    return actions.shape[1]
 
 
 def _branch_actions(
@@ -265,6 +201,11 @@ def _require(
         )
     if not callable(states):
         whole["states"] = states
+    if branches == 1:
+        raise TrustRegionError(
+            "branches is 1; it must be at least 2, or None for all actions: one action has nothing "
+            "to be better than, and the gradient is zero."
+        )
     if branches is not None:
         whole["branches"] = branches
     for name, value in whole.items():
@@ -278,9 +219,3 @@ def _require(
             f"The actions are {space}, of which not all can be tried, nor drawn alike. Give the "
             "number of branches, and sampling='policy'."
         )
-
-
-def _devices(device: torch.device | str) -> list[torch.device]:
-    """Return the devices but the CPU whose random state sampling moves."""
-    made = torch.device(device)
-    return [] if made.type == "cpu" else [made]
