@@ -26,7 +26,6 @@ from trpo_optim.rollouts import (
     restorable,
     restore,
 )
-from trpo_optim.rollouts.simulators import simulator_of
 
 gym.register_envs(ale_py)
 
@@ -311,10 +310,89 @@ def test_a_state_of_another_environment_is_refused_and_nothing_changes() -> None
         restore(bare, snapshot)
 
 
-def test_a_mujoco_state_of_another_model_is_refused() -> None:
-    hopper: Any = gym.make("Hopper-v5").unwrapped
-    ant: Any = gym.make("Ant-v5").unwrapped
-    simulator = simulator_of(hopper.data)
-    assert simulator is not None
-    with pytest.raises(TrustRegionError, match="Restore it into an environment of the same model"):
-        simulator.restore(ant.data, simulator.capture(hopper.data))
+class Heavier(gym.Wrapper[Any, Any, Any, Any]):
+    """Changes the model's gravity at every reset."""
+
+    def reset(self, **options: Any) -> Any:
+        result = self.env.reset(**options)
+        inner: Any = self.unwrapped
+        inner.model.opt.gravity[2] = -9.81 * inner.np_random.uniform(0.5, 2.0)
+        return result
+
+
+def test_a_mujoco_state_of_another_model_is_refused_and_nothing_changes() -> None:
+    hoppers = SyncVectorEnv([lambda: gym.make("Hopper-v5")] * 2)
+    hoppers.reset(seed=0)
+    snapshot = capture(hoppers)
+    hoppers.step(hoppers.action_space.sample())
+    inner: Any = hoppers.envs[1].unwrapped
+    inner.model.opt.gravity[2] = -5.0
+    before = pickle.dumps(capture(hoppers))
+    with pytest.raises(TrustRegionError, match=r"other parameters by now.*Replayed"):
+        restore(hoppers, snapshot)
+    assert pickle.dumps(capture(hoppers)) == before
+
+
+def test_a_model_that_changes_at_every_reset_can_be_replayed() -> None:
+    env = Replayed(lambda: Heavier(gym.make("Hopper-v5")))
+    env.reset(seed=0)
+    actions = [env.action_space.sample() for _ in range(10)]
+    snapshot = capture(env)
+    said = played(env, actions)
+    env.reset()
+    restore(env, snapshot)
+    assert same(played(env, actions), said)
+
+
+class Views(Holding):
+    """Keeps views: of its own memory, and of the simulator's."""
+
+    def __init__(self, env: Env) -> None:
+        super().__init__(env, np.zeros((3, 2), order="F").T)
+        self.part = self.held[1, 1:]
+        self.positions = self.unwrapped.data.qpos  # type: ignore[attr-defined]  # MuJoCo's
+
+
+def test_views_stay_views_of_the_same_memory() -> None:
+    env, other = Views(gym.make("Hopper-v5")), Views(gym.make("Hopper-v5"))
+    env.reset(seed=0)
+    other.reset(seed=1)
+    env.held[:] = np.arange(6.0).reshape(2, 3)
+    snapshot = pickle.loads(pickle.dumps(capture(env)))
+    for each in (env, other):
+        restore(each, snapshot)
+        assert each.part.tolist() == [4.0, 5.0]
+        each.held[1, 2] = 7.0
+        assert each.part.tolist() == [4.0, 7.0]
+        each.step(each.action_space.sample())
+        assert np.array_equal(each.positions, each.unwrapped.data.qpos)  # type: ignore[attr-defined]  # MuJoCo's
+
+
+@pytest.mark.parametrize("hide", [lambda env: {"other": env}, lambda env: [0, env]])
+def test_an_environment_out_of_reach_is_refused(hide: Callable[[Env], Any]) -> None:
+    env = Holding(gym.make("CartPole-v1"), hide(gym.make("CartPole-v1")))
+    env.reset()
+    with pytest.raises(TrustRegionError, match=r"Holding.held\[.*an environment of its own"):
+        capture(env)
+
+
+def test_what_becomes_data_later_is_left_as_it_is() -> None:
+    env = Holding(gym.make("CartPole-v1"), print)
+    env.reset()
+    snapshot = capture(env)
+    env.held = 3
+    restore(env, snapshot)
+    assert env.held == 3
+
+
+def test_a_replay_keeps_its_options_and_sees_a_changed_generator() -> None:
+    env = Replayed(functools.partial(gym.make, "CartPole-v1"))
+    first, _ = env.reset(seed=0, options={"low": -0.2, "high": 0.2})
+    assert np.abs(first).max() > 0.05
+    snapshot = capture(env)
+    env.reset()
+    restore(env, snapshot)
+    assert capture(env).layers[0].simulators["journal"][1] == {"low": -0.2, "high": 0.2}
+    env.unwrapped.np_random = np.random.default_rng(7)
+    with pytest.raises(TrustRegionError, match="changed by other means"):
+        restore(env, capture(env))

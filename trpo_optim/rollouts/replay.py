@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import gymnasium as gym
 from gymnasium.utils.env_checker import data_equivalence
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.rollouts.state_data import copied
 
 __all__ = ["Journal", "Replayed"]
 
@@ -69,13 +69,13 @@ class Journal:
         self._owner.env = self._make()
         observation, info = self._owner.env.reset(seed=seed, options=options)
         self._seed, self._options, self._actions = seed, options, []
-        self._observation = _own(observation)
+        self._observation = copy.deepcopy(observation)
         return observation, info
 
     def note(self, action: Any, observation: Any) -> None:
         """Add a step."""
-        self._actions.append(_own(action))
-        self._observation = _own(observation)
+        self._actions.append(copy.deepcopy(action))
+        self._observation = copy.deepcopy(observation)
 
     def capture(self) -> Any:
         """Return the journal's contents.
@@ -85,26 +85,26 @@ class Journal:
         """
         if self._seed is None:
             raise TrustRegionError("No episode has begun. Call reset() before capture().")
-        return self._seed, _own(self._options), list(self._actions), self._observation
+        return self._seed, copy.deepcopy(self._options), list(self._actions), self._place()
 
     def restore(self, saved: Any) -> None:
         """Play a captured episode again.
 
         Raises:
-            TrustRegionError: If it ends with another observation.
+            TrustRegionError: If it ends with another observation or random state.
         """
-        seed, options, actions, observation = saved
-        self.begin(seed, _own(options))
+        seed, options, actions, place = saved
+        self.begin(seed, copy.deepcopy(options))
         for action in actions:
             self.note(action, self._owner.env.step(action)[0])
-        if not data_equivalence(self._observation, observation, exact=True):
+        if not data_equivalence(self._place(), place, exact=True):
             raise TrustRegionError(
                 f"{self._owner.env} did not return to its state when the {len(actions)} actions "
                 "since its seed were played again: it has random numbers that reset(seed=...) does "
-                "not set, or remembers other episodes. Reset it, and use another environment."
+                "not set, remembers other episodes, or was changed by other means than steps. "
+                "Reset it, and use another environment."
             )
 
-
-def _own(value: Any) -> Any:
-    """Return a copy that nobody else changes."""
-    return copied(value, {}, "the journal")
+    def _place(self) -> tuple[Any, Any]:
+        """Return the last observation, and the state of the generator."""
+        return self._observation, self._owner.env.unwrapped.np_random.bit_generator.state

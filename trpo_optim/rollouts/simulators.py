@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from trpo_optim.report import TrustRegionError
 
 __all__ = ["Simulator", "register_simulator", "simulator_of", "type_name"]
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,15 @@ class Simulator:
     Attributes:
         capture: From the simulator to its state, which shares no memory with it and can be pickled.
         restore: Writes such a state into a simulator of the same kind, in place.
+        check: Raises a ``TrustRegionError`` where a state does not fit a simulator; it is called
+            before anything is restored.
+        holds: Whether an array is a view of the simulator's memory, and so needs no restoring.
     """
 
     capture: Callable[[Any], Any]
     restore: Callable[[Any, Any], None]
+    check: Callable[[Any, Any], None] = lambda simulator, saved: None  # noqa: ARG005 (one form)
+    holds: Callable[[Any, Array], bool] = lambda simulator, array: False  # noqa: ARG005 (one form)
 
 
 def register_simulator(name: str, simulator: Simulator) -> None:
@@ -55,7 +64,9 @@ def type_name(kind: Any) -> str:
     return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
 
 
-@functools.lru_cache(maxsize=256)
+_KEPT_ARRAYS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
 def _kept_arrays(model: Any) -> tuple[str, ...]:
     """Return the names of MuJoCo's arrays that live from step to step.
 
@@ -63,9 +74,22 @@ def _kept_arrays(model: Any) -> tuple[str, ...]:
     """
     import mujoco  # the extra that needs it is not this one's
 
-    data = mujoco.MjData(model)
-    found = ((name, getattr(data, name, None)) for name in dir(data) if not name.startswith("_"))
-    return tuple(name for name, each in found if isinstance(each, np.ndarray) and each.size)
+    if model not in _KEPT_ARRAYS:
+        data = mujoco.MjData(model)
+        found = ((name, getattr(data, name, None)) for name in dir(data) if name[0] != "_")
+        _KEPT_ARRAYS[model] = tuple(
+            name for name, each in found if isinstance(each, np.ndarray) and each.size
+        )
+    return _KEPT_ARRAYS[model]
+
+
+def _model_digest(model: Any) -> int:
+    """Return a number that another model does not have, nor this one with other parameters."""
+    import mujoco  # the extra that needs it is not this one's
+
+    content = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, content)
+    return zlib.crc32(content.tobytes())
 
 
 def _capture_mujoco(data: Any) -> dict[str, Any]:
@@ -76,21 +100,31 @@ def _capture_mujoco(data: Any) -> dict[str, Any]:
     state = np.empty(size)
     mujoco.mj_getState(data.model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
     arrays = {name: getattr(data, name).copy() for name in _kept_arrays(data.model)}
-    return {"state": state, "arrays": arrays}
+    return {"model": _model_digest(data.model), "state": state, "arrays": arrays}
+
+
+def _check_mujoco(data: Any, saved: dict[str, Any]) -> None:
+    if saved["model"] != _model_digest(data.model):
+        raise TrustRegionError(
+            "The MuJoCo model is not the one that the state was captured with, or has other "
+            "parameters by now. Restore it into an environment of the same model; one that changes "
+            "its model at every reset can be put into Replayed."
+        )
 
 
 def _restore_mujoco(data: Any, saved: dict[str, Any]) -> None:
     import mujoco  # the extra that needs it is not this one's
 
-    size = mujoco.mj_stateSize(data.model, mujoco.mjtState.mjSTATE_INTEGRATION)
-    if len(saved["state"]) != size:
-        raise TrustRegionError(
-            f"The MuJoCo state has {len(saved['state'])} numbers and this model takes {size}. "
-            "Restore it into an environment of the same model."
-        )
     mujoco.mj_setState(data.model, data, saved["state"], mujoco.mjtState.mjSTATE_INTEGRATION)
     for name, array in saved["arrays"].items():
         getattr(data, name)[...] = array
+
+
+def _held_by_mujoco(data: Any, array: Array) -> bool:
+    """Return whether an array lies in the data's memory, which other arrays' bases do not hide."""
+    return not (array.base is None or isinstance(array.base, np.ndarray)) and any(
+        np.may_share_memory(array, getattr(data, name)) for name in _kept_arrays(data.model)
+    )
 
 
 def _capture_atari(ale: Any) -> Any:
@@ -108,7 +142,9 @@ _SIMULATORS = {
     "trpo_optim.rollouts.replay.Journal": Simulator(
         lambda journal: journal.capture(), lambda journal, saved: journal.restore(saved)
     ),
-    "mujoco._structs.MjData": Simulator(_capture_mujoco, _restore_mujoco),
+    "mujoco._structs.MjData": Simulator(
+        _capture_mujoco, _restore_mujoco, _check_mujoco, _held_by_mujoco
+    ),
     "ale_py._ale_py.ALEInterface": Simulator(
         _capture_atari, lambda ale, saved: ale.restoreState(saved)
     ),

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 
 from trpo_optim.report import TrustRegionError
 from trpo_optim.rollouts.replay import Replayed
-from trpo_optim.rollouts.simulators import simulator_of
+from trpo_optim.rollouts.simulators import Simulator, simulator_of
 from trpo_optim.rollouts.state_data import copied, is_environments, is_state
 
 __all__ = ["Environment", "Snapshot", "capture", "restorable", "restore"]
@@ -22,15 +23,31 @@ Environment = gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
+class Layer:
+    """One environment or wrapper of several.
+
+    Attributes:
+        name: Its class, and of the innermost the environment's id.
+        attributes: The names of all its attributes.
+        data: Those that are state.
+        simulators: Its simulators' states by attribute.
+    """
+
+    name: str
+    attributes: frozenset[str]
+    data: dict[str, Any]
+    simulators: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The state of an environment and all its wrappers at one moment; it can be pickled.
 
     Attributes:
-        layers: For every layer from the outside in (of vector environments, each one's) its class,
-            its attributes that are data, and its simulators' states by attribute.
+        layers: From the outside in; of vector environments, each one's.
     """
 
-    layers: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+    layers: tuple[Layer, ...]
 
 
 def capture(env: Environment) -> Snapshot:
@@ -39,7 +56,9 @@ def capture(env: Environment) -> Snapshot:
     All attributes of all layers are copied that are data; what the constructor makes and nobody
     changes (spaces, specs, functions, models, renderers) is not. Known simulators are MuJoCo's and
     the Arcade Learning Environment's; ``register_simulator`` adds others, and ``Replayed`` does
-    without.
+    without. Out of sight is what lies outside the environment's attributes: the generators of its
+    spaces, NumPy's global one, attributes of classes, variables of closures and what methods of
+    other objects are bound to.
 
     Args:
         env: An environment, or vector environments that live in this process.
@@ -50,57 +69,69 @@ def capture(env: Environment) -> Snapshot:
     Raises:
         TrustRegionError: If something in it cannot be copied, such as a Box2D world; it is named.
     """
+    live = list(_layers(env))
+    known = [
+        (value, simulator)
+        for layer in live
+        for value in vars(layer).values()
+        if (simulator := simulator_of(value)) is not None
+    ]
     memo: dict[int, Any] = {}
     layers = []
-    for layer in _layers(env):
-        data = {
-            name: copied(value, memo, f"{type(layer).__name__}.{name}")
-            for name, value in _data_of(layer).items()
-        }
-        simulators = {
-            name: simulator.capture(value)
-            for name, value in vars(layer).items()
-            if (simulator := simulator_of(value)) is not None
-        }
-        layers.append((_name_of(layer), data, simulators))
+    for layer in live:
+        data, simulators = {}, {}
+        for name, value in vars(layer).items():
+            if (simulator := simulator_of(value)) is not None:
+                simulators[name] = simulator.capture(value)
+            elif is_state(layer, name, value) and not _is_held(value, known):
+                data[name] = copied(value, memo, f"{type(layer).__name__}.{name}")
+        layers.append(Layer(_name_of(layer), frozenset(vars(layer)), data, simulators))
     return Snapshot(tuple(layers))
+
+
+def _is_held(value: object, known: list[tuple[Any, Simulator]]) -> bool:
+    """Return whether a value is a view of a simulator's memory, which is restored with that."""
+    return isinstance(value, np.ndarray) and any(each.holds(live, value) for live, each in known)
 
 
 def restore(env: Environment, snapshot: Snapshot) -> None:
     """Put a state back, after which the environment goes on exactly as it did from there.
+
+    What a constructor was given and an attribute keeps as data is part of the state.
 
     Args:
         env: The environment that was captured, or one made in the same way, in any process.
         snapshot: What ``capture`` returned; it stays as it is.
 
     Raises:
-        TrustRegionError: If the environment is another or its wrappers are; nothing has changed.
+        TrustRegionError: If the environment is another or its wrappers are: nothing has changed.
+            Or if a ``Replayed`` one does not return to its state: reset it.
     """
     layers = list(_layers(env))
-    here = [_name_of(layer) for layer in layers]
-    there = [name for name, _, _ in snapshot.layers]
+    here, there = [_name_of(layer) for layer in layers], [saved.name for saved in snapshot.layers]
     if here != there:
         raise TrustRegionError(
             f"The state was captured from {' > '.join(there)} and this environment is "
             f"{' > '.join(here)}. Make it in the same way, wrappers included."
         )
     found = []
-    for layer, (_, _, simulators) in zip(layers, snapshot.layers, strict=True):
-        for name, state in simulators.items():
+    for layer, saved in zip(layers, snapshot.layers, strict=True):
+        for name, state in saved.simulators.items():
             live = getattr(layer, name, None)
             if (simulator := simulator_of(live)) is None:
                 raise TrustRegionError(
                     f"{type(layer).__name__} has no simulator {name!r} yet. Call reset() once on a "
                     "new environment before restoring a state."
                 )
+            simulator.check(live, state)
             found.append((simulator, live, state))
     for simulator, live, state in found:
         simulator.restore(live, state)
     memo: dict[int, Any] = {}
-    for layer, (_, data, _) in zip(layers, snapshot.layers, strict=True):
-        for name in _data_of(layer).keys() - data.keys():
+    for layer, saved in zip(layers, snapshot.layers, strict=True):
+        for name in vars(layer).keys() - saved.attributes:
             delattr(layer, name)  # it did not exist yet
-        for name, value in data.items():
+        for name, value in saved.data.items():
             setattr(layer, name, copied(value, memo, name))
 
 
@@ -122,15 +153,6 @@ def restorable(make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
         env.close()
         return Replayed(make)
     return env
-
-
-def _data_of(layer: object) -> dict[str, Any]:
-    """Return the attributes that are state, but for the simulators."""
-    return {
-        name: value
-        for name, value in vars(layer).items()
-        if simulator_of(value) is None and is_state(layer, name, value)
-    }
 
 
 def _layers(env: object, seen: set[int] | None = None) -> Iterator[Any]:

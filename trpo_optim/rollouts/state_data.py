@@ -7,6 +7,7 @@ import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.rollouts.simulators import type_name
+from trpo_optim.rollouts.simulators import Array, type_name
 
 __all__ = ["copied", "is_environments", "is_state"]
 
@@ -81,6 +82,8 @@ def is_environments(value: object) -> bool:
 def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     """Return data copied throughout; what is one object stays one.
 
+    Copied once it is as it is kept, and copied again as the environment had it.
+
     Args:
         value: The data.
         memo: Copies by the identity of what they are of, with the original, which keeps it alive.
@@ -93,10 +96,22 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         TrustRegionError: If something in it is not known to be data.
     """
     kind: Any = type(value)
+    if isinstance(value, gym.Env | VectorEnv):
+        raise TrustRegionError(
+            f"The environment cannot be captured: {place} is an environment of its own, out of "
+            "reach there. Hold environments as attributes, or in a list that is one."
+        )
     if kind in _ATOMS or isinstance(value, _UNCHANGING):
         return value
     if (known := memo.get(id(value))) is not None:
         return known[0]
+    if kind is _View or (
+        kind is np.ndarray and isinstance(value.base, np.ndarray) and not value.dtype.hasobject
+    ):
+        view = _other_form(value, copied(value.base, memo, place))
+        memo[id(value)] = (view, value)
+        return view
+    twin: Any
     if (make := _COPIES.get(kind)) is not None:
         twin = make(value)
     elif isinstance(value, torch.Tensor):
@@ -126,8 +141,27 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     return twin
 
 
-def _array_like(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return copy.deepcopy(array) if array.dtype == object else array.copy()
+def _array_like(array: Array) -> Array:
+    return copy.deepcopy(array) if array.dtype == object else array.copy(order="K")
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A view of an array while it is kept, since pickled arrays do not share memory."""
+
+    base: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+    strides: tuple[int, ...]
+
+
+def _other_form(array: Any, base: Array) -> Any:
+    """Return a view as it is kept, or one that was kept as an array again, on a copied base."""
+    if isinstance(array, _View):
+        return np.ndarray(array.shape, array.dtype, base, array.start, array.strides)
+    start = array.ctypes.data - array.base.ctypes.data
+    return _View(base, array.shape, array.dtype, start, array.strides)
 
 
 def _generator_like(generator: np.random.Generator) -> np.random.Generator:
