@@ -385,7 +385,7 @@ def load(run: Run) -> None:
 
 
 def make_way(folder: Path) -> None:
-    """Rename the folder of an earlier run with the same settings, so that nothing of it is lost."""
+    """Rename the folder of an earlier run, so that nothing of it is lost."""
     if (folder / "checkpoint.pt").exists():
         number = 1
         while (old := folder.with_name(f"{folder.name}.{number}")).exists():

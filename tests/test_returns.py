@@ -256,6 +256,19 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: n_step_returns(GOOD, GOOD, ENDS, discount=0.9, steps=0),
         "steps is 0; it must be a whole number of at least 1",
     ),
+    "rows without environments": (
+        lambda: n_step_returns(GOOD[0], GOOD[0], ENDS[0], discount=0.9, steps=2),
+        r"rewards has shape \(2,\); it must be \(T, N\)",
+    ),
+    "whole numbers": (
+        lambda: discounted_returns(GOOD.long(), GOOD, ENDS, discount=0.9),
+        "rewards is torch.int64; it must be floating point",
+    ),
+    "half a step": (
+        lambda: n_step_returns(GOOD, GOOD, ENDS, discount=0.9, steps=2.5),  # type: ignore[arg-type]  # the mistake
+        "steps is 2.5; it must be a whole number",
+    ),
+    "no weight": (lambda: trajectory_weights(GOOD, ENDS, largest=math.nan), "largest is nan"),
     "ends that are numbers": (
         lambda: discounted_returns(GOOD, GOOD, GOOD, discount=0.9),
         "ends is torch.float32; it must be torch.bool",

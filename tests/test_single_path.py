@@ -342,6 +342,36 @@ def test_continuous_actions_are_kept_as_they_were_drawn() -> None:
     assert single_path(envs, wide, steps=30, seed=0).actions.abs().max() > 2.0
 
 
+def test_a_cursor_shares_no_memory_with_the_environments() -> None:
+    envs = SyncVectorEnv([cartpole] * 2, copy=False, autoreset_mode="SameStep")
+    batch = single_path(envs, coin, steps=5, seed=0)
+    before = batch.end.observations.copy()
+    single_path(envs, coin, steps=5, after=batch)
+    assert np.array_equal(batch.end.observations, before)
+
+
+class Unresettable(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that begins once."""
+
+    begun = False
+
+    def reset(self, **options: Any) -> Any:
+        if self.begun:
+            raise ConnectionError("no further episode")
+        self.begun = True
+        return self.env.reset(**options)
+
+
+def test_where_a_reset_fails_what_followed_the_last_row_is_still_known() -> None:
+    envs = vector(lambda: Unresettable(cartpole()), 2, AutoresetMode.DISABLED)
+    with pytest.raises(RolloutError, match="no further episode") as it:
+        single_path(envs, coin, steps=100, seed=0)
+    batch = it.value.batch
+    (alive,) = (~(batch.terminated | batch.truncated)[-1]).nonzero().reshape(-1).tolist()
+    (place,) = (batch.cut_rows[:, 1] == alive).nonzero().reshape(-1).tolist()
+    assert not torch.equal(batch.cut_observations[place], batch.observations[-1, alive])
+
+
 class Failing(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that dies, or loses count, after so many steps."""
 
@@ -409,6 +439,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a state without its environments": (
         start(steps=1, state=(torch.zeros(1, 3, 4), torch.zeros(3, 4))),
         r"state holds a tensor of shape \(3, 4\); its second dimension must be the \d environments",
+    ),
+    "another number of environments": (
+        lambda: single_path(vector(cartpole, 2), coin, steps=1, after=collected()),
+        "after is a rollout of 3 environments, and there are 2 here",
     ),
     "a space without a shape": (
         lambda: single_path(with_sequences(), coin, steps=1),

@@ -271,6 +271,23 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a policy of another shape": (lambda: GOOD.state_values(UNIFORM.T), r"shape \(3, 2\)"),
     "a policy that is none": (lambda: GOOD.visitation(-UNIFORM), "policy holds no probabilities"),
+    "a new policy that is none": (
+        lambda: lower_bound(GOOD, UNIFORM, UNIFORM * math.nan),
+        "policy holds no probabilities",
+    ),
+    "a KL of twice a policy": (
+        lambda: max_kl(2 * UNIFORM, UNIFORM),
+        "The old policy holds no probabilities.*from 2 to 2",
+    ),
+    "policies of other states": (
+        lambda: max_total_variation(UNIFORM, UNIFORM[:1]),
+        r"shapes \(2, 3\) and \(1, 3\)",
+    ),
+    "a process without states": (
+        lambda: TabularMDP(torch.zeros(0, 3, 0), torch.zeros(0, 3), torch.zeros(0), 0.9),
+        "at least one of each",
+    ),
+    "a negative KL": (lambda: state_distribution_bound(2, -0.1), "largest_kl -0.1"),
     "a negative radius": (lambda: constrained_step(GOOD, UNIFORM, -1.0), "radius is -1.0"),
     "a negative price": (lambda: penalised_step(GOOD, UNIFORM, -1.0), "coefficient is -1.0"),
     "a deterministic policy": (

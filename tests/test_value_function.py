@@ -94,7 +94,7 @@ REFUSED = {
     "no rows": (fitting(ROWS[:0], TARGETS[:0]), r"targets has shape \(0,\)"),
     "NaN": (fitting(ROWS, TARGETS * math.nan), "targets holds NaN"),
     "no epochs": (fitting(ROWS, TARGETS, epochs=0), "epochs is 0"),
-    "an empty minibatch": (fitting(ROWS, TARGETS, minibatch=0), "minibatch 0"),
+    "an empty minibatch": (fitting(ROWS, TARGETS, minibatch=0), "minibatch is 0"),
 }
 
 

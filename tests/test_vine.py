@@ -286,6 +286,97 @@ def test_a_branch_stops_where_its_episode_does() -> None:
     assert branch_steps == int(batch.q.sum())
 
 
+class Noisy(gym.Wrapper[Any, Any, Any, Any]):
+    """Rewards with the environment's own random numbers, and ends after four steps."""
+
+    def step(self, action: Any) -> Any:
+        observation, _, *rest = self.env.step(action)
+        return (observation, float(self.unwrapped.np_random.normal()), *rest)
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_branches_of_one_action_differ_by_their_random_numbers_alone(*, common: bool) -> None:
+    torch.manual_seed(0)
+    envs = SyncVectorEnv([lambda: Noisy(gym.make("CartPole-v1"))] * 4, autoreset_mode="SameStep")
+    batch = vine(
+        envs,
+        lambda seen: Categorical(logits=torch.tensor([60.0, 0.0]).expand(len(seen), 2)),
+        steps=5,
+        states=10,
+        branches=3,
+        horizon=1,
+        discount=1.0,
+        common_random_numbers=common,
+        seed=0,
+    )
+    spread = batch.q.std(1)
+    assert (spread == 0).all() if common else (spread > 0).all()
+    assert batch.q[:, 0].std() > 0.1  # no two states have the same
+
+
+def test_a_branch_that_is_cut_off_is_worth_what_the_critic_says_of_the_rest() -> None:
+    envs = SyncVectorEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=4)] * 2)
+    batch = vine(
+        envs,
+        Swing(),
+        steps=1,
+        states=lambda step, cursor: np.array([True, True]),
+        branches=2,
+        horizon=9,
+        discount=0.5,
+        critic=lambda seen: torch.full((len(seen),), 1000.0),
+        seed=0,
+    )
+    rewards = batch.q - 0.5**4 * 1000.0
+    assert (rewards <= 0).all()
+    assert (rewards > -16.3 * 2).all()  # the reward's smallest, four times
+
+
+def test_a_critic_has_no_say_where_an_episode_ended() -> None:
+    torch.manual_seed(0)
+    batch = vine(
+        lakes(4),
+        Table(),
+        steps=20,
+        states=20,
+        horizon=200,
+        discount=DISCOUNT,
+        critic=lambda states: torch.full((len(states),), math.inf),
+        seed=0,
+    )
+    assert batch.q.isfinite().all()
+
+
+def test_branches_leave_torchs_random_state_alone() -> None:
+    draws = []
+    for horizon in (1, 5):
+        torch.manual_seed(0)
+        vine(
+            pendulums(),
+            Swing(),
+            steps=2,
+            states=3,
+            branches=2,
+            horizon=horizon,
+            discount=0.9,
+            seed=0,
+        )
+        draws.append(torch.rand(1))
+    assert torch.equal(*draws)
+
+
+def test_an_entropy_bonus_counts_in_the_loss() -> None:
+    torch.manual_seed(0)
+    policy = Table()
+    batch = vine(lakes(4), policy, steps=5, states=5, horizon=5, discount=DISCOUNT, seed=0)
+    plain, with_bonus = (
+        float(vine_closure(policy, batch, entropy_bonus=bonus)()[0].detach())
+        for bonus in (0.0, 2.0)
+    )
+    nats = float(policy(batch.observations).entropy().mean().detach())
+    assert with_bonus == pytest.approx(plain - 2.0 * nats, abs=1e-5)
+
+
 class Dying(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that is gone after so many steps, or rewards with NaN from then on."""
 
@@ -308,16 +399,21 @@ COUNTER = iter(range(10**9))
 def test_states_that_were_finished_are_kept_when_an_environment_dies(*, odd: bool) -> None:
     global COUNTER
     COUNTER = iter(range(10**9))
-    envs = SyncVectorEnv([lambda: Dying(lake(), [200], odd)] * 2, autoreset_mode="SameStep")
-    policy = Table()
+    envs = SyncVectorEnv(
+        [lambda: Dying(gym.make("Pendulum-v1"), [200], odd)] * 2, autoreset_mode="SameStep"
+    )
+    policy = Swing()
     with pytest.raises(RolloutError, match="A branch failed") as caught:
-        vine(envs, policy, steps=20, states=40, horizon=3, discount=DISCOUNT, seed=0)
+        vine(envs, policy, steps=20, states=40, branches=2, horizon=3, discount=DISCOUNT, seed=0)
     batch = caught.value.batch
     assert isinstance(batch, VineBatch)
     assert 0 < len(batch.q) < 40
     assert len(batch.q) == len(batch.observations) == len(batch.actions)
     assert batch.trunk.rewards.shape == (20, 2)
-    assert TrustRegionOptimizer(policy.parameters()).step(vine_closure(policy, batch)) is not None
+    assert TrustRegionOptimizer(policy.parameters()).step(vine_closure(policy, batch)).accepted
+    for env, seen in zip(envs.envs, batch.trunk.end.observations, strict=True):
+        angle = env.unwrapped.state[0]  # type: ignore[attr-defined]  # the pendulum's
+        assert math.cos(angle) == pytest.approx(seen[0], abs=1e-6)  # back where the trunk ended
 
 
 def growing(
@@ -344,6 +440,20 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no horizon": (growing(horizon=0), "horizon is 0"),
     "γ": (growing(discount=1.5), r"discount is 1.5; it must be in \[0, 1\]"),
     "another sampling": (growing(branches=2, sampling="greedy"), "sampling is 'greedy'"),
+    "more states than rows": (growing(states=33), "states is 33, and the trunk has 32 rows"),
+    "half a step": (growing(horizon=2.5), "horizon is 2.5; it must be a whole number"),
+    "a rule that returns places": (
+        growing(states=lambda step, cursor: np.array([0, 1])),
+        r"rule returned array\(\[0, 1\]\); it must be an array of 16 bools",
+    ),
+    "alike without a number": (growing(sampling="uniform"), "give their number as branches"),
+    "a policy of more actions": (
+        lambda: vine_closure(
+            lambda seen: Categorical(torch.ones(len(seen), 5)),
+            vine(lakes(2), Table(), steps=2, states=2, horizon=2, discount=0.9, seed=0),
+        ),
+        "do not sum to 1.*than the 4 that were tried",
+    ),
     "all of a continuum": (growing(pendulums, Swing()), "not all can be tried"),
     "alike in a continuum": (
         growing(pendulums, Swing(), branches=2, sampling="uniform"),
@@ -355,7 +465,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a rule that takes none": (
         growing(states=lambda step, cursor: np.zeros(16, dtype=bool)),
-        "chose no state",
+        "No state of the trunk was taken",
     ),
     "an environment without a state": (
         growing(

@@ -78,7 +78,8 @@ class Branches:
         if self.critic is None:
             return total
         rest = self.critic(tensors_of(stacked(observations), self.device)).reshape(-1)
-        return total + torch.as_tensor(weights * open_ended).to(rest) * rest
+        later = torch.as_tensor(weights, device=self.device).to(rest) * rest
+        return total + torch.where(torch.as_tensor(open_ended, device=self.device), later, 0.0)
 
 
 def _width(actions: Any) -> int:

@@ -14,6 +14,7 @@ from trpo_optim.batch import Closures
 from trpo_optim.closure import Closure
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
@@ -240,7 +241,6 @@ def _require_options(
         raise TrustRegionError(
             f"curvature is {curvature!r}; it must be a share in (0, 1), or None for all rows."
         )
-    if micro_batch is not None and micro_batch < 1:
-        raise TrustRegionError(f"micro_batch is {micro_batch!r}; it must be at least 1, or None.")
+    require_counts(micro_batch=micro_batch)
     if not math.isfinite(entropy_bonus):
         raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.arguments import require_counts, require_shares
 
 __all__ = [
     "discounted_returns",
     "explained_variance",
     "gae",
     "n_step_returns",
-    "require_shares",
     "trajectory_weights",
 ]
 
@@ -94,8 +94,7 @@ def n_step_returns(
     """
     _require_rows(rewards=rewards, next_values=next_values, ends=ends)
     require_shares(discount=discount)
-    if steps < 1:
-        raise TrustRegionError(f"steps is {steps!r}; it must be a whole number of at least 1.")
+    require_counts(steps=steps)
     result = rewards + discount * next_values
     stop = ends | (torch.arange(len(ends), device=ends.device) == len(ends) - 1)[:, None]
     for _ in range(min(steps, len(rewards)) - 1):
@@ -121,12 +120,15 @@ def trajectory_weights(
         Shape (T, N); 1 at the start of an episode, and of the batch.
 
     Raises:
-        TrustRegionError: If shapes differ or there are no rows.
+        TrustRegionError: If shapes differ, there are no rows, or the largest weight is not
+            positive.
 
     Source:
         Precup, Sutton & Singh, "Eligibility Traces for Off-Policy Policy Evaluation", ICML 2000.
     """
     _require_rows(log_ratios=log_ratios, starts=starts)
+    if not largest > 0:
+        raise TrustRegionError(f"largest is {largest!r}; it must be above 0.")
     weights = torch.zeros_like(log_ratios)
     before = torch.zeros_like(log_ratios[0])
     for step, ratio in enumerate(log_ratios):
@@ -149,7 +151,7 @@ def explained_variance(predictions: Tensor, targets: Tensor) -> float:
     Raises:
         TrustRegionError: If shapes differ or there are no rows.
     """
-    _require_rows(predictions=predictions, targets=targets)
+    _require_one_shape(predictions=predictions, targets=targets)
     spread = targets.double().var(correction=0)
     left = (targets.double() - predictions.double()).var(correction=0)
     return float(1 - left / spread) if spread > 0 else float("nan")
@@ -166,27 +168,22 @@ def _discounted(terms: Tensor, rest: Tensor, ends: Tensor, fade: float) -> Tenso
 
 
 def _require_rows(**values: Tensor) -> None:
-    """Check that tensors are of one shape and not empty."""
+    """Check that tensors are of one shape (T, N), with rows in it, and of the right kind."""
+    _require_one_shape(**values)
+    for name, value in values.items():
+        if value.dim() != 2:
+            raise TrustRegionError(f"{name} has shape {tuple(value.shape)}; it must be (T, N).")
+        if name in {"ends", "starts"}:
+            if value.dtype != torch.bool:
+                raise TrustRegionError(f"{name} is {value.dtype}; it must be torch.bool.")
+        elif not value.is_floating_point():
+            raise TrustRegionError(f"{name} is {value.dtype}; it must be floating point.")
+
+
+def _require_one_shape(**values: Tensor) -> None:
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if len(set(shapes.values())) > 1:
-        raise TrustRegionError(f"The shapes differ: {shapes}. All must be (T, N), time first.")
-    for name in ("ends", "starts"):
-        if name in values and values[name].dtype != torch.bool:
-            raise TrustRegionError(f"{name} is {values[name].dtype}; it must be torch.bool.")
+        raise TrustRegionError(f"The shapes differ: {shapes}. All must be the same.")
     name, value = next(iter(values.items()))
     if value.numel() == 0:
         raise TrustRegionError(f"{name} is empty (shape {tuple(value.shape)}): there are no rows.")
-
-
-def require_shares(**values: float) -> None:
-    """Check that numbers lie in [0, 1].
-
-    Args:
-        values: The numbers by name.
-
-    Raises:
-        TrustRegionError: If one does not; it is named.
-    """
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise TrustRegionError(f"{name} is {value!r}; it must be in [0, 1].")

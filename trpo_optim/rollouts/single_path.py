@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trpo_optim.distributions import sample
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.spaces import (
     actions_for,
     mapped,
@@ -67,8 +68,8 @@ def single_path(
 
     Raises:
         TrustRegionError: If the arguments do not fit, or a space is not known.
-        RolloutError: If an environment raises, or returns a reward that is no number; it holds the
-            batch up to there.
+        RolloutError: If an environment raises: its batch holds what came before. Or if one returns
+            a reward that is no number: its batch holds all steps.
     """
     if not isinstance(envs, VectorEnv):
         raise TrustRegionError(
@@ -77,9 +78,7 @@ def single_path(
         )
     if (steps is None) == (episodes is None):
         raise TrustRegionError("Give either steps or episodes to single_path().")
-    for name, value in (("steps", steps), ("episodes", episodes)):
-        if value is not None and value < 1:
-            raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    require_counts(steps=steps, episodes=episodes)
     if after is not None and (episodes is not None or state is not None or seed is not None):
         raise TrustRegionError(
             "after goes on from another rollout; whole episodes, an initial state and a seed "
@@ -89,6 +88,11 @@ def single_path(
     require_known(envs.single_action_space, "actions")
     if isinstance(after, SinglePathBatch):
         after = after.end
+    if after is not None and len(after.starts) != envs.num_envs:
+        raise TrustRegionError(
+            f"after is a rollout of {len(after.starts)} environments, and there are "
+            f"{envs.num_envs} here. Go on with the same ones."
+        )
     _require_state(state, envs.num_envs)
     cursor = _fresh(envs, state, seed) if after is None else after
     path = _Path(envs, policy, cursor, device, _quotas(episodes, envs.num_envs))
@@ -205,8 +209,6 @@ class _Path:
             self.episodes.append((float(returns[index]), int(lengths[index])))
         if self.quotas is not None:
             self.quotas -= done & valid
-        if self.mode is AutoresetMode.DISABLED and done.any():
-            following, _ = envs.reset(options={"reset_mask": done})
         later = self.mode is AutoresetMode.NEXT_STEP
         self.cursor = Cursor(
             observations=following,
@@ -216,6 +218,8 @@ class _Path:
             returns=np.where(done | cursor.resetting, 0.0, returns),
             lengths=np.where(done | cursor.resetting, 0, lengths),
         )
+        if self.mode is AutoresetMode.DISABLED and done.any():
+            self.cursor.observations, _ = envs.reset(options={"reset_mask": done})
 
     def _act(self, seen: Any) -> tuple[Any, Any]:
         """Return actions and the policy's next recurrent state."""
@@ -256,7 +260,7 @@ class _Path:
             state=self.state,
             episode_returns=[value for value, _ in self.episodes],
             episode_lengths=[length for _, length in self.episodes],
-            end=self.cursor,
+            end=replace(self.cursor, observations=mapped(np.array, self.cursor.observations)),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.returns import explained_variance
 from trpo_optim.rollouts.spaces import mapped
 
@@ -67,8 +68,7 @@ def fit_value(
     mapped(lambda each: _require_length(each, len(targets)), observations)
     if not targets.isfinite().all():
         raise TrustRegionError("targets holds NaN or infinity; every target must be a number.")
-    if epochs < 1 or (minibatch is not None and minibatch < 1):
-        raise TrustRegionError(f"epochs is {epochs!r} and minibatch {minibatch!r}; at least 1.")
+    require_counts(epochs=epochs, minibatch=minibatch)
 
     @torch.no_grad()
     def predictions() -> Tensor:

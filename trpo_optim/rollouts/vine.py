@@ -15,8 +15,8 @@ from torch import Tensor
 
 from trpo_optim.distributions import log_prob, sample
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.arguments import require_counts, require_shares
 from trpo_optim.rollouts.branches import Branches
-from trpo_optim.rollouts.returns import require_shares
 from trpo_optim.rollouts.single_path import single_path
 from trpo_optim.rollouts.snapshot import Snapshot, capture, restore
 from trpo_optim.rollouts.spaces import mapped, one_of, stacked, tensors_of
@@ -86,6 +86,8 @@ def vine(
             (B, 1). None: nothing.
         common_random_numbers: Whether the branches of a state meet the same random numbers, in the
             policy's sampling and in the environment, which makes their differences more certain.
+            The environment's are those of its ``np_random``; a wrapper's own generator, or an
+            emulator's, goes on as it was captured.
         after: The vine or the rollout that this trunk goes on from, or its ``end``. None: the
             environments are reset.
         seed: Of the reset.
@@ -96,7 +98,8 @@ def vine(
 
     Raises:
         TrustRegionError: If an argument does not fit, or the environments cannot be captured.
-        RolloutError: If an environment fails; its batch holds the states that were finished.
+        RolloutError: If an environment fails: on a branch, its batch holds the states that were
+            finished; on the trunk, it is what ``single_path`` collected.
 
     Source:
         Schulman et al. (2015), section 5.2; common random numbers: Ng & Jordan, "PEGASUS", 2000.
@@ -111,8 +114,13 @@ def vine(
     rule = states if callable(states) else _uniform(states, steps, envs.num_envs)
 
     def keep(step: int, cursor: Cursor) -> None:
-        wanted = rule(step, cursor) & ~cursor.resetting
-        for index in np.flatnonzero(wanted):
+        wanted = np.asarray(rule(step, cursor))
+        if wanted.dtype != bool or wanted.shape != (envs.num_envs,):
+            raise TrustRegionError(
+                f"The rule returned {wanted!r}; it must be an array of {envs.num_envs} bools, true "
+                "for the environments whose states are taken."
+            )
+        for index in np.flatnonzero(wanted & ~cursor.resetting):
             observation = one_of(cursor.observations, int(index))
             chosen.append((capture(envs.envs[index]), observation))
 
@@ -120,7 +128,10 @@ def vine(
         envs, policy, steps=steps, after=after, seed=seed, device=device, before_step=keep
     )
     if not chosen:
-        raise TrustRegionError("The rule chose no state of the trunk. Take at least one.")
+        raise TrustRegionError(
+            "No state of the trunk was taken: the rule chose none, or those drawn were rows that "
+            "only reset. Take more of them."
+        )
     observations = tensors_of(stacked([each for _, each in chosen]), device)
     actions, sampling_log_prob = _branch_actions(
         policy(observations), len(chosen), envs.single_action_space, branches, sampling, device
@@ -208,11 +219,19 @@ def _require(
         )
     if branches is not None:
         whole["branches"] = branches
-    for name, value in whole.items():
-        if value < 1:
-            raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    require_counts(**whole)
+    rows = whole["steps"] * envs.num_envs
+    if not callable(states) and states > rows:
+        raise TrustRegionError(
+            f"states is {states}, and the trunk has {rows} rows to take them of."
+        )
     if sampling not in {"policy", "uniform"}:
         raise TrustRegionError(f"sampling is {sampling!r}; it must be 'policy' or 'uniform'.")
+    if sampling == "uniform" and branches is None:
+        raise TrustRegionError(
+            "sampling='uniform' draws some of the actions: give their number as branches. Without, "
+            "all are tried."
+        )
     space = envs.single_action_space
     if not isinstance(space, gym.spaces.Discrete) and (branches is None or sampling == "uniform"):
         raise TrustRegionError(

@@ -36,7 +36,8 @@ def vine_closure(
         What ``step`` takes in place of a closure.
 
     Raises:
-        TrustRegionError: If the batch is empty or a Q is not finite.
+        TrustRegionError: If the batch is empty, a Q is not finite, or the policy has other actions
+            than those that were all tried.
 
     Source:
         Schulman et al. (2015), equations 15 and 16.
@@ -49,6 +50,13 @@ def vine_closure(
     with torch.no_grad():
         old = frozen(policy(trunk))
         start = _log_probs(policy(batch.observations), batch)
+    if batch.sampling_log_prob is None and not torch.allclose(
+        start.exp().sum(1), torch.ones_like(start[:, 0]), atol=1e-3
+    ):
+        raise TrustRegionError(
+            "The policy's probabilities of all actions of the space do not sum to 1: its "
+            f"distribution has others than the {batch.q.shape[1]} that were tried."
+        )
     base = start if batch.sampling_log_prob is None else batch.sampling_log_prob
     shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)
     gains = batch.q - (shares * batch.q).sum(1, keepdim=True)  # so that the loss begins at zero

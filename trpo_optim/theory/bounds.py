@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.report import StepReport, TrustRegionError
-from trpo_optim.theory.tabular_mdp import TabularMDP
+from trpo_optim.theory.tabular_mdp import TabularMDP, require_probabilities
 
 __all__ = [
     "conservative_lower_bound",
@@ -24,17 +24,20 @@ __all__ = [
 
 
 def max_total_variation(old: Tensor, new: Tensor) -> float:
-    """Return max over s of ½ Σ |π_old(a|s) − π_new(a|s)|."""
+    """Return max over s of ½ Σ |π_old(a|s) − π_new(a|s)|, of policies (S, A)."""
+    _require_policies(old, new)
     return float((old - new).abs().sum(1).max() / 2)
 
 
 def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
     """Return KL(π_old(·|s) ‖ π_new(·|s)) in nats: policies (…, S, A), shape (…, S)."""
-    return (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
+    kl = (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
+    return kl.clamp_min(0.0)  # rounding may bring it below
 
 
 def max_kl(old: Tensor, new: Tensor) -> float:
-    """Return max over s of KL(π_old(·|s) ‖ π_new(·|s)), in nats."""
+    """Return max over s of KL(π_old(·|s) ‖ π_new(·|s)) in nats, of policies (S, A)."""
+    _require_policies(old, new)
     return float(kl_by_state(old, new).max())
 
 
@@ -42,6 +45,15 @@ def mean_kl(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
     """Return the KL averaged over the normalised visitation of the old policy, in nats."""
     weights = (1 - mdp.discount) * mdp.visitation(old)
     return float(weights @ kl_by_state(old, new))
+
+
+def _require_policies(old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape:
+        raise TrustRegionError(
+            f"The policies have shapes {tuple(old.shape)} and {tuple(new.shape)}; both are (S, A)."
+        )
+    require_probabilities("The old policy", old)
+    require_probabilities("The new policy", new)
 
 
 def penalty_coefficient(advantage: float, discount: float) -> float:
@@ -124,7 +136,12 @@ def state_distribution_bound(time: int, largest_kl: float) -> float:
 
     Returns:
         A number.
+
+    Raises:
+        TrustRegionError: If one of them is negative.
     """
+    if time < 0 or not largest_kl >= 0:
+        raise TrustRegionError(f"time is {time!r} and largest_kl {largest_kl!r}; both at least 0.")
     return time * math.sqrt(2 * largest_kl)
 
 

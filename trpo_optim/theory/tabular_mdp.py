@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["TabularMDP", "random_mdp"]
+__all__ = ["TabularMDP", "random_mdp", "require_probabilities"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +39,10 @@ class TabularMDP:
         """Check the process and bring it to double precision."""
         for name in ("transitions", "rewards", "start"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).double())
-        if self.rewards.dim() != 2:
+        if self.rewards.dim() != 2 or not self.rewards.numel():
             raise TrustRegionError(
-                f"rewards has shape {tuple(self.rewards.shape)}; it must be (states, actions)."
+                f"rewards has shape {tuple(self.rewards.shape)}; it must be (states, actions), "
+                "with at least one of each."
             )
         states, actions = self.rewards.shape
         expected = {"transitions": (states, actions, states), "start": (states,)}
@@ -52,7 +53,7 @@ class TabularMDP:
                     f"{name} has shape {tuple(value.shape)}; with rewards of "
                     f"{(states, actions)} it must be {shape}."
                 )
-            _require_probabilities(name, value)
+            require_probabilities(name, value)
         if not self.rewards.isfinite().all():
             raise TrustRegionError("rewards holds NaN or infinity; every reward must be a number.")
         if not 0 <= self.discount < 1:
@@ -105,8 +106,7 @@ class TabularMDP:
         Source:
             Schulman et al. (2015), equation 3.
         """
-        gained = (new * self.advantages(old)).sum(1)
-        return self.expected_return(old) + float(self.visitation(old) @ gained)
+        return self.expected_return(old) + float(self.visitation(old) @ self._gained(old, new))
 
     def return_by_advantages(self, old: Tensor, new: Tensor) -> float:
         """Return η(old) + Σ ρ_new(s) Σ π_new(a|s) A_old(s, a), which is η(new).
@@ -121,23 +121,39 @@ class TabularMDP:
         Source:
             Kakade & Langford (2002); Schulman et al. (2015), equations 1 and 2.
         """
-        gained = (new * self.advantages(old)).sum(1)
-        return self.expected_return(old) + float(self.visitation(new) @ gained)
+        return self.expected_return(old) + float(self.visitation(new) @ self._gained(old, new))
+
+    def _gained(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return Σ π_new(a|s) A_old(s, a), shape (S,)."""
+        self._require_policy(new)
+        return (new.double() * self.advantages(old)).sum(1)
 
     def _under(self, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Markov chain and the rewards that a policy makes of the process."""
+        self._require_policy(policy)
+        weights = policy.double()
+        chain = torch.einsum("sa,sat->st", weights, self.transitions)
+        return chain, (weights * self.rewards).sum(1)
+
+    def _require_policy(self, policy: Tensor) -> None:
         if policy.shape != self.rewards.shape:
             raise TrustRegionError(
                 f"The policy has shape {tuple(policy.shape)}; it must be π(a|s) of shape "
                 f"{tuple(self.rewards.shape)}."
             )
-        _require_probabilities("policy", policy)
-        weights = policy.double()
-        chain = torch.einsum("sa,sat->st", weights, self.transitions)
-        return chain, (weights * self.rewards).sum(1)
+        require_probabilities("policy", policy)
 
 
-def _require_probabilities(name: str, value: Tensor) -> None:
+def require_probabilities(name: str, value: Tensor) -> None:
+    """Check that a tensor's last dimension is a probability distribution.
+
+    Args:
+        name: What it is called, for the error.
+        value: The tensor.
+
+    Raises:
+        TrustRegionError: If it is not.
+    """
     sums = value.sum(-1)
     if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > 1e-6:
         raise TrustRegionError(
