@@ -16,7 +16,7 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
 	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py
 
-bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (half an hour); writes docs/sampling.md
+bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/sampling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes runs/learning
