@@ -19,8 +19,13 @@ bench: .venv/bench ## time this package beside its peers (a quarter of an hour);
 bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/sampling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
 
-bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes runs/learning
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py
+bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results.md
+	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms trpo random
+	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3 \
+		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5
+	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
+		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Swimmer-v5
+	PYTHONPATH=examples $(BIN)/python benchmarks/learning_report.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

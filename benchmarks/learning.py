@@ -4,8 +4,8 @@
 
 A job is one environment, algorithm and seed. It is advanced in pieces, side by side with others;
 after each piece the policy is evaluated and one line of JSON written to runs/learning. Killed at
-any moment, the same command goes on where it stopped. benchmarks/learning_report.py makes
-docs/results.md of the lines.
+any moment, the same command goes on where it stopped; jobs that docs/results.jsonl.xz holds are
+finished. benchmarks/learning_report.py makes docs/results.md of the lines.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import train
 import tyro
+from results import ARCHIVE, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -32,11 +33,22 @@ from tqdm import tqdm
 
 from trpo_optim.rollouts import single_path
 
-MUJOCO = train.Args(total_steps=1_000_000)
-"""One set of settings for all MuJoCo tasks."""
+MUJOCO = train.Args(
+    total_steps=1_000_000, anneal_steps=1_000_000, max_kl=0.05, batch_size=2048, log_std=-0.5
+)
+"""One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
 
-CLASSIC = train.Args(total_steps=100_000)
+CLASSIC = train.Args(max_kl=0.03, log_std=1.0)
 """One set of settings for classic control."""
+
+BUDGETS = {
+    "CartPole-v1": 100_000,
+    "Acrobot-v1": 100_000,
+    "Pendulum-v1": 100_000,
+    "MountainCarContinuous-v0": 50_000,
+    "LunarLander-v3": 200_000,
+}
+"""Steps that rl-baselines3-zoo gives its TRPO."""
 
 SETTINGS: dict[str, train.Args] = {
     **{
@@ -53,13 +65,10 @@ SETTINGS: dict[str, train.Args] = {
         )
     },
     "Swimmer-v5": replace(MUJOCO, env_id="Swimmer-v5", gamma=0.9999),
-    "CartPole-v1": replace(CLASSIC, env_id="CartPole-v1"),
-    "Acrobot-v1": replace(CLASSIC, env_id="Acrobot-v1"),
-    "Pendulum-v1": replace(CLASSIC, env_id="Pendulum-v1", gamma=0.9),
-    "MountainCarContinuous-v0": replace(
-        CLASSIC, env_id="MountainCarContinuous-v0", total_steps=50_000
-    ),
-    "LunarLander-v3": replace(CLASSIC, env_id="LunarLander-v3", total_steps=200_000),
+    **{
+        env_id: replace(CLASSIC, env_id=env_id, total_steps=steps, anneal_steps=steps)
+        for env_id, steps in BUDGETS.items()
+    },
 }
 
 SB3: dict[str, Any] = {
@@ -89,7 +98,7 @@ class Job:
     """One training run."""
 
     env_id: str
-    algorithm: str  # "trpo", "natural", "vanilla" or "sb3-contrib"
+    algorithm: str  # "trpo", "natural", "vanilla", "sb3-contrib" or "random"
     seed: int
     folder: Path
     pieces: int
@@ -114,7 +123,8 @@ class Job:
     def args(self, total_steps: int) -> train.Args:
         """Return the example's settings up to so many steps."""
         own = {"lr": VANILLA_LR} if self.algorithm == "vanilla" else {}
-        changes: dict[str, Any] = {"mode": self.algorithm, **own, **dict(self.changes)}
+        mode = "trpo" if self.algorithm == "random" else self.algorithm
+        changes: dict[str, Any] = {"mode": mode, **own, **dict(self.changes)}
         changes["total_steps"] = total_steps
         return replace(
             SETTINGS[self.env_id],
@@ -138,13 +148,26 @@ def advance(job: Job, piece: int) -> None:
     """Train one piece further, evaluate, and append a line."""
     steps = job.total_steps * (piece + 1) // job.pieces
     start = time.perf_counter()
-    result = _sb3(job, steps) if job.algorithm == "sb3-contrib" else _ours(job, steps)
+    train_and_judge = {"sb3-contrib": _sb3, "random": _random}.get(job.algorithm, _ours)
+    result = train_and_judge(job, steps)
     line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
     line |= {"seconds": round(time.perf_counter() - start, 1)}
     with job.lines.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _random(job: Job, steps: int) -> dict[str, Any]:
+    envs = train.make_envs(replace(job.args(steps), num_envs=EPISODES))
+    envs.action_space.seed(job.seed)
+
+    def draws(_: Any) -> torch.Tensor:
+        return torch.as_tensor(envs.action_space.sample())
+
+    returns = single_path(envs, draws, episodes=EPISODES, seed=10_000 + job.seed).episode_returns
+    envs.close()
+    return {"steps": steps, "sampled": returns, "deterministic": returns}
 
 
 def _ours(job: Job, steps: int) -> dict[str, Any]:
@@ -198,7 +221,7 @@ class Settings:
     environments: tuple[str, ...] = tuple(SETTINGS)
     """the tasks"""
     algorithms: tuple[str, ...] = ("trpo",)
-    """trpo, natural, vanilla, sb3-contrib"""
+    """trpo, natural, vanilla, sb3-contrib, random"""
     seeds: int = 5
     """runs of each"""
     pieces: int = 10
@@ -218,9 +241,12 @@ def main(settings: Settings) -> None:
         settings: Which.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
-    kinds = asdict(train.Args())
+    if settings.changes is None:
+        unpacked(ARCHIVE, settings.folder)
+    defaults = asdict(train.Args())
     changes = tuple(
-        (name, type(kinds[name])(value)) for name, value in (settings.changes or {}).items()
+        (name, value if isinstance(defaults[name], float) else int(value))
+        for name, value in (settings.changes or {}).items()
     )
     jobs = [
         Job(env_id, algorithm, seed, settings.folder, settings.pieces, changes)

@@ -59,6 +59,8 @@ class Args:
     """environment steps, over all environments"""
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
+    anneal_steps: int | None = None
+    """over how many environment steps the radius falls to zero, linearly; None: it stays"""
     constraint: Literal["mean", "max"] = "mean"
     """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
     lr: float = 1.0
@@ -229,7 +231,7 @@ def new_run(args: Args) -> Run:
             constraint=args.constraint,
             lr=args.lr,
         ),
-        critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr),
+        critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True),
         normalise=Normaliser(size, args.device),
         discounted=torch.zeros(args.num_envs, device=args.device),
     )
@@ -275,14 +277,29 @@ def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tenso
     return result, result + values
 
 
-def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
-    """Take one step of the policy, and fit the critic to its targets."""
+def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor]:
+    """Take one step of the policy; return its report and the critic's targets, (T, N)."""
     advantage, targets = advantages(run, batch, scaled_rewards(run, batch))
     standard = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    report = run.optimizer.step(policy_closure(run.act, batch, standard))
+    anneal(run)
+    return run.optimizer.step(policy_closure(run.act, batch, standard)), targets
+
+
+def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
+    """Take one step of the policy, and fit the critic to its targets."""
+    report, targets = improve_policy(run, batch)
     fit = fit_critic(run, batch, targets)
     run.normalise.update(batch.flat(batch.observations))
     return report, fit
+
+
+def anneal(run: Run) -> None:
+    """Set the radius of the next step."""
+    args = run.args
+    if args.anneal_steps is not None:
+        left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
+        for group in run.optimizer.param_groups:
+            group["max_kl"] = args.max_kl * left
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from trpo_optim.report import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
@@ -79,10 +80,12 @@ def fit_value(
         if minibatch is None:
             optimizer.step(partial(_error, critic, observations, targets, optimizer))  # type: ignore[arg-type]  # torch says float, and takes tensors
             continue
-        for chosen in torch.randperm(len(targets)).split(minibatch):
-            rows = chosen.to(targets.device)
-            part = mapped(itemgetter(rows), observations)
-            optimizer.step(partial(_error, critic, part, targets[rows], optimizer))  # type: ignore[arg-type]  # as above
+        order = torch.randperm(len(targets)).to(targets.device)
+        shuffled, aims = mapped(itemgetter(order), observations), targets[order]
+        for start in range(0, len(targets), minibatch):
+            rows = slice(start, start + minibatch)
+            part = mapped(itemgetter(rows), shuffled)
+            optimizer.step(partial(_error, critic, part, aims[rows], optimizer))  # type: ignore[arg-type]  # as above
     after = predictions()
     return ValueFit(
         float((after - targets).square().mean()), before, explained_variance(after, targets)
@@ -97,7 +100,7 @@ def _error(
 ) -> Tensor:
     """Return the mean squared error, its gradients in place."""
     optimizer.zero_grad()
-    loss = (critic(observations).reshape(-1) - targets).square().mean()
+    loss = mse_loss(critic(observations).reshape(-1), targets)
     loss.backward()
     return loss
 

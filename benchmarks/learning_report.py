@@ -1,0 +1,282 @@
+"""What the learning runs came to: docs/results.md and its pictures, from runs/learning.
+
+    make bench-learning
+
+The statistics are rliable's (Agarwal et al., "Deep Reinforcement Learning at the Edge of the
+Statistical Precipice", 2021): interquartile means, stratified bootstrap, performance profiles.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import tyro
+from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, VANILLA_LR
+from loop import loop_table
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from results import ARCHIVE, packed, unpacked
+from rliable import library, metrics
+from table import table
+
+Array = NDArray[np.float64]
+
+ALGORITHMS = ("trpo", "sb3-contrib", "natural", "vanilla")
+COLORS = dict(zip(ALGORITHMS, ("#1f5fbf", "#e8872a", "#8e5bb5", "#7f7f7f"), strict=True))
+
+TARGETS = {
+    "HalfCheetah-v5": (4500, "Tianshou 4471, best of the curve"),
+    "Hopper-v5": (3400, "sb3-contrib 3372"),
+    "Walker2d-v5": (4500, "sb3-contrib 4502"),
+    "Ant-v5": (3600, "sb3-contrib 3554"),
+    "Swimmer-v5": (359, "sb3-contrib 359"),
+    "Humanoid-v5": (1030, "TRPO+ 1030"),
+    "Reacher-v5": (-5, "Tianshou −5.1"),
+    "InvertedPendulum-v5": (1000, "Tianshou 1000"),
+    "InvertedDoublePendulum-v5": (9000, "Tianshou 8435"),
+    "CartPole-v1": (500, "rl-zoo 500"),
+    "Acrobot-v1": (-83, "rl-zoo −83"),
+    "Pendulum-v1": (-175, "rl-zoo −175"),
+    "MountainCarContinuous-v0": (92, "rl-zoo 92.5"),
+    "LunarLander-v3": (133, "rl-zoo 133"),
+}
+"""What to reach, and whose published result it is near."""
+
+
+class Runs:
+    """All evaluations by task and algorithm.
+
+    Args:
+        lines: One for each evaluation.
+    """
+
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        self.lines = lines
+        runs: dict[tuple[str, str], dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+        for line in lines:
+            runs[line["environment"], line["algorithm"]][line["seed"]].append(line)
+        self.runs = runs
+
+    def final(self, env_id: str, algorithm: str, kind: str = "deterministic") -> Array:
+        """Return the final policy's mean return, one number a seed."""
+        runs = self.runs.get((env_id, algorithm), {})
+        return np.array([fmean(run[-1][kind]) for run in runs.values()])
+
+    def curves(self, env_id: str, algorithm: str) -> tuple[Array, Array]:
+        """Return steps, (P,), and every seed's mean returns, (S, P)."""
+        runs = self.runs[env_id, algorithm].values()
+        returns = [[fmean(line["deterministic"]) for line in run] for run in runs]
+        return np.array([line["steps"] for line in next(iter(runs))]), np.array(returns)
+
+    def common(self, *algorithms: str) -> list[str]:
+        """Return the tasks that all of these algorithms have runs of."""
+        return [
+            env_id
+            for env_id in SETTINGS
+            if all(len(self.final(env_id, each)) for each in algorithms)
+        ]
+
+    def normalised(self, algorithm: str, env_ids: list[str]) -> Array:
+        """Return scores, 0 for random actions and 1 for the target, (seeds, tasks)."""
+        columns = []
+        for env_id in env_ids:
+            floor = self.final(env_id, "random").mean()
+            columns.append((self.final(env_id, algorithm) - floor) / (TARGETS[env_id][0] - floor))
+        seeds = min(map(len, columns))
+        return np.stack([column[:seeds] for column in columns], axis=1)
+
+
+def interval(
+    scores: Mapping[str, Any], measure: Callable[..., Any], reps: int
+) -> dict[str, tuple[float, float, float]]:
+    """Return a measure of each entry with its 95 % stratified bootstrap interval."""
+    points, bounds = library.get_interval_estimates(
+        dict(scores), measure, reps=reps, random_state=np.random.RandomState(0)
+    )
+    return {
+        name: (float(points[name]), float(bounds[name][0, 0]), float(bounds[name][1, 0]))
+        for name in scores
+    }
+
+
+def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
+    """Return the table of one set of tasks."""
+    head = ["task", "steps", "algorithm", "seeds", "mean", "median", "IQM", "sampled actions"]
+    rows = [[*head, "to reach"]]
+    for env_id in env_ids:
+        for algorithm in ALGORITHMS:
+            scores = runs.final(env_id, algorithm)
+            if not len(scores):
+                continue
+            cells = []
+            for measure in (
+                metrics.aggregate_mean,
+                metrics.aggregate_median,
+                metrics.aggregate_iqm,
+            ):
+                middle, low, high = interval({"": scores[:, None]}, measure, reps)[""]
+                cells.append(f"{middle:.5g} ({low:.5g} to {high:.5g})")
+            sampled = runs.final(env_id, algorithm, "sampled").mean()
+            target, source = TARGETS[env_id]
+            rows.append(
+                [
+                    env_id,
+                    f"{SETTINGS[env_id].total_steps:,}".replace(",", " "),
+                    algorithm,
+                    str(len(scores)),
+                    *cells,
+                    f"{sampled:.5g}",
+                    f"{target} ({source})",
+                ]
+            )
+    return table(*rows)
+
+
+def across(runs: Runs, reps: int) -> str:
+    """Return the tables over all tasks that two algorithms share."""
+    rows = [["", "tasks", "IQM of normalised scores", "the other's", "probability of improvement"]]
+    for other in ALGORITHMS[1:]:
+        env_ids = runs.common("trpo", other, "random")
+        if not env_ids:
+            continue
+        pair = {name: runs.normalised(name, env_ids) for name in ("trpo", other)}
+        iqms = interval(pair, metrics.aggregate_iqm, reps)
+        better = interval(
+            {"": (pair["trpo"], pair[other])}, metrics.probability_of_improvement, reps
+        )
+        found = [
+            f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            for middle, low, high in (iqms["trpo"], iqms[other], better[""])
+        ]
+        rows.append([f"trpo over {other}", str(len(env_ids)), *found])
+    return table(*rows)
+
+
+def draw_curves(runs: Runs, path: Path) -> None:
+    """Draw the return of every task by steps: mean over the seeds, and their range."""
+    env_ids = [env_id for env_id in SETTINGS if len(runs.final(env_id, "trpo"))]
+    figure = Figure(figsize=(13, 2.7 * -(-len(env_ids) // 4)), layout="constrained")
+    for index, env_id in enumerate(env_ids):
+        axes = figure.add_subplot(-(-len(env_ids) // 4), 4, index + 1)
+        for algorithm in ALGORITHMS:
+            if not len(runs.final(env_id, algorithm)):
+                continue
+            steps, returns = runs.curves(env_id, algorithm)
+            color = COLORS[algorithm]
+            axes.plot(steps, returns.mean(0), color=color, label=algorithm)
+            axes.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
+        axes.axhline(TARGETS[env_id][0], color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(env_id, fontsize=10)
+        axes.tick_params(labelsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
+    """Draw which share of runs scores above what, on the tasks that two algorithms share."""
+    others = [each for each in ALGORITHMS[1:] if runs.common("trpo", each, "random")]
+    figure = Figure(figsize=(4.2 * max(1, len(others)), 3.4), layout="constrained")
+    marks = np.linspace(0, 2, 81)
+    for index, other in enumerate(others):
+        env_ids = runs.common("trpo", other, "random")
+        pair = {name: runs.normalised(name, env_ids) for name in ("trpo", other)}
+        shares, bounds = library.create_performance_profile(pair, marks, reps=reps)
+        axes = figure.add_subplot(1, len(others), index + 1)
+        for name in pair:
+            axes.plot(marks, shares[name], color=COLORS[name], label=name)
+            axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)
+        axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
+        axes.set_title(f"{len(env_ids)} tasks", fontsize=10)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+PAGE = """# Learning, beside the peers
+
+Written by `make bench-learning`, whose finished runs are in [`results.jsonl.xz`](results.jsonl.xz),
+one line of JSON an evaluation; runs that it holds are not made again. Final policies, not the best
+of the curve, on separate environments, {episodes} episodes each, deterministic actions (sampled
+ones in a column of their own). Means over seeds with 95 % stratified bootstrap intervals by
+rliable.
+
+**Settings.** One set for all MuJoCo tasks: `examples/train.py` with max_kl {mujoco.max_kl} (the
+mean KL, joint over action dimensions), {mujoco.batch_size} steps an update from {mujoco.num_envs}
+environments, log_std {mujoco.log_std}, gae_lambda {mujoco.gae_lambda}, gamma {mujoco.gamma}
+(Swimmer 0.9999). One for classic control: max_kl {classic.max_kl}, {classic.batch_size} steps,
+log_std {classic.log_std}, gamma {classic.gamma}. sb3-contrib's TRPO has rl-baselines3-zoo's
+published settings for each task, whose KL is a mean over action dimensions. Vanilla's learning
+rate is {vanilla}.
+
+{study}
+
+![Learning curves](learning.png)
+
+## MuJoCo
+
+{mujoco_table}
+
+## Classic control
+
+{classic_table}
+
+## Across tasks
+
+Scores are 0 for random actions and 1 for the target of the last column above. The probability of
+improvement is that of a random run on a random task being better than one of the other algorithm.
+
+{across}
+
+![Performance profiles](profiles.png)
+
+## The whole loop
+
+Milliseconds of an update of 2048 environment steps on one core, in parts: collecting with
+normalised observations; the policy's step with advantages; twenty passes of the critic in
+minibatches of 128. sb3-contrib at equal settings: KL, products, passes and minibatches.
+
+{loop}
+"""
+
+STUDY = Path("benchmarks/settings_study.md")
+"""What was tried for the settings, and on which tasks: kept by hand beside its commands."""
+
+
+def main(
+    folder: Path = Path("runs/learning"), pieces: int = 10, reps: int = 2000, rounds: int = 9
+) -> None:
+    """Gather the finished runs, and write the page and its pictures.
+
+    Args:
+        folder: Where the lines are.
+        pieces: Lines of a finished run.
+        reps: Bootstrap repetitions.
+        rounds: Timed updates of the whole loop.
+    """
+    unpacked(ARCHIVE, folder)
+    runs = Runs(packed(folder, pieces, ARCHIVE))
+    draw_curves(runs, Path("docs/learning.png"))
+    draw_profiles(runs, reps, Path("docs/profiles.png"))
+    mujoco = [env_id for env_id, args in SETTINGS.items() if args.max_kl == MUJOCO.max_kl]
+    classic = [env_id for env_id in SETTINGS if env_id not in mujoco]
+    page = PAGE.format(
+        episodes=EPISODES,
+        mujoco=MUJOCO,
+        classic=CLASSIC,
+        vanilla=VANILLA_LR,
+        study=STUDY.read_text("utf-8").strip(),
+        mujoco_table=per_task(runs, mujoco, reps),
+        classic_table=per_task(runs, classic, reps),
+        across=across(runs, reps),
+        loop=loop_table(rounds),
+    )
+    Path("docs/results.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
