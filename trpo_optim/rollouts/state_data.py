@@ -122,6 +122,8 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         twin = value.copy()
     elif _is_plain_object(kind):
         twin = object.__new__(kind)
+    elif type_name(kind) == "ale_py._ale_py.Action":
+        return value  # an enumeration of pybind11's, before ale-py 0.12
     else:
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is a {type_name(kind)}, whose state is "
