@@ -34,7 +34,12 @@ from tqdm import tqdm
 from trpo_optim.rollouts import single_path
 
 MUJOCO = train.Args(
-    total_steps=1_000_000, anneal_steps=1_000_000, max_kl=0.05, batch_size=2048, log_std=-0.5
+    total_steps=1_000_000,
+    anneal_steps=1_000_000,
+    max_kl=0.05,
+    batch_size=2048,
+    gae_lambda=0.98,
+    log_std=-0.5,
 )
 """One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
 
