@@ -43,7 +43,7 @@ MUJOCO = train.Args(
 )
 """One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
 
-CLASSIC = train.Args(max_kl=0.03, log_std=1.0)
+CLASSIC = train.Args(max_kl=0.03, gae_lambda=0.98, log_std=1.0)
 """One set of settings for classic control."""
 
 BUDGETS = {
