@@ -90,6 +90,15 @@ class Runs:
         seeds = min(map(len, columns))
         return np.stack([column[:seeds] for column in columns], axis=1)
 
+    def pairs(self) -> dict[str, dict[str, Array]]:
+        """Return normalised scores of TRPO and of each other algorithm, on the tasks of both."""
+        found = {}
+        for other in ALGORITHMS[1:]:
+            if env_ids := self.common("trpo", other, "random"):
+                names = ("trpo", other)
+                found[other] = {name: self.normalised(name, env_ids) for name in names}
+        return found
+
 
 def interval(
     scores: Mapping[str, Any], measure: Callable[..., Any], reps: int
@@ -140,11 +149,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
 def across(runs: Runs, reps: int) -> str:
     """Return the tables over all tasks that two algorithms share."""
     rows = [["", "tasks", "IQM of normalised scores", "the other's", "probability of improvement"]]
-    for other in ALGORITHMS[1:]:
-        env_ids = runs.common("trpo", other, "random")
-        if not env_ids:
-            continue
-        pair = {name: runs.normalised(name, env_ids) for name in ("trpo", other)}
+    for other, pair in runs.pairs().items():
         iqms = interval(pair, metrics.aggregate_iqm, reps)
         better = interval(
             {"": (pair["trpo"], pair[other])}, metrics.probability_of_improvement, reps
@@ -153,7 +158,7 @@ def across(runs: Runs, reps: int) -> str:
             f"{middle:.2f} ({low:.2f} to {high:.2f})"
             for middle, low, high in (iqms["trpo"], iqms[other], better[""])
         ]
-        rows.append([f"trpo over {other}", str(len(env_ids)), *found])
+        rows.append([f"trpo over {other}", str(pair[other].shape[1]), *found])
     return table(*rows)
 
 
@@ -180,19 +185,17 @@ def draw_curves(runs: Runs, path: Path) -> None:
 
 def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
     """Draw which share of runs scores above what, on the tasks that two algorithms share."""
-    others = [each for each in ALGORITHMS[1:] if runs.common("trpo", each, "random")]
-    figure = Figure(figsize=(4.2 * max(1, len(others)), 3.4), layout="constrained")
+    pairs = runs.pairs()
+    figure = Figure(figsize=(4.2 * max(1, len(pairs)), 3.4), layout="constrained")
     marks = np.linspace(0, 2, 81)
-    for index, other in enumerate(others):
-        env_ids = runs.common("trpo", other, "random")
-        pair = {name: runs.normalised(name, env_ids) for name in ("trpo", other)}
+    for index, (other, pair) in enumerate(pairs.items()):
         shares, bounds = library.create_performance_profile(pair, marks, reps=reps)
-        axes = figure.add_subplot(1, len(others), index + 1)
+        axes = figure.add_subplot(1, len(pairs), index + 1)
         for name in pair:
             axes.plot(marks, shares[name], color=COLORS[name], label=name)
             axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)
         axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-        axes.set_title(f"{len(env_ids)} tasks", fontsize=10)
+        axes.set_title(f"{pair[other].shape[1]} tasks", fontsize=10)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
 

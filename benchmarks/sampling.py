@@ -23,17 +23,12 @@ import train
 import tyro
 import vine
 from gymnasium.vector import SyncVectorEnv
-from sb3_contrib import TRPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from loop import BATCH, theirs
 from table import table
 from timing import Job, taken_in_turn
 from torch import Tensor
 
 from trpo_optim import rollouts
-
-STEPS = 2048
-"""Environment steps of a timed batch."""
 
 SAMPLES = 128
 """Values of Q in an objective whose gradient's variance is measured."""
@@ -52,22 +47,13 @@ SWIMMER = vine.Args(
 
 def ours(env_id: str, count: int) -> Job:
     """Return the job of collecting a batch by the example: advantages and all."""
-    run = train.new_run(train.Args(env_id=env_id, num_envs=count, batch_size=STEPS))
+    run = train.new_run(train.Args(env_id=env_id, num_envs=count, batch_size=BATCH))
 
     def collect() -> None:
         batch = train.collect(run)
         train.advantages(run, batch, train.scaled_rewards(run, batch))
 
     return Job(collect)
-
-
-def theirs(env_id: str, count: int) -> Job:
-    """Return the same by sb3-contrib, with its normalisation of observations and rewards."""
-    envs = VecNormalize(make_vec_env(env_id, count))
-    model = TRPO("MlpPolicy", envs, n_steps=STEPS // count, device="cpu")
-    _, callback = model._setup_learn(10**9)
-    buffer, length = model.rollout_buffer, STEPS // count
-    return Job(lambda: model.collect_rollouts(envs, callback, buffer, length))
 
 
 def collecting(rounds: int) -> str:
@@ -79,9 +65,10 @@ def collecting(rounds: int) -> str:
     for env_id in ("Hopper-v5", "CartPole-v1"):
         for count in (1, 4, 16):
             times = taken_in_turn(
-                {"ours": ours(env_id, count), "theirs": theirs(env_id, count)}, rounds
+                {"ours": ours(env_id, count), "theirs": theirs(env_id, count)["their collect"]},
+                rounds,
             )
-            speeds = [f"{STEPS / times[name].median:.0f}" for name in ("ours", "theirs")]
+            speeds = [f"{BATCH / times[name].median:.0f}" for name in ("ours", "theirs")]
             rows.append([env_id, str(count), *speeds, times["theirs"].over(times["ours"])])
     return table(*rows)
 
@@ -264,7 +251,7 @@ def main(
             machine=platform.machine(),
             torch=version("torch"),
             sb3=version("sb3-contrib"),
-            steps=STEPS,
+            steps=BATCH,
             rounds=rounds,
             samples=SAMPLES,
             repeats=repeats,
