@@ -60,7 +60,7 @@ class Args:
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
-    """over how many environment steps the radius falls to zero, linearly; None: it stays"""
+    """over how many environment steps the steps' length, √max_kl, falls to zero; None: it stays"""
     constraint: Literal["mean", "max"] = "mean"
     """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
     lr: float = 1.0
@@ -100,11 +100,16 @@ class Args:
 
 
 def make_envs(args: Args) -> SyncVectorEnv:
-    """Return vector environments that restart within the step that ends an episode."""
+    """Return vector environments that restart within the step that ends an episode.
+
+    Observations are flat; bounded actions go from −1 to 1.
+    """
 
     def make() -> gym.Env[Any, Any]:
         env = restorable(partial(gym.make, args.env_id))
-        space = env.observation_space
+        space, actions = env.observation_space, env.action_space
+        if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         return env if flat else gym.wrappers.FlattenObservation(env)
 
@@ -146,7 +151,8 @@ class Policy(nn.Module):
         output = self.network(observation)
         if self.discrete:
             return Categorical(logits=output)
-        return Independent(Normal(output, self.log_std.exp()), 1)
+        normal = Normal(output, self.log_std.exp(), validate_args=False)  # which takes time
+        return Independent(normal, 1, validate_args=False)
 
 
 class Normaliser:
@@ -299,7 +305,7 @@ def anneal(run: Run) -> None:
     if args.anneal_steps is not None:
         left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
         for group in run.optimizer.param_groups:
-            group["max_kl"] = args.max_kl * left
+            group["max_kl"] = args.max_kl * left**2  # a step's length goes with the root
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ale_py
@@ -65,6 +66,8 @@ class Args:
     """vine: actions per state where not all can be tried"""
     horizon: int = 10
     """vine: steps of a branch; then the critic says what the rest is worth"""
+    curvature: float | None = None
+    """the share of the states that Fisher-vector products are taken on; None: all"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -110,7 +113,8 @@ class Agent(nn.Module):
             outputs = int(actions.n)
         self.scaled: Callable[[Tensor], Tensor]
         if space.dtype == np.uint8:
-            self.scaled = lambda frames: frames.float() / 255
+            fast = torch.channels_last  # convolutions are, on a CPU
+            self.scaled = lambda frames: frames.to(torch.float32, memory_format=fast) / 255
             self.policy, self.critic = pixels(outputs, 0.01), pixels(1, 1.0)
         else:
             size = math.prod(space.shape or ())
@@ -143,7 +147,8 @@ def collect(
     seed = args.seed if after is None else None
     if args.sampling == "single-path":
         path = single_path(envs, agent.act, steps=args.trunk_steps, after=after, seed=seed)
-        return path, lambda gains: policy_closure(agent.act, path, gains), int(path.valid.sum())
+        closures = partial(policy_closure, agent.act, path, curvature=args.curvature)
+        return path, closures, int(path.valid.sum())
     batch = vine(
         envs,
         agent.act,
@@ -156,7 +161,8 @@ def collect(
         after=after,
         seed=seed,
     )
-    return batch.trunk, lambda _: vine_closure(agent.act, batch), batch.steps
+    closures = partial(vine_closure, agent.act, batch, curvature=args.curvature)
+    return batch.trunk, lambda _: closures(), batch.steps
 
 
 def train(args: Args) -> list[tuple[int, float]]:

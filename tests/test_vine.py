@@ -240,6 +240,27 @@ def test_the_step_is_held_over_the_whole_trunk() -> None:
     assert report.loss_before == pytest.approx(float(loss.detach()), abs=1e-6)
 
 
+def test_curvature_is_taken_on_a_share_of_the_trunk() -> None:
+    policy, envs = Swing(), pendulums()
+    batch = vine(envs, policy, steps=25, states=20, branches=4, horizon=10, discount=0.97, seed=0)
+    whole = vine_closure(policy, batch)
+    built = vine_closure(policy, batch, curvature=0.1, generator=torch.Generator().manual_seed(3))
+    assert whole.curvature is None
+    assert built.curvature is not None
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(3))[:20].sort().values
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1)
+        kl = built()[1]
+        assert kl.shape == (200,)
+        torch.testing.assert_close(built.curvature()[1], kl[rows])
+        for parameter in policy.parameters():
+            parameter.sub_(0.1)
+    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
+    with pytest.raises(TrustRegionError, match=r"curvature is 0; it must be a share in \(0, 1\)"):
+        vine_closure(policy, batch, curvature=0)
+
+
 def test_the_environments_are_left_where_the_trunk_ended() -> None:
     policy, envs, others = Swing(), pendulums(), pendulums()
     torch.manual_seed(0)

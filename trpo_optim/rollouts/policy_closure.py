@@ -19,7 +19,7 @@ from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
 
-__all__ = ["policy_closure"]
+__all__ = ["curvature_rows", "policy_closure"]
 
 
 def policy_closure(
@@ -72,7 +72,9 @@ def policy_closure(
             f"policy_closure() got a {type(batch).__name__}; it takes what single_path() returned. "
             "For a vine there is vine_closure()."
         )
-    _require_options(curvature, micro_batch, entropy_bonus)
+    require_counts(micro_batch=micro_batch)
+    if not math.isfinite(entropy_bonus):
+        raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")
     if sampled and sampling_log_prob is not None:
         raise TrustRegionError(
             "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
@@ -101,15 +103,37 @@ def policy_closure(
         )
 
     pieces = torch.arange(count).split(micro_batch or count)
-    part = None
-    if curvature is not None:
-        order = torch.randperm(count, generator=generator)
-        part = order[: max(1, round(curvature * count))].sort().values
+    part = curvature_rows(curvature, count, generator)
     return Closures(
         parts=[closure(piece) for piece in pieces],
         weights=[float(select(piece).count) for piece in pieces] if len(pieces) > 1 else None,
         curvature=None if part is None else closure(part),
     )
+
+
+def curvature_rows(
+    share: float | None, count: int, generator: torch.Generator | None
+) -> Tensor | None:
+    """Draw the rows that Fisher-vector products are taken on.
+
+    Args:
+        share: Of all rows, in (0, 1). None: all.
+        count: How many rows there are.
+        generator: What draws them; None: torch's global one.
+
+    Returns:
+        Their indices, in order, at least one; None for all.
+
+    Raises:
+        TrustRegionError: If the share is outside its range.
+    """
+    if share is None:
+        return None
+    if not 0 < share < 1:
+        raise TrustRegionError(
+            f"curvature is {share!r}; it must be a share in (0, 1), or None for all rows."
+        )
+    return torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
 
 
 @dataclass(frozen=True)
@@ -232,15 +256,3 @@ def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
             f"{name} is {float(values[step, env])} at step {step} of environment {env}; it must be "
             "a number. Look at the rewards and at the critic."
         )
-
-
-def _require_options(
-    curvature: float | None, micro_batch: int | None, entropy_bonus: float
-) -> None:
-    if curvature is not None and not 0 < curvature < 1:
-        raise TrustRegionError(
-            f"curvature is {curvature!r}; it must be a share in (0, 1), or None for all rows."
-        )
-    require_counts(micro_batch=micro_batch)
-    if not math.isfinite(entropy_bonus):
-        raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")

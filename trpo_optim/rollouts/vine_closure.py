@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from trpo_optim.batch import Closures
+from trpo_optim.closure import Closure
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob
 from trpo_optim.report import TrustRegionError
+from trpo_optim.rollouts.policy_closure import curvature_rows
 from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.vine import VineBatch
 
@@ -18,7 +20,12 @@ __all__ = ["vine_closure"]
 
 
 def vine_closure(
-    policy: Callable[[Any], Any], batch: VineBatch, *, entropy_bonus: float = 0.0
+    policy: Callable[[Any], Any],
+    batch: VineBatch,
+    *,
+    entropy_bonus: float = 0.0,
+    curvature: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Closures:
     """Return what ``optimizer.step`` takes for one step on a vine.
 
@@ -31,24 +38,27 @@ def vine_closure(
         policy: What collected the batch.
         batch: What ``vine`` returned.
         entropy_bonus: What a nat of the mean entropy is worth, in units of Q.
+        curvature: The share of the trunk's states that Fisher-vector products are taken on, in
+            (0, 1). None: all.
+        generator: Draws that share; None: torch's global one.
 
     Returns:
         What ``step`` takes in place of a closure.
 
     Raises:
-        TrustRegionError: If the batch is empty, a Q is not finite, or the policy has other actions
-            than those that were all tried.
+        TrustRegionError: If the batch is empty, a Q is not finite, the policy has other actions
+            than those that were all tried, or curvature is outside its range.
 
     Source:
         Schulman et al. (2015), equations 15 and 16.
     """
+    rows = curvature_rows(curvature, int(batch.trunk.valid.sum()), generator)
     if batch.q.numel() == 0:
         raise TrustRegionError("The vine is empty: no state has branches.")
     if not batch.q.isfinite().all():
         raise TrustRegionError("The vine's Q holds NaN or infinity. Look at rewards and critic.")
     trunk = batch.trunk.flat(batch.trunk.observations)
     with torch.no_grad():
-        old = frozen(policy(trunk))
         start = _log_probs(policy(batch.observations), batch)
     if batch.sampling_log_prob is None and not torch.allclose(
         start.exp().sum(1), torch.ones_like(start[:, 0]), atol=1e-3
@@ -61,19 +71,28 @@ def vine_closure(
     shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)
     gains = batch.q - (shares * batch.q).sum(1, keepdim=True)  # so that the loss begins at zero
 
-    def closure() -> tuple[Tensor, Tensor, Any]:
-        dist = policy(batch.observations)
-        logs = _log_probs(dist, batch)
-        if batch.sampling_log_prob is None:
-            loss = -(logs.exp() * gains).sum(1).mean()
-        else:
-            loss = -((logs - base).softmax(1) * gains).sum(1).mean()
-        if entropy_bonus:
-            loss = loss - entropy_bonus * entropy(dist).mean()
-        new = policy(trunk)
-        return loss, joint_kl(old, new), new
+    def closure_on(states: Any) -> Closure:
+        with torch.no_grad():
+            old = frozen(policy(states))
 
-    return Closures([closure])
+        def closure() -> tuple[Tensor, Tensor, Any]:
+            dist = policy(batch.observations)
+            logs = _log_probs(dist, batch)
+            if batch.sampling_log_prob is None:
+                loss = -(logs.exp() * gains).sum(1).mean()
+            else:
+                loss = -((logs - base).softmax(1) * gains).sum(1).mean()
+            if entropy_bonus:
+                loss = loss - entropy_bonus * entropy(dist).mean()
+            new = policy(states)
+            return loss, joint_kl(old, new), new
+
+        return closure
+
+    part = None
+    if rows is not None:
+        part = closure_on(mapped(lambda each: each[rows.to(each.device)], trunk))
+    return Closures([closure_on(trunk)], curvature=part)
 
 
 def _log_probs(dist: Any, batch: VineBatch) -> Tensor:
