@@ -36,10 +36,11 @@ from trpo_optim.rollouts import single_path
 MUJOCO = train.Args(
     total_steps=1_000_000,
     anneal_steps=1_000_000,
-    max_kl=0.05,
+    num_envs=4,
     batch_size=2048,
-    gae_lambda=0.98,
-    log_std=-0.5,
+    max_kl=0.007,
+    log_std=0.6,
+    per_dimension=True,
 )
 """One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
 

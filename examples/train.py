@@ -61,6 +61,9 @@ class Args:
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
     """over how many environment steps the steps' length, √max_kl, falls to zero; None: it stays"""
+    per_dimension: bool = False
+    """whether max_kl is multiplied, and the initial standard deviation divided (1 at most), by the
+    number of the action's dimensions"""
     constraint: Literal["mean", "max"] = "mean"
     """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
     lr: float = 1.0
@@ -139,7 +142,10 @@ class Policy(nn.Module):
             outputs = int(actions.n)
         elif isinstance(actions, gym.spaces.Box):
             outputs = math.prod(actions.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std))
+            log_std = (
+                min(args.log_std - math.log(outputs), 0) if args.per_dimension else args.log_std
+            )
+            self.log_std = nn.Parameter(torch.full((outputs,), log_std))
         else:
             raise SystemExit(
                 f"{args.env_id} has the action space {actions}; this loop knows Box and Discrete."
@@ -233,7 +239,7 @@ def new_run(args: Args) -> Run:
         optimizer=TrustRegionOptimizer(
             policy.parameters(),
             mode=args.mode,
-            max_kl=args.max_kl,
+            max_kl=radius(args, envs.single_action_space),
             constraint=args.constraint,
             lr=args.lr,
         ),
@@ -299,13 +305,19 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     return report, fit
 
 
+def radius(args: Args, actions: gym.Space[Any]) -> float:
+    """Return the trust-region radius, before any falling: joint over the action's dimensions."""
+    return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
+
+
 def anneal(run: Run) -> None:
     """Set the radius of the next step."""
     args = run.args
     if args.anneal_steps is not None:
         left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
         for group in run.optimizer.param_groups:
-            group["max_kl"] = args.max_kl * left**2  # a step's length goes with the root
+            whole = radius(args, run.envs.single_action_space)
+            group["max_kl"] = whole * left**2  # a step's length goes with the root
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
@@ -447,7 +459,8 @@ def draw(run: Run) -> Path:
     top.legend()
     bottom.plot(*np.array(run.kls).T, ".", markersize=3, label="KL of the update")
     if run.args.mode != "vanilla":
-        bottom.axhline(run.args.max_kl, color="black", linewidth=0.8, label="max_kl")
+        whole = radius(run.args, run.envs.single_action_space)
+        bottom.axhline(whole, color="black", linewidth=0.8, label="max_kl")
     bottom.set(xlabel="environment steps", ylabel="KL (nats)", ylim=(0, None))
     bottom.legend()
     path = run.args.folder() / "training.png"
