@@ -88,8 +88,10 @@ class Args:
     """initial log standard deviation of continuous actions"""
     critic_lr: float = 1e-3
     """the critic's learning rate (Adam)"""
+    critic_batches: int = 1
+    """how many batches, the last ones, the critic is fitted to"""
     critic_epochs: int = 20
-    """the critic's passes over each batch"""
+    """the critic's passes over them"""
     critic_minibatch: int = 128
     """the critic's minibatch"""
     checkpoint_every: int = 5
@@ -143,7 +145,7 @@ class Policy(nn.Module):
         elif isinstance(actions, gym.spaces.Box):
             outputs = math.prod(actions.shape)
             log_std = (
-                min(args.log_std - math.log(outputs), 0) if args.per_dimension else args.log_std
+                min(args.log_std - math.log(outputs), 0.0) if args.per_dimension else args.log_std
             )
             self.log_std = nn.Parameter(torch.full((outputs,), log_std))
         else:
@@ -200,6 +202,9 @@ class Run:
     discounted: Tensor  # return so far of each environment's episode, (N,)
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
     end: Cursor | None = None  # where the environments stand
+    fitted: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # observations, unscaled targets
     update: int = 0
     episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
     kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update
@@ -268,15 +273,20 @@ def collect(run: Run) -> SinglePathBatch:
     return batch
 
 
+def scale(run: Run) -> float:
+    """Return the standard deviation of the discounted returns so far, the unit of the critic."""
+    return math.sqrt(run.return_stats.var + 1e-8)
+
+
 def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
-    """Return rewards over the standard deviation of the discounted returns so far, (T, N)."""
+    """Return rewards over the scale, (T, N), the batch counted in."""
     returns = []
     for reward, ends in zip(batch.rewards, batch.terminated | batch.truncated, strict=True):
         run.discounted = run.args.gamma * run.discounted + reward
         returns.append(run.discounted)
         run.discounted = run.discounted * ~ends
     run.return_stats.update(torch.cat(returns).double().cpu().numpy())
-    return batch.rewards / math.sqrt(run.return_stats.var + 1e-8)
+    return batch.rewards / scale(run)
 
 
 def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,11 +331,14 @@ def anneal(run: Run) -> None:
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
-    """Fit the critic by Adam."""
+    """Fit the critic by Adam to the targets of the last batches."""
+    run.fitted.append((batch.flat(batch.observations), batch.flat(targets) * scale(run)))
+    del run.fitted[: -run.args.critic_batches]
+    observations, returns = (torch.cat(each) for each in zip(*run.fitted, strict=True))
     return fit_value(
         run.critic,
-        run.normalise(batch.flat(batch.observations)),
-        batch.flat(targets),
+        run.normalise(observations),
+        returns / scale(run),
         run.critic_optimizer,
         epochs=run.args.critic_epochs,
         minibatch=run.args.critic_minibatch,
@@ -345,6 +358,7 @@ def save(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "critic_optimizer": run.critic_optimizer.state_dict(),
         "discounted": run.discounted,
+        "fitted": run.fitted,
         "stats": {
             name: {
                 key: torch.as_tensor(getattr(each, key), dtype=torch.float64)
@@ -398,6 +412,7 @@ def load(run: Run) -> None:
             "give this run a --run-dir of its own."
         )
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
+    run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in content["fitted"]]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
     run.optimizer.load_state_dict(content["optimizer"])

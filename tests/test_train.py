@@ -111,12 +111,53 @@ def test_a_resumed_run_holds_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
     tmp_path: Path, env_id: str
 ) -> None:
-    train.train(small(tmp_path / "whole", env_id=env_id))
+    changes: dict[str, Any] = {"env_id": env_id, "critic_batches": 2, "anneal_steps": 2048}
+    train.train(small(tmp_path / "whole", **changes))
     for total_steps in (128, 512, 640, 1024):
-        train.train(small(tmp_path / "parts", env_id=env_id, resume=True, total_steps=total_steps))
+        train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
     assert whole["update"] == 8
     assert same(without_pickles(whole), without_pickles(parts))
+
+
+def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
+    args = small(tmp_path, env_id="Pendulum-v1", max_kl=0.02, anneal_steps=2048)
+    kls = [kl for _, kl in train.train(args).kls]
+    wanted = [0.02 * (1 - index / 16) ** 2 for index in range(8)]
+    assert all(kl <= each * (1 + 1e-4) for kl, each in zip(kls, wanted, strict=True))
+    assert kls[-1] > 0.5 * wanted[-1]
+
+
+def test_radius_and_noise_can_go_by_the_number_of_action_dimensions(tmp_path: Path) -> None:
+    args = small(tmp_path, env_id="Hopper-v5", max_kl=0.01, per_dimension=True)
+    run = train.new_run(args)
+    assert run.optimizer.param_groups[0]["max_kl"] == pytest.approx(0.03)
+    assert run.policy.log_std.exp().tolist() == pytest.approx([1 / 3] * 3)
+    many = train.new_run(replace(args, log_std=2))
+    assert many.policy.log_std.exp().tolist() == [1, 1, 1]
+    discrete = train.new_run(replace(args, env_id="CartPole-v1"))
+    assert discrete.optimizer.param_groups[0]["max_kl"] == pytest.approx(0.01)
+
+
+def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
+    envs = train.make_envs(small(tmp_path, env_id="Pendulum-v1"))
+    assert envs.single_action_space == gym.spaces.Box(-1, 1, (1,), np.float32)
+    plain = gym.make("Pendulum-v1")
+    envs.reset(seed=3)
+    plain.reset(seed=3)
+    seen = envs.step(np.full((4, 1), 0.5, np.float32))[0][0]
+    np.testing.assert_allclose(seen, plain.step(np.ones(1, np.float32))[0], rtol=1e-6)
+
+
+def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
+    run = train.train(small(tmp_path, critic_batches=3))
+    assert [len(targets) for _, targets in run.fitted] == [128] * 3
+    batch = train.collect(run)
+    targets = torch.ones_like(batch.rewards)
+    before = [each for _, each in run.fitted]
+    train.fit_critic(run, batch, targets)
+    assert [each for _, each in run.fitted[:2]] == before[1:]
+    torch.testing.assert_close(run.fitted[2][1], torch.full((128,), train.scale(run)))
 
 
 class Astray(gym.Wrapper[Any, Any, Any, Any]):

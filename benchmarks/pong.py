@@ -1,0 +1,121 @@
+"""Pong from frames, by both sampling schemes of the paper and at random.
+
+    make bench-learning
+
+Every finished run is one line of docs/pong.jsonl, and is not made again;
+benchmarks/learning_report.py makes its part of docs/results.md of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+import vine
+from tqdm import tqdm
+
+from trpo_optim.rollouts import single_path
+
+ARCHIVE = Path("docs/pong.jsonl")
+
+SETTINGS = vine.Args(
+    env_id="ALE/Pong-v5",
+    total_steps=1_000_000,
+    max_kl=0.02,
+    trunk_steps=128,
+    curvature=0.1,
+    critic_epochs=3,
+)
+"""Of both schemes; the rest are the example's defaults."""
+
+SCHEMES = ("single-path", "vine", "random")
+
+RANDOM_EPISODES = 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which runs to make."""
+
+    schemes: tuple[str, ...] = SCHEMES
+    """single-path, vine, random"""
+    seeds: int = 2
+    """runs of each"""
+    workers: int = 2
+    """runs side by side"""
+
+
+def lines_of(archive: Path = ARCHIVE) -> list[dict[str, Any]]:
+    """Return the finished runs; none where there is no file."""
+    if not archive.exists():
+        return []
+    return [json.loads(line) for line in archive.read_text("utf-8").splitlines()]
+
+
+def played(scheme: str, seed: int) -> dict[str, Any]:
+    """Make one run.
+
+    Args:
+        scheme: One of SCHEMES.
+        seed: Of everything.
+
+    Returns:
+        Its line: for every episode of the trajectories the simulator steps by its end, and its
+        return.
+    """
+    start = time.perf_counter()
+    args = replace(SETTINGS, seed=seed)
+    play = at_random if scheme == "random" else vine.train
+    if scheme != "random":
+        args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
+    episodes = play(args)
+    return {
+        "scheme": scheme,
+        "seed": seed,
+        "settings": asdict(args),
+        "seconds": round(time.perf_counter() - start),
+        "episodes": episodes,
+    }
+
+
+def at_random(args: vine.Args) -> list[tuple[int, float]]:
+    """Return the episodes of actions drawn alike."""
+    envs = vine.make_envs(args)
+    envs.action_space.seed(args.seed)
+    batch = single_path(
+        envs,
+        lambda _: torch.as_tensor(envs.action_space.sample()),
+        episodes=RANDOM_EPISODES,
+        seed=args.seed,
+    )
+    envs.close()
+    return [(0, value) for value in batch.episode_returns]
+
+
+def main(settings: Settings) -> None:
+    """Make the runs that are not finished.
+
+    Args:
+        settings: Which.
+    """
+    finished = {(line["scheme"], line["seed"]) for line in lines_of()}
+    with ProcessPoolExecutor(settings.workers) as pool:
+        waiting = [
+            pool.submit(played, scheme, seed)
+            for seed in range(settings.seeds)
+            for scheme in settings.schemes
+            if (scheme, seed) not in finished
+        ]
+        for future in tqdm(as_completed(waiting), total=len(waiting), unit="run"):
+            with ARCHIVE.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(future.result()) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
