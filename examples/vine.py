@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
@@ -101,6 +102,26 @@ def pixels(outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *body)
 
 
+class Frames:
+    """Subtracts what a pixel is on average, and divides by the deviation of all: what moves stays.
+
+    Without it Pong's ball is lost in the field.
+    """
+
+    def __init__(self, size: tuple[int, ...]) -> None:
+        self.stats = RunningMeanStd(shape=size)
+
+    def update(self, frames: Tensor) -> None:
+        """Count further frames in, the latest of each stack, (B, K, H, W)."""
+        self.stats.update(frames[:, -1].numpy())
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Return them as numbers, in the layout that convolutions are fastest in on a CPU."""
+        numbers = frames.to(torch.float32, memory_format=torch.channels_last)
+        mean = torch.as_tensor(self.stats.mean, dtype=torch.float32)
+        return ((numbers - mean) / math.sqrt(self.stats.var.mean())).clamp_(-10, 10)
+
+
 class Agent(nn.Module):
     """Policy and critic, on observations as the environments give them."""
 
@@ -111,10 +132,9 @@ class Agent(nn.Module):
         outputs = math.prod(actions.shape or ())
         if isinstance(actions, gym.spaces.Discrete):
             outputs = int(actions.n)
-        self.scaled: Callable[[Tensor], Tensor]
+        self.scaled: Frames | Normaliser
         if space.dtype == np.uint8:
-            fast = torch.channels_last  # convolutions are, on a CPU
-            self.scaled = lambda frames: frames.to(torch.float32, memory_format=fast) / 255
+            self.scaled = Frames((space.shape or ())[1:])
             self.policy, self.critic = pixels(outputs, 0.01), pixels(1, 1.0)
         else:
             size = math.prod(space.shape or ())
@@ -135,9 +155,8 @@ class Agent(nn.Module):
         return value
 
     def count(self, observations: Tensor) -> None:
-        """Count observations into the normalisation, if there is one."""
-        if isinstance(self.scaled, Normaliser):
-            self.scaled.update(observations)
+        """Count observations into the normalisation."""
+        self.scaled.update(observations)
 
 
 def collect(
