@@ -25,6 +25,7 @@ bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes o
 		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5
 	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
 		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Swimmer-v5
+	PYTHONPATH=examples $(BIN)/python benchmarks/pong.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/learning_report.py
 
 format: .venv/dev

@@ -15,7 +15,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pong
 import tyro
+import vine
 from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, VANILLA_LR
 from loop import loop_table
 from matplotlib.figure import Figure
@@ -200,6 +202,45 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def pong_table() -> str:
+    """Return the table of Pong's runs."""
+    head = ["scheme", "seed", "simulator steps", "minutes", "episodes"]
+    rows = [[*head, "mean return of the last 20", "standard error"]]
+    for line in pong.lines_of():
+        returns = np.array([value for _, value in line["episodes"]])
+        last = returns if line["scheme"] == "random" else returns[-20:]
+        rows.append(
+            [
+                line["scheme"],
+                str(line["seed"]),
+                "" if line["scheme"] == "random" else f"{line['settings']['total_steps']:,}",
+                f"{line['seconds'] / 60:.0f}",
+                str(len(returns)),
+                f"{last.mean():.1f}",
+                f"{last.std(ddof=1) / len(last) ** 0.5:.1f}",
+            ]
+        )
+    return table(*rows)
+
+
+def draw_pong(path: Path) -> None:
+    """Draw the returns of Pong's trajectories by simulator steps, means of twenty episodes."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    colors = {"single-path": COLORS["trpo"], "vine": COLORS["sb3-contrib"]}
+    for line in pong.lines_of():
+        if line["scheme"] == "random":
+            axes.axhline(np.mean([value for _, value in line["episodes"]]), color="gray", lw=0.8)
+            continue
+        steps, returns = np.array(line["episodes"]).T
+        smooth = np.convolve(returns, np.ones(20) / 20, mode="valid")
+        label = f"{line['scheme']}, seed {line['seed']}"
+        axes.plot(steps[19:], smooth, color=colors[line["scheme"]], label=label)
+    axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 PAGE = """# Learning, beside the peers
 
 Written by `make bench-learning`, whose finished runs are in [`results.jsonl.xz`](results.jsonl.xz),
@@ -227,6 +268,28 @@ rate is {vanilla}.
 ## Classic control
 
 {classic_table}
+
+## Pong
+
+From frames, with the paper's network of {weights} weights, by both of its sampling schemes:
+`examples/vine.py` with max_kl {pong.max_kl}, trunks of {pong.num_envs} environments and
+{pong.trunk_steps} steps, products on {pong.curvature:.0%} of the states; vine tries all six actions
+in {pong.states} states of every trunk, for {pong.horizon} steps each. A simulator step is four
+frames; steps of branches count. Sticky actions, as ALE recommends. Vine's episodes are those of its
+trunks.
+
+{pong_table}
+
+![Pong](pong.png)
+
+Budgets of the size of the paper's, 500 updates of 100 000 simulator steps by single path and of
+400 000 by vine:
+
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \
+        --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \
+        --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \
+        --total-steps 193000000
 
 ## Across tasks
 
@@ -265,6 +328,7 @@ def main(
     runs = Runs(packed(folder, pieces, ARCHIVE))
     draw_curves(runs, Path("docs/learning.png"))
     draw_profiles(runs, reps, Path("docs/profiles.png"))
+    draw_pong(Path("docs/pong.png"))
     mujoco = [env_id for env_id, args in SETTINGS.items() if args.max_kl == MUJOCO.max_kl]
     classic = [env_id for env_id in SETTINGS if env_id not in mujoco]
     page = PAGE.format(
@@ -275,6 +339,9 @@ def main(
         study=STUDY.read_text("utf-8").strip(),
         mujoco_table=per_task(runs, mujoco, reps),
         classic_table=per_task(runs, classic, reps),
+        pong=pong.SETTINGS,
+        pong_table=pong_table(),
+        weights=sum(each.numel() for each in vine.pixels(6, 1.0).parameters()),
         across=across(runs, reps),
         loop=loop_table(rounds),
     )
