@@ -41,10 +41,13 @@ MUJOCO = train.Args(
     max_kl=0.007,
     log_std=0.6,
     per_dimension=True,
+    gae_lambda=0.98,
+    critic_batches=4,
+    critic_epochs=5,
 )
 """One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
 
-CLASSIC = train.Args(max_kl=0.03, gae_lambda=0.98, log_std=1.0)
+CLASSIC = train.Args(max_kl=0.03, log_std=1.0, gae_lambda=0.98, critic_batches=4, critic_epochs=5)
 """One set of settings for classic control."""
 
 BUDGETS = {
