@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pong
+import train
 import tyro
 import vine
-from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, VANILLA_LR
+from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, SWIMMER, VANILLA_LR
 from loop import loop_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -202,6 +204,12 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def radius_of(env_id: str) -> str:
+    """Return a task's radius, in words."""
+    with gym.make(env_id) as env:
+        return f"{train.radius(SETTINGS[env_id], env.action_space):.3g} for {env_id}"
+
+
 def pong_table() -> str:
     """Return the table of Pong's runs."""
     head = ["scheme", "seed", "simulator steps", "minutes", "episodes"]
@@ -249,13 +257,17 @@ of the curve, on separate environments, {episodes} episodes each, deterministic 
 ones in a column of their own). Means over seeds with 95 % stratified bootstrap intervals by
 rliable.
 
-**Settings.** One set for all MuJoCo tasks: `examples/train.py` with max_kl {mujoco.max_kl} (the
-mean KL, joint over action dimensions), {mujoco.batch_size} steps an update from {mujoco.num_envs}
-environments, log_std {mujoco.log_std}, gae_lambda {mujoco.gae_lambda}, gamma {mujoco.gamma}
-(Swimmer 0.9999). One for classic control: max_kl {classic.max_kl}, {classic.batch_size} steps,
-log_std {classic.log_std}, gamma {classic.gamma}. sb3-contrib's TRPO has rl-baselines3-zoo's
-published settings for each task, whose KL is a mean over action dimensions. Vanilla's learning
-rate is {vanilla}.
+**Settings.** One set for all MuJoCo tasks: `examples/train.py` with max_kl {mujoco.max_kl} and an
+initial standard deviation of e^{mujoco.log_std} over the number of action dimensions d, 1 at most
+(`--per-dimension`); the radius, joint over the dimensions, is the mean KL {mujoco.max_kl} d: {radii}.
+{mujoco.batch_size} steps an update from {mujoco.num_envs} environments; the length of the steps
+falls linearly to zero; the critic is fitted to the last {mujoco.critic_batches} batches in
+{mujoco.critic_epochs} passes; gamma {mujoco.gamma} and gae_lambda {mujoco.gae_lambda}, for Swimmer
+{swimmer.gamma} and {swimmer.gae_lambda}, by one rule: λ = 1 − 5(1 − γ). One for classic control:
+max_kl {classic.max_kl}, {classic.batch_size} steps from {classic.num_envs} environments, log_std
+{classic.log_std}, gamma {classic.gamma}, gae_lambda {classic.gae_lambda}, the same critic.
+sb3-contrib's TRPO has rl-baselines3-zoo's published settings for each task, whose KL is a mean over
+action dimensions. Vanilla's learning rate is {vanilla}.
 
 {study}
 
@@ -334,6 +346,8 @@ def main(
     page = PAGE.format(
         episodes=EPISODES,
         mujoco=MUJOCO,
+        swimmer=SWIMMER,
+        radii=", ".join(radius_of(env_id) for env_id in mujoco),
         classic=CLASSIC,
         vanilla=VANILLA_LR,
         study=STUDY.read_text("utf-8").strip(),
