@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pong
 import train
@@ -206,8 +205,9 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
 
 def radius_of(env_id: str) -> str:
     """Return a task's radius, in words."""
-    with gym.make(env_id) as env:
-        return f"{train.radius(SETTINGS[env_id], env.action_space):.3g} for {env_id}"
+    envs = train.make_envs(SETTINGS[env_id])
+    envs.close()
+    return f"{train.radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
 
 
 def pong_table() -> str:
@@ -259,7 +259,8 @@ rliable.
 
 **Settings.** One set for all MuJoCo tasks: `examples/train.py` with max_kl {mujoco.max_kl} and an
 initial standard deviation of e^{mujoco.log_std} over the number of action dimensions d, 1 at most
-(`--per-dimension`); the radius, joint over the dimensions, is the mean KL {mujoco.max_kl} d: {radii}.
+(`--per-dimension`); the radius, joint over the dimensions, is the mean KL {mujoco.max_kl} d:
+{radii}.
 {mujoco.batch_size} steps an update from {mujoco.num_envs} environments; the length of the steps
 falls linearly to zero; the critic is fitted to the last {mujoco.critic_batches} batches in
 {mujoco.critic_epochs} passes; gamma {mujoco.gamma} and gae_lambda {mujoco.gae_lambda}, for Swimmer
