@@ -298,10 +298,10 @@ trunks.
 Budgets of the size of the paper's, 500 updates of 100 000 simulator steps by single path and of
 400 000 by vine:
 
-    python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
         --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000
-    python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \
-        --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \\
+        --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \\
         --total-steps 193000000
 
 ## Across tasks
