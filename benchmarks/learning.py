@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import train
 import tyro
+from random_actions import returns_at_random
 from results import ARCHIVE, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -45,7 +46,7 @@ MUJOCO = train.Args(
     critic_batches=4,
     critic_epochs=5,
 )
-"""One set of settings for all MuJoCo tasks, but for Swimmer's discount."""
+"""One set of settings for all MuJoCo tasks, but for Swimmer's γ and the λ that follows from it."""
 
 SWIMMER = replace(MUJOCO, env_id="Swimmer-v5", gamma=0.998, gae_lambda=0.99)
 """By the same rule λ = 1 − 5(1 − γ): GAE looks a fifth as far as the discount does."""
@@ -172,13 +173,7 @@ def advance(job: Job, piece: int) -> None:
 
 def _random(job: Job, steps: int) -> dict[str, Any]:
     envs = train.make_envs(replace(job.args(steps), num_envs=EPISODES))
-    envs.action_space.seed(job.seed)
-
-    def draws(_: Any) -> torch.Tensor:
-        return torch.as_tensor(envs.action_space.sample())
-
-    returns = single_path(envs, draws, episodes=EPISODES, seed=10_000 + job.seed).episode_returns
-    envs.close()
+    returns = returns_at_random(envs, EPISODES, job.seed)
     return {"steps": steps, "sampled": returns, "deterministic": returns}
 
 

@@ -23,7 +23,7 @@ from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, SWIMMER, VANILLA_LR
 from loop import loop_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from results import ARCHIVE, packed, unpacked
+from results import ARCHIVE, lines_of, packed, unpacked
 from rliable import library, metrics
 from table import table
 
@@ -207,14 +207,14 @@ def radius_of(env_id: str) -> str:
     """Return a task's radius, in words."""
     envs = train.make_envs(SETTINGS[env_id])
     envs.close()
-    return f"{train.radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
+    return f"{train.joint_radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
 
 
-def pong_table() -> str:
+def pong_table(runs: list[dict[str, Any]]) -> str:
     """Return the table of Pong's runs."""
     head = ["scheme", "seed", "simulator steps", "minutes", "episodes"]
     rows = [[*head, "mean return of the last 20", "standard error"]]
-    for line in pong.lines_of():
+    for line in runs:
         returns = np.array([value for _, value in line["episodes"]])
         last = returns if line["scheme"] == "random" else returns[-20:]
         rows.append(
@@ -231,12 +231,12 @@ def pong_table() -> str:
     return table(*rows)
 
 
-def draw_pong(path: Path) -> None:
+def draw_pong(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the returns of Pong's trajectories by simulator steps, means of twenty episodes."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     colors = {"single-path": COLORS["trpo"], "vine": COLORS["sb3-contrib"]}
-    for line in pong.lines_of():
+    for line in runs:
         if line["scheme"] == "random":
             axes.axhline(np.mean([value for _, value in line["episodes"]]), color="gray", lw=0.8)
             continue
@@ -341,7 +341,8 @@ def main(
     runs = Runs(packed(folder, pieces, ARCHIVE))
     draw_curves(runs, Path("docs/learning.png"))
     draw_profiles(runs, reps, Path("docs/profiles.png"))
-    draw_pong(Path("docs/pong.png"))
+    games = lines_of(pong.ARCHIVE)
+    draw_pong(games, Path("docs/pong.png"))
     mujoco = [env_id for env_id, args in SETTINGS.items() if args.max_kl == MUJOCO.max_kl]
     classic = [env_id for env_id in SETTINGS if env_id not in mujoco]
     page = PAGE.format(
@@ -355,7 +356,7 @@ def main(
         mujoco_table=per_task(runs, mujoco, reps),
         classic_table=per_task(runs, classic, reps),
         pong=pong.SETTINGS,
-        pong_table=pong_table(),
+        pong_table=pong_table(games),
         weights=sum(each.numel() for each in vine.pixels(6, 1.0).parameters()),
         across=across(runs, reps),
         loop=loop_table(rounds),

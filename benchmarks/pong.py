@@ -2,27 +2,27 @@
 
     make bench-learning
 
-Every finished run is one line of docs/pong.jsonl, and is not made again;
+Every finished run is one line of docs/pong.jsonl.xz, and is not made again;
 benchmarks/learning_report.py makes its part of docs/results.md of them.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 import vine
+from random_actions import returns_at_random
+from results import lines_of
 from tqdm import tqdm
 
-from trpo_optim.rollouts import single_path
-
-ARCHIVE = Path("docs/pong.jsonl")
+ARCHIVE = Path("docs/pong.jsonl.xz")
 
 SETTINGS = vine.Args(
     env_id="ALE/Pong-v5",
@@ -49,13 +49,6 @@ class Settings:
     """runs of each"""
     workers: int = 2
     """runs side by side"""
-
-
-def lines_of(archive: Path = ARCHIVE) -> list[dict[str, Any]]:
-    """Return the finished runs; none where there is no file."""
-    if not archive.exists():
-        return []
-    return [json.loads(line) for line in archive.read_text("utf-8").splitlines()]
 
 
 def played(scheme: str, seed: int) -> dict[str, Any]:
@@ -86,16 +79,8 @@ def played(scheme: str, seed: int) -> dict[str, Any]:
 
 def at_random(args: vine.Args) -> list[tuple[int, float]]:
     """Return the episodes of actions drawn alike."""
-    envs = vine.make_envs(args)
-    envs.action_space.seed(args.seed)
-    batch = single_path(
-        envs,
-        lambda _: torch.as_tensor(envs.action_space.sample()),
-        episodes=RANDOM_EPISODES,
-        seed=args.seed,
-    )
-    envs.close()
-    return [(0, value) for value in batch.episode_returns]
+    returns = returns_at_random(vine.make_envs(args), RANDOM_EPISODES, args.seed)
+    return [(0, value) for value in returns]
 
 
 def main(settings: Settings) -> None:
@@ -104,7 +89,7 @@ def main(settings: Settings) -> None:
     Args:
         settings: Which.
     """
-    finished = {(line["scheme"], line["seed"]) for line in lines_of()}
+    finished = {(line["scheme"], line["seed"]) for line in lines_of(ARCHIVE)}
     with ProcessPoolExecutor(settings.workers) as pool:
         waiting = [
             pool.submit(played, scheme, seed)
@@ -113,7 +98,7 @@ def main(settings: Settings) -> None:
             if (scheme, seed) not in finished
         ]
         for future in tqdm(as_completed(waiting), total=len(waiting), unit="run"):
-            with ARCHIVE.open("a", encoding="utf-8") as file:
+            with lzma.open(ARCHIVE, "at", encoding="utf-8") as file:
                 file.write(json.dumps(future.result()) + "\n")
 
 

@@ -21,6 +21,7 @@ def lines_of(archive: Path) -> list[dict[str, Any]]:
 
 def unpacked(archive: Path, folder: Path) -> None:
     """Write an archive's runs into a folder, those that it does not have yet."""
+    folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[str]] = defaultdict(list)
     for line in lines_of(archive):
         name = f"{line['environment']}__{line['algorithm']}__{line['seed']}"

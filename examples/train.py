@@ -202,9 +202,7 @@ class Run:
     discounted: Tensor  # return so far of each environment's episode, (N,)
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
     end: Cursor | None = None  # where the environments stand
-    fitted: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list
-    )  # observations, unscaled targets
+    fitted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # last unscaled targets
     update: int = 0
     episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
     kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update
@@ -244,7 +242,7 @@ def new_run(args: Args) -> Run:
         optimizer=TrustRegionOptimizer(
             policy.parameters(),
             mode=args.mode,
-            max_kl=radius(args, envs.single_action_space),
+            max_kl=joint_radius(args, envs.single_action_space),
             constraint=args.constraint,
             lr=args.lr,
         ),
@@ -315,7 +313,7 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     return report, fit
 
 
-def radius(args: Args, actions: gym.Space[Any]) -> float:
+def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
     """Return the trust-region radius, before any falling: joint over the action's dimensions."""
     return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
 
@@ -326,8 +324,8 @@ def anneal(run: Run) -> None:
     if args.anneal_steps is not None:
         left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
         for group in run.optimizer.param_groups:
-            whole = radius(args, run.envs.single_action_space)
-            group["max_kl"] = whole * left**2  # a step's length goes with the root
+            # a step's length goes with the radius' root
+            group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
@@ -474,8 +472,8 @@ def draw(run: Run) -> Path:
     top.legend()
     bottom.plot(*np.array(run.kls).T, ".", markersize=3, label="KL of the update")
     if run.args.mode != "vanilla":
-        whole = radius(run.args, run.envs.single_action_space)
-        bottom.axhline(whole, color="black", linewidth=0.8, label="max_kl")
+        radius = run.optimizer.defaults["max_kl"]
+        bottom.axhline(radius, color="black", linewidth=0.8, label="max_kl")
     bottom.set(xlabel="environment steps", ylabel="KL (nats)", ylim=(0, None))
     bottom.legend()
     path = run.args.folder() / "training.png"
