@@ -247,7 +247,7 @@ def test_a_dropout_mask_is_the_same_for_every_evaluation_of_a_micro_batch() -> N
         ({"closure": [min], "weights": ["all"]}, r"weights is \['all'\]; it must hold one number"),
         ({"closure": [min], "weights": 3}, "weights is 3; it must hold one number"),
         ({"closure": [min], "curvature": [min]}, "In curvature: step\\(\\) got"),
-        ({"closure": min, "weights": [1.0]}, "there is a single closure"),
+        ({"closure": min, "weights": [1.0, 2.0]}, "There is 1 closure and 2 weights"),
         ({"closure": min, "curvature": "part"}, "'part' for its closure"),
     ],
 )

@@ -12,12 +12,13 @@ from trpo_optim.distributions import (
     sampled_kl,
 )
 from trpo_optim.optimizer import TrustRegionOptimizer
-from trpo_optim.report import Outcome, StepReport, TrustRegionError
+from trpo_optim.report import Outcome, RankError, StepReport, TrustRegionError
 
 __all__ = [
     "Closure",
     "Closures",
     "Outcome",
+    "RankError",
     "StepReport",
     "TrustRegionError",
     "TrustRegionOptimizer",

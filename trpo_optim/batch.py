@@ -14,10 +14,10 @@ from trpo_optim.closure import Closure, Objective
 from trpo_optim.closure_checks import Numbers, blaming, checked_values
 from trpo_optim.curvature import LocalModel, first_order, second_order
 from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.report import TrustRegionError
+from trpo_optim.report import StepReport, TrustRegionError
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Batch", "Closures"]
+__all__ = ["Batch", "Closures", "collected", "largest_of", "weighted_mean"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Closures:
         """Return loss and KL of the whole."""
         if len(self.parts) == 1:
             return self.parts[0]()
-        shares = _shares(self.weights, len(self.parts))
+        shares = _shares(_plain(self.weights, len(self.parts)))
         values = [checked_values(part()) for part in self.parts]
         loss = torch.stack([s * each.loss for s, each in zip(shares, values, strict=True)]).sum()
         kl = torch.stack([s * each.kl for s, each in zip(shares, values, strict=True)]).sum()
@@ -55,49 +55,42 @@ class Batch:
     memory is that of one. Of a single closure, or of the curvature's own, it is made once.
 
     Args:
-        closures: One closure, or several of which each evaluates a micro-batch.
-        weights: The share of each, up to a common factor; None for equal shares.
-        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
+        closures: What ``collected`` returned, with at least one part.
         vector: The parameters.
         transaction: What holds the state that an evaluation may move.
 
     Raises:
-        TrustRegionError: If a closure cannot be called, or the weights do not fit the closures.
+        TrustRegionError: If a closure cannot be called.
     """
 
     def __init__(
-        self,
-        closures: Closure | Iterable[Closure] | None,
-        weights: Iterable[float] | None,
-        curvature: Closure | None,
-        vector: ParameterVector,
-        transaction: Transaction,
+        self, closures: Closures, vector: ParameterVector, transaction: Transaction
     ) -> None:
-        several = isinstance(closures, Iterable) and not (
-            callable(closures) or isinstance(closures, str)
-        )
-        given: list[Any] = list(closures) if several else [closures]  # type: ignore[arg-type]  # as just tested
-        if several and any(isinstance(each, Tensor) for each in given):
-            raise TrustRegionError(
-                "step() got what a closure returned. Pass the closure itself: step(closure), not "
-                "step(closure())."
-            )
-        self._weights = _shares(weights, len(given) if several else None)
+        parts = closures.parts
+        self._weights = _shares(closures.weights or [1.0] * len(parts))
         self._parts: list[Objective] = []
-        for index, each in enumerate(given, start=1):
-            name = f"closure {index} of {len(given)}" if several else ""
+        for index, each in enumerate(parts, start=1):
+            name = f"closure {index} of {len(parts)}" if len(parts) > 1 else ""
             with blaming(name):
                 self._parts.append(Objective(each, vector, transaction, name))
         self._curvature = None
-        if curvature is not None:
+        if closures.curvature is not None:
             with blaming("curvature"):
-                self._curvature = Objective(curvature, vector, transaction, "curvature")
+                self._curvature = Objective(closures.curvature, vector, transaction, "curvature")
 
     @property
     def evaluations(self) -> int:
         """How often a closure was called, whichever."""
         own = [] if self._curvature is None else [self._curvature]
         return sum(part.evaluations for part in [*self._parts, *own])
+
+    def concluded(self, report: StepReport) -> StepReport:
+        """Return the report of the step that was taken on this, its evaluations counted.
+
+        Args:
+            report: Without them.
+        """
+        return replace(report, closure_evaluations=self.evaluations)
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
@@ -106,7 +99,7 @@ class Batch:
             with blaming(part.name):
                 found.append(part.values())
         losses, kls, largest = zip(*found, strict=True)
-        return Numbers(self._mean(losses), self._mean(kls), _largest(largest))
+        return Numbers(self._mean(losses), self._mean(kls), largest_of(largest))
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
@@ -150,7 +143,7 @@ class Batch:
             model,
             loss=self._mean(losses),
             kl=self._mean(list(kls.values())),
-            largest_kl=_largest(largest),
+            largest_kl=largest_of(largest),
             kl_resolution=max(resolutions),
             kls=kls,
             gradient=gradient,
@@ -167,31 +160,85 @@ class Batch:
         return total
 
     def _mean(self, values: Sequence[float]) -> float:
-        return sum(weight * value for weight, value in zip(self._weights, values, strict=True))
+        return weighted_mean(self._weights, values)
 
 
-def _largest(kls: Sequence[float | None]) -> float | None:
-    """Return the largest of the parts' largest KLs; None where one does not know its own."""
+def weighted_mean(shares: Sequence[float], values: Sequence[float]) -> float:
+    """Return the mean of values, given the share of each.
+
+    Args:
+        shares: Above 0, of the sum 1.
+        values: As many.
+    """
+    return sum(share * value for share, value in zip(shares, values, strict=True))
+
+
+def largest_of(kls: Sequence[float | None]) -> float | None:
+    """Return the largest of several largest KLs; None where one of them is not known.
+
+    Args:
+        kls: In nats.
+    """
     known = [kl for kl in kls if kl is not None]
     if len(known) < len(kls):
         return None
     return math.nan if any(map(math.isnan, known)) else max(known)
 
 
-def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:
-    """Return the weights scaled to a sum of one, for ``count`` closures, or for a single one."""
-    if count is None:
-        if weights is not None:
+def collected(
+    closure: Closure | Closures | Iterable[Closure] | None,
+    weights: Iterable[float] | float | None,
+    curvature: Closure | None,
+    *,
+    shared: bool,
+) -> Closures:
+    """Return the arguments of ``step`` as one value, in one form.
+
+    Args:
+        closure: One, several of which each evaluates a micro-batch, or all of it.
+        weights: The share of each, up to a common factor: a number for one closure, a list for
+            several; None for equal shares.
+        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
+        shared: Whether other ranks have a part in the step, so that this one may be without
+            samples. A closure of weight 0 is then left out.
+
+    Raises:
+        TrustRegionError: If the arguments do not fit together.
+    """
+    if isinstance(closure, Closures):
+        if curvature is not None or weights is not None:
             raise TrustRegionError(
-                f"weights is {weights!r}, and there is a single closure. Weights belong to a list "
-                "of closures; leave them out."
+                "step() got Closures, which have their own curvature and weights, and another of "
+                "these. Leave it out."
             )
-        return [1.0]
-    if count == 0:
+        curvature, weights = closure.curvature, closure.weights
+        parts: list[Any] = list(closure.parts)
+    elif isinstance(closure, Iterable) and not (callable(closure) or isinstance(closure, str)):
+        parts = list(closure)
+    else:
+        parts = [closure]
+        weights = [weights] if isinstance(weights, float | int) else weights
+    if any(isinstance(each, Tensor) for each in parts):
+        raise TrustRegionError(
+            "step() got what a closure returned. Pass the closure itself: step(closure), not "
+            "step(closure())."
+        )
+    if not (parts or shared):
         raise TrustRegionError(
             "step() got an empty list of closures. Pass at least one, each for its micro-batch."
         )
-    given = [1.0] * count if weights is None else weights
+    if weights is None:
+        return Closures(parts, None, curvature)
+    plain = _plain(weights, len(parts), least="at least" if shared else "above")
+    kept = [index for index, weight in enumerate(plain) if weight > 0]
+    return Closures([parts[index] for index in kept], [plain[index] for index in kept], curvature)
+
+
+def _plain(
+    weights: Iterable[float] | float | None, count: int, *, least: str = "above"
+) -> list[float]:
+    """Return the weights of ``count`` closures as finite numbers ``least`` 0."""
+    given: Any = [1.0] * count if weights is None else weights
     try:
         plain = [float(weight) for weight in given]
     except (TypeError, ValueError) as error:
@@ -201,15 +248,20 @@ def _shares(weights: Iterable[float] | None, count: int | None) -> list[float]:
         ) from error
     if len(plain) != count:
         raise TrustRegionError(
-            f"There are {count} closures and {len(plain)} weights. Give one weight per closure: "
-            "the number of samples that its means are over."
+            f"There {'is 1 closure' if count == 1 else f'are {count} closures'} and {len(plain)} "
+            "weights. Give one weight per closure: the number of samples that its means are over."
         )
     for weight in plain:
-        if not (math.isfinite(weight) and weight > 0):
+        if not math.isfinite(weight) or weight < 0 or (weight == 0 and least == "above"):
             raise TrustRegionError(
-                f"weights holds {weight!r}; each must be a finite number above 0, the number of "
+                f"weights holds {weight!r}; each must be a finite number {least} 0, the number of "
                 "samples that a closure's means are over."
             )
-    largest = max(plain)
-    total = math.fsum(weight / largest for weight in plain)
-    return [weight / largest / total for weight in plain]
+    return plain
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Return weights above 0 scaled to a sum of one."""
+    largest = max(weights)
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]

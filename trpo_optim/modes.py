@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trpo_optim.batch import Batch
 from trpo_optim.conjugate_gradient import Ending, conjugate_gradient
 from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
@@ -46,14 +45,14 @@ class Mode:
     """One way to take a step; another is another row of ``MODES``.
 
     Attributes:
-        linearize: Makes the local model, with curvature or without.
+        curved: Whether the local model has curvature.
         direction: Where the step goes.
         length: How far.
         search: Which share of it is taken.
         radius_is_held: Whether the search measures the KL and holds it to the radius.
     """
 
-    linearize: Callable[[Batch], LocalModel]
+    curved: bool
     direction: Callable[[LocalModel, Tensor, Hyperparameters], Direction]
     length: Callable[[Hyperparameters, float, float], float]
     search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
@@ -113,9 +112,7 @@ def gradient_direction(
 
 
 MODES = {
-    "trpo": Mode(
-        Batch.second_order, natural_direction, natural_length, backtrack, radius_is_held=True
-    ),
-    "natural": Mode(Batch.second_order, natural_direction, natural_length, whole_step),
-    "vanilla": Mode(Batch.first_order, gradient_direction, vanilla_length, whole_step),
+    "trpo": Mode(True, natural_direction, natural_length, backtrack, radius_is_held=True),
+    "natural": Mode(True, natural_direction, natural_length, whole_step),
+    "vanilla": Mode(False, gradient_direction, vanilla_length, whole_step),
 }

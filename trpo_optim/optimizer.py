@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.batch import Batch, Closures
+from trpo_optim.agreement import Ready, agreed
+from trpo_optim.batch import Batch, Closures, collected
 from trpo_optim.closure import Closure
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.report import StepReport, TrustRegionError
+from trpo_optim.reduction import Reduction, require_member
+from trpo_optim.report import Outcome, StepReport, TrustRegionError
+from trpo_optim.shared_batch import SharedBatch
 from trpo_optim.step import take_step
 from trpo_optim.transaction import Transaction
+from trpo_optim.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["TrustRegionOptimizer"]
 
@@ -62,12 +69,15 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_backtracks: How many further trials a step may take before it is given up.
         improvement_ratio: Least share of the predicted improvement that a trial must deliver.
         maximize: The closure's first value is an objective to be raised.
+        process_group: The processes that take every step together, each on samples of its own
+            (``torch.distributed.group.WORLD`` for all): means are over the samples of all ranks,
+            and all ranks report the same. None: this process alone.
 
     Attributes:
         last_report: The report of the last step, or None before the first.
 
     Raises:
-        TrustRegionError: If a hyperparameter or a parameter is not valid.
+        TrustRegionError: If a hyperparameter, a parameter or the process group is not valid.
 
     Source:
         Schulman, Levine, Abbeel, Jordan & Moritz, "Trust Region Policy Optimization", ICML 2015
@@ -92,7 +102,11 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_backtracks: int = 10,
         improvement_ratio: float = 0.1,
         maximize: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        if process_group is not None:
+            require_member(process_group)
+        self.process_group = process_group
         defaults = Hyperparameters(
             mode=mode,
             max_kl=max_kl,
@@ -115,7 +129,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         closure: Closure | Closures | Iterable[Closure] | None = None,
         *,
         curvature: Closure | None = None,
-        weights: Iterable[float] | None = None,
+        weights: Iterable[float] | float | None = None,
     ) -> StepReport:
         """Take one step, or none.
 
@@ -129,34 +143,31 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
                 Fisher-vector products; its loss is not used. Gradient, trials and acceptance stay
                 with ``closure``. Mode ``"vanilla"`` has no use for it.
             weights: One number above 0 per closure of a list, usually its number of samples.
-                None: all the same.
+                None: all the same. With a process group these weigh the ranks, too: a single
+                closure then has a number, and a rank without samples the weight 0 (its closure is
+                not called) or an empty list.
 
         Returns:
             What was done, also kept as ``last_report``.
 
         Raises:
             TrustRegionError: If a closure or a hyperparameter is misused; nothing has moved.
+            RankError: With a process group: if another rank raised, was lost or has parted; nothing
+                has moved.
         """
-        if isinstance(closure, Closures):
-            if curvature is not None or weights is not None:
-                raise TrustRegionError(
-                    "step() got Closures, which have their own curvature and weights, and another "
-                    "of these. Leave it out."
-                )
-            curvature, weights = closure.curvature, closure.weights
-            closure = closure.parts if len(closure.parts) != 1 else closure.parts[0]
-        settings = self._settings()
-        vector = ParameterVector(self._trainable())
-        figures: dict[str, Any] = {}
-        with torch.inference_mode(False), torch.no_grad(), Transaction(vector) as transaction:
-            transaction.begin()
-            batch = Batch(closure, weights, curvature, vector, transaction)
-            outcome = take_step(batch, transaction, settings, figures)
-            report = StepReport(outcome, closure_evaluations=batch.evaluations, **figures)
-            if report.accepted:
-                transaction.commit()
-            else:
-                transaction.roll_back()
+        if closure is None and all(group["lr"] == 0 for group in self.param_groups):
+            return StepReport(Outcome.ZERO_LEARNING_RATE)  # torch.distributed.checkpoint does this
+        with torch.inference_mode(False), torch.no_grad():
+            ready, batch = self._prepared(closure, weights, curvature)
+            figures: dict[str, Any] = {}
+            with ready.transaction as transaction, unwrapped(self.process_group):
+                transaction.begin()
+                outcome = take_step(batch, transaction, ready.settings, figures)
+                report = batch.concluded(StepReport(outcome, **figures))
+                if report.accepted:
+                    transaction.commit()
+                else:
+                    transaction.roll_back()
         self.last_report = report
         return report
 
@@ -195,15 +206,50 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: torch's part and the last report."""
+        """Return what pickle and deepcopy keep: torch's part and the last report.
+
+        Raises:
+            TrustRegionError: If there is a process group, which belongs to this process.
+        """
+        if self.process_group is not None:
+            raise TrustRegionError(
+                "An optimizer with a process_group can be neither pickled nor copied, since the "
+                "group belongs to this process. Save its state_dict(), or set process_group to "
+                "None before, and again afterwards."
+            )
         return {**super().__getstate__(), "last_report": self.last_report}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state back, filling in hyperparameters that an older one did not have."""
         super().__setstate__(state)
+        self.__dict__.setdefault("process_group", None)  # load_state_dict comes by here, too
         for group in self.param_groups:
             for name in Hyperparameters.names():
                 group.setdefault(name, self.defaults[name])
+
+    def _prepared(
+        self,
+        closure: Closure | Closures | Iterable[Closure] | None,
+        weights: Iterable[float] | float | None,
+        curvature: Closure | None,
+    ) -> tuple[Ready, Batch | SharedBatch]:
+        """Return what a step is taken with, checked; with a process group on all ranks alike."""
+        shared = self.process_group is not None
+
+        def prepare() -> Ready:
+            settings, vector = self._settings(), ParameterVector(self._trainable())
+            transaction = Transaction(vector)
+            closures = collected(closure, weights, curvature, shared=shared)
+            batch = Batch(closures, vector, transaction) if closures.parts else None
+            return Ready(settings, vector, transaction, closures, batch)
+
+        if self.process_group is None:
+            ready = prepare()
+            assert ready.batch is not None  # as collected requires
+            return ready, ready.batch
+        reduction = Reduction(self.process_group, self.param_groups[0]["params"][0].device)
+        ready, counts = agreed(reduction, prepare)
+        return ready, SharedBatch(ready.batch, counts, ready.vector, reduction)
 
     def _trainable(self) -> Iterator[Tensor]:
         for group in self.param_groups:

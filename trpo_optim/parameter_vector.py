@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
+from trpo_optim.sharded import local, part_like, whole
 
 __all__ = ["ParameterVector"]
 
@@ -17,7 +18,8 @@ class ParameterVector:
     """Trainable parameters in a fixed order, gathered into and scattered from one vector.
 
     Vectors are at least float32, so that the solve does not lose the precision that half-precision
-    parameters lack.
+    parameters lack. Of parameters that several ranks hold in parts (``DTensor``) every one of these
+    ranks has the whole vector.
 
     Args:
         parameters: The parameters, all on one device; those that occur twice are taken once.
@@ -45,10 +47,18 @@ class ParameterVector:
         )
         self._sizes = [parameter.numel() for parameter in self.parameters]
 
+    def __len__(self) -> int:
+        """Return the vectors' length."""
+        return sum(self._sizes)
+
+    def shapes(self) -> str:
+        """Return the parameters' shapes and types as a text."""
+        return ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in self.parameters)
+
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return tensors shaped like the parameters as one vector; None counts as zeros."""
         pieces = [
-            (torch.zeros_like(parameter) if tensor is None else tensor).reshape(-1)
+            whole(torch.zeros_like(parameter) if tensor is None else tensor).reshape(-1)
             for tensor, parameter in zip(tensors, self.parameters, strict=True)
         ]
         return torch.cat(pieces).to(self.dtype)
@@ -56,7 +66,7 @@ class ParameterVector:
     def scatter(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's pieces in the parameters' shapes and dtypes."""
         return [
-            piece.view(parameter.shape).to(parameter.dtype)
+            part_like(piece.view(parameter.shape).to(parameter.dtype), parameter)
             for piece, parameter in zip(
                 torch.split(vector, self._sizes), self.parameters, strict=True
             )
@@ -65,4 +75,4 @@ class ParameterVector:
     def write(self, values: Sequence[Tensor]) -> None:
         """Copy values into the parameters, in place and in one call that nothing interrupts."""
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, tuple(values))
+            torch._foreach_copy_(tuple(map(local, self.parameters)), tuple(map(local, values)))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field, fields
 
-__all__ = ["Outcome", "StepReport", "TrustRegionError"]
+__all__ = ["Outcome", "RankError", "StepReport", "TrustRegionError"]
 
 
 class TrustRegionError(ValueError):
     """Misuse of the optimizer: the text names the cause and the remedy; no state has moved."""
+
+
+class RankError(TrustRegionError):
+    """Another process of the group failed, was lost or has parted; no parameter has moved."""
 
 
 class Outcome(enum.Enum):
@@ -102,7 +106,8 @@ class StepReport:
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
         trial_largest_kl: The largest KL of a sample at the trial, in nats, or NaN.
-        closure_evaluations: How often a closure was called, all of a step's together.
+        closure_evaluations: How often a closure was called, all of a step's together; with a
+            process group, on the rank that called most.
         fisher_products: How many Fisher-vector products were made.
         engine: What differentiated the closure: ``"Gauss-Newton"`` where its third value allows,
             else ``"double backward"``, ``"torch.func"`` where that was refused, or ``"autograd"``

@@ -19,13 +19,17 @@ from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial
 from trpo_optim.modes import MODES
 from trpo_optim.report import Outcome
+from trpo_optim.shared_batch import SharedBatch
 from trpo_optim.transaction import Transaction
 
 __all__ = ["take_step"]
 
 
 def take_step(
-    batch: Batch, transaction: Transaction, settings: Hyperparameters, figures: dict[str, Any]
+    batch: Batch | SharedBatch,
+    transaction: Transaction,
+    settings: Hyperparameters,
+    figures: dict[str, Any],
 ) -> Outcome:
     """Go through one step, noting its figures on the way.
 
@@ -40,7 +44,7 @@ def take_step(
         anywhere.
     """
     mode = MODES[settings.mode]
-    model = mode.linearize(batch)
+    model = batch.second_order() if mode.curved else batch.first_order()
     sign = 1.0 if settings.maximize else -1.0
     uphill, gradient_norm = _normalized(sign * model.gradient)
     figures |= _figures_of_model(model, gradient_norm)
@@ -153,7 +157,9 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _require_moving_kl(batch: Batch, transaction: Transaction, model: LocalModel) -> None:
+def _require_moving_kl(
+    batch: Batch | SharedBatch, transaction: Transaction, model: LocalModel
+) -> None:
     """Check the KL far away in every parameter, beyond any rounding and whatever the step moves."""
     transaction.move(transaction.far_away(), 1.0)
     try:

@@ -31,11 +31,14 @@ class Transaction:
 
     Args:
         vector: The parameters that the step may move.
+
+    Attributes:
+        origin: The parameters before the step, shape (n,).
     """
 
     def __init__(self, vector: ParameterVector) -> None:
         self._vector = vector
-        self._origin = vector.gather([each.detach() for each in vector.parameters])
+        self.origin = vector.gather([each.detach() for each in vector.parameters])
         self._grads = [parameter.grad for parameter in vector.parameters]
         self._random = [(each, each.get_state()) for each in _generators(vector.device)]
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
@@ -92,12 +95,12 @@ class Transaction:
             step: Shape (n,).
             scale: The share of it to take.
         """
-        self._vector.write(self._vector.scatter(torch.add(self._origin, step, alpha=scale)))
+        self._vector.write(self._vector.scatter(torch.add(self.origin, step, alpha=scale)))
 
     def far_away(self) -> Tensor:
         """Return a move of a tenth of each parameter's length, fixed and along no axis."""
-        waves = torch.arange(1.0, len(self._origin) + 1, device=self._vector.device).sin()
-        pieces = (self._vector.scatter(each) for each in (self._origin, waves))
+        waves = torch.arange(1.0, len(self.origin) + 1, device=self._vector.device).sin()
+        pieces = (self._vector.scatter(each) for each in (self.origin, waves))
         return self._vector.gather(
             [
                 0.1 * max(1.0, float(here.norm())) * wave / wave.norm()
@@ -107,7 +110,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
-        self._vector.write(self._vector.scatter(self._origin))
+        self._vector.write(self._vector.scatter(self.origin))
         self._settle()
 
     def commit(self) -> None:

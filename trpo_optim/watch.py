@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from trpo_optim.report import TrustRegionError
 from trpo_optim.second_order import is_recurrence, without_cudnn
+from trpo_optim.sharded import local
 from trpo_optim.transaction import Transaction
 
 __all__ = ["Watch", "written_by"]
@@ -45,7 +46,8 @@ class Watch(TorchFunctionMode):
         self._twins = twins
         self._storages: dict[int, list[Tensor]] = {}
         for each in parameters:
-            self._storages.setdefault(each.untyped_storage().data_ptr(), []).append(each)
+            held = local(each)
+            self._storages.setdefault(held.untyped_storage().data_ptr(), []).append(held)
         self._known = {id(each): each for each in parameters}  # and their views made inside
 
     def remove(self) -> None:

@@ -1,0 +1,198 @@
+"""Policies in PyTorch's distributed wrappers, and checkpoints for other numbers of ranks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import MODES, Problem, gaussian
+from ranks import on_ranks, values_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from trpo_optim import StepReport, TrustRegionError, frozen
+
+
+def stepped(
+    task: Problem, *, third: bool, rows: slice = slice(None), **settings: Any
+) -> tuple[Tensor, StepReport]:
+    """Take two steps on some rows, each with the old policy of its own.
+
+    Returns:
+        The parameters, whole, and the second report.
+    """
+    optimizer = task.optimizer(**settings)
+    for _ in range(2):
+        report = optimizer.step(closure_on(task, rows, third=third))
+    pieces = (getattr(each, "full_tensor", lambda each=each: each)() for each in task.parameters())
+    return torch.cat([each.detach().reshape(-1) for each in pieces]), report
+
+
+def closure_on(task: Problem, rows: slice, *, third: bool = True) -> Any:
+    """Return the closure of some rows, whose old policy is the policy as it is now."""
+    part = Problem.__new__(Problem)
+    part.policy, part.observations = task.policy, task.observations[rows]
+    part.actions, part.advantages = task.actions[rows], task.advantages[rows]
+    with torch.no_grad():
+        part.old = frozen(task.policy(part.observations))
+        part.old_log_prob = part.old.log_prob(part.actions)
+
+    def closure() -> Any:
+        new = part.policy(part.observations)
+        return (*part.values(new), new) if third else part.values(new)
+
+    return closure
+
+
+def parallel(rank: int, copies: int, third: bool) -> tuple[Tensor, StepReport]:
+    """Step with layers in parts on some ranks and, where these are not all, copies of the whole."""
+    task = gaussian()
+    mesh = init_device_mesh(
+        "cpu", (copies, dist.get_world_size() // copies), mesh_dim_names=("data", "parts")
+    )
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    network = task.policy.network
+    assert isinstance(network, nn.Module)
+    parallelize_module(network, mesh["parts"], plan)
+    half = len(task.actions) // copies
+    rows = slice(half * mesh["data"].get_local_rank(), half * (mesh["data"].get_local_rank() + 1))
+    group = mesh["data"].get_group() if copies > 1 else None
+    return stepped(task, third=third, rows=rows, process_group=group)
+
+
+@pytest.mark.parametrize("third", [False, True], ids=["pair", "third value"])
+@pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 2)], ids=["parts", "parts and copies"])
+def test_tensor_parallel_parameters_take_the_step_of_plain_ones(
+    ranks: int, copies: int, third: bool
+) -> None:
+    expected, alone = stepped(gaussian(), third=third)
+    for vector, report in values_of(on_ranks(ranks, parallel, copies, third)):
+        torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
+        assert report.accepted
+        assert report.engine == alone.engine
+
+
+class Normalised(nn.Module):
+    """A policy behind a batch normalisation, whose running statistics DDP sends around."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4).double().eval()
+        self.policy = policy
+
+    def forward(self, observations: Tensor) -> Any:
+        return self.policy(self.norm(observations))
+
+
+def replicated(
+    rank: int, mode: str, options: dict[str, Any]
+) -> tuple[Tensor, StepReport, Tensor | None, list[Any]]:
+    """Step with a policy in DDP, uneven micro-batches, and then make a backward pass of one's own.
+
+    Returns:
+        Parameters, report, the gradient of that pass, and what DDP is set to before and after.
+    """
+    task = gaussian()
+    task.policy = DistributedDataParallel(Normalised(task.policy), **options)
+    names = ("require_backward_grad_sync", "require_forward_param_sync")
+    optimizer = task.optimizer(mode=mode, process_group=task.policy.process_group, lr=0.5)
+    rows = [slice(0, 40)] if rank == 0 else [slice(40, 54), slice(54, 64)]
+    for _ in range(2):
+        closures = [closure_on(task, each, third=False) for each in rows]
+        before = [getattr(task.policy, name) for name in names]
+        report = optimizer.step(closures, weights=[40] if rank == 0 else [14, 10])
+    after = [getattr(task.policy, name) for name in names]
+    if options:  # DDP does not find the parameters of a distribution
+        return task.vector(), report, None, [before, after]
+    task.policy(task.observations[rank::2]).log_prob(task.actions[rank::2]).sum().backward()
+    gradient = task.policy.module.policy.network[0].weight.grad
+    return task.vector(), report, gradient.clone(), [before, after]
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=["", "unused"])
+@pytest.mark.parametrize("mode", MODES)
+def test_policies_in_ddp_take_the_step_of_plain_ones(mode: str, options: dict[str, Any]) -> None:
+    task = gaussian()
+    task.policy = Normalised(task.policy)
+    expected, alone = stepped(task, third=False, mode=mode, lr=0.5)
+    results = values_of(on_ranks(2, replicated, mode, options))
+    for vector, report, gradient, (before, after) in results:
+        torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
+        assert report.outcome is alone.outcome
+        assert gradient is None or torch.equal(gradient, results[0][2])  # DDP still averages
+        assert before == after
+
+
+def refused(rank: int, wrap: str) -> str:
+    """Return what a step says of a wrapper."""
+    task = gaussian()
+    settings: dict[str, Any] = {}
+    if wrap == "DDP without group":
+        task.policy = DistributedDataParallel(task.policy)
+    else:
+        fully_shard(task.policy)
+        settings = {"process_group": dist.group.WORLD}
+    optimizer = task.optimizer(**settings)
+    try:
+        optimizer.step(task.closure)
+    except TrustRegionError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (
+            "DDP without group",
+            "the optimizer has no process_group.*process_group=ddp.process_group",
+        ),
+        ("FSDP", "sharded by FSDP.*Keep a whole copy on every rank.*parallelize_module"),
+    ],
+)
+def test_what_cannot_be_names_the_way_out(wrap: str, text: str) -> None:
+    for said in values_of(on_ranks(2, refused, wrap)):
+        assert re.search(text, said)
+
+
+def saved_and_stepped(rank: int, folder: Path, first: bool) -> tuple[Tensor, Any, StepReport]:
+    """Save after two steps, or load what was saved; then take one more step on the whole batch."""
+    task = gaussian(0 if first else 3)
+    optimizer = task.optimizer(process_group=dist.group.WORLD, max_kl=0.02 if first else 0.01)
+    torch.manual_seed(1)
+    task.observations = torch.randn(64, 4, dtype=torch.float64)
+    ranks = dist.get_world_size()
+    rows = slice(64 * rank // ranks, 64 * (rank + 1) // ranks)
+    if first:
+        for _ in range(2):
+            optimizer.step(closure_on(task, rows))
+        model, state = get_state_dict(task.policy, optimizer)
+        save({"model": model, "optimizer": state}, checkpoint_id=folder)
+    else:
+        model, state = get_state_dict(task.policy, optimizer)
+        load({"model": model, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(task.policy, optimizer, model_state_dict=model, optim_state_dict=state)
+    task = Problem(task.policy, task.observations)
+    report = optimizer.step(closure_on(task, rows))
+    return task.vector(), optimizer.param_groups[0]["max_kl"], report
+
+
+def test_a_distributed_checkpoint_goes_on_alike_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    expected, *_ = values_of(on_ranks(4, saved_and_stepped, tmp_path, True))
+    for ranks in (1, 2):
+        for vector, radius, report in values_of(
+            on_ranks(ranks, saved_and_stepped, tmp_path, False)
+        ):
+            torch.testing.assert_close(vector, expected[0], rtol=1e-12, atol=1e-14)
+            assert radius == 0.02
+            assert report.outcome is expected[2].outcome
