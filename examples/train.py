@@ -2,19 +2,26 @@
 
     python examples/train.py --env-id Hopper-v5 --mode trpo --total-steps 200000 --seed 0
 
+    torchrun --nproc-per-node 2 examples/train.py --env-id CartPole-v1
+
 Box and Discrete actions; vector environments; GAE; observation and reward scaling; the critic by
-Adam. Everything goes to runs/ENV__MODE__SEED: TensorBoard events, training.png, and checkpoint.pt,
-from which ``--resume`` goes on bit for bit, the environments included. Without it, an earlier run's
-folder is kept under another name.
+Adam. By torchrun every process collects from its share of the environments, and all learn as one;
+started again after one was lost, they go on from the checkpoint. Everything goes to
+runs/ENV__MODE__SEED: TensorBoard events, training.png, and checkpoint.pt, from which ``--resume``
+goes on bit for bit, the environments included. Without it, an earlier run's folder is kept under
+another name.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +32,10 @@ import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
+from processes import Processes
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -56,7 +65,7 @@ class Args:
     seed: int = 0
     """seed of the networks, the actions and the environments"""
     total_steps: int = 100_000
-    """environment steps, over all environments"""
+    """environment steps, over all environments of all processes"""
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
@@ -75,7 +84,7 @@ class Args:
     run_dir: Path | None = None
     """folder of the run; default runs/ENV__MODE__SEED"""
     num_envs: int = 8
-    """environments stepped side by side"""
+    """environments stepped side by side, over all processes"""
     batch_size: int = 1024
     """environment steps per update, over all environments"""
     gamma: float = 0.99
@@ -178,9 +187,12 @@ class Normaliser:
             torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in (mean, scale)
         )
 
-    def update(self, observations: Tensor) -> None:
-        """Count further observations in, shape (B, D)."""
-        self.stats.update(observations.cpu().numpy())
+    def update(self, observations: Tensor, processes: Processes | None = None) -> None:
+        """Count further observations in, shape (B, D), and those of the other processes."""
+        plain = observations.cpu().numpy()
+        own = plain.mean(0), plain.var(0), len(plain)
+        for moments in [own] if processes is None else processes.all(own):
+            self.stats.update_from_moments(*moments)
         self.refresh()
 
     def __call__(self, observations: Tensor) -> Tensor:
@@ -193,9 +205,11 @@ class Run:
     """Everything that a run carries from one update to the next."""
 
     args: Args
+    processes: Processes
     envs: SyncVectorEnv
     policy: Policy
     critic: nn.Sequential
+    critic_of_all: nn.Module  # the same, with the gradients of all processes
     optimizer: TrustRegionOptimizer
     critic_optimizer: torch.optim.Adam
     normalise: Normaliser
@@ -227,35 +241,46 @@ class Run:
         return value
 
 
-def new_run(args: Args) -> Run:
-    """Build environments, networks and optimizers."""
-    torch.manual_seed(args.seed)
-    envs = make_envs(args)
+def new_run(args: Args, processes: Processes | None = None) -> Run:
+    """Build environments, networks and optimizers, for this process alone or with others."""
+    processes = processes or Processes(args.device)
+    if args.num_envs % processes.size:
+        raise SystemExit(
+            f"num_envs {args.num_envs} must be a multiple of the {processes.size} processes."
+        )
+    torch.manual_seed(args.seed)  # the same networks everywhere
+    own_envs = args.num_envs // processes.size
+    envs = make_envs(replace(args, num_envs=own_envs))
     size = math.prod(envs.single_observation_space.shape or ())
     policy = Policy(size, envs.single_action_space, args).to(args.device)
     critic = mlp(size, args.hidden, 1, gain=1.0).to(args.device)
+    if processes.rank:
+        torch.manual_seed(processes.seed(args.seed))  # actions of its own
     return Run(
         args=args,
+        processes=processes,
         envs=envs,
         policy=policy,
         critic=critic,
+        critic_of_all=DistributedDataParallel(critic) if processes.group else critic,
         optimizer=TrustRegionOptimizer(
             policy.parameters(),
             mode=args.mode,
             max_kl=joint_radius(args, envs.single_action_space),
             constraint=args.constraint,
             lr=args.lr,
+            process_group=processes.group,
         ),
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True),
         normalise=Normaliser(size, args.device),
-        discounted=torch.zeros(args.num_envs, device=args.device),
+        discounted=torch.zeros(own_envs, device=args.device),
     )
 
 
 def collect(run: Run) -> SinglePathBatch:
     """Return the next batch; episodes run on from one to the next."""
     args = run.args
-    seed = int(np.random.SeedSequence([args.seed, run.update]).generate_state(1)[0])
+    seed = run.processes.seed(args.seed, run.update)
     batch = single_path(
         run.envs,
         run.act,
@@ -266,8 +291,11 @@ def collect(run: Run) -> SinglePathBatch:
     )
     run.end = batch.end
     ends = (batch.terminated | batch.truncated).nonzero()[:, 0].tolist()
-    for step, value in zip(ends, batch.episode_returns, strict=True):
-        run.episodes.append((float(run.step + (step + 1) * args.num_envs), value))
+    own = [
+        (float(run.step + (step + 1) * args.num_envs), value)
+        for step, value in zip(ends, batch.episode_returns, strict=True)
+    ]
+    run.episodes += sorted(chain(*run.processes.all(own)), key=itemgetter(0))
     return batch
 
 
@@ -283,7 +311,8 @@ def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
         run.discounted = run.args.gamma * run.discounted + reward
         returns.append(run.discounted)
         run.discounted = run.discounted * ~ends
-    run.return_stats.update(torch.cat(returns).double().cpu().numpy())
+    for moments in run.processes.moments(torch.cat(returns).double()):
+        run.return_stats.update_from_moments(*moments)
     return batch.rewards / scale(run)
 
 
@@ -300,7 +329,7 @@ def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tenso
 def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor]:
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
     advantage, targets = advantages(run, batch, scaled_rewards(run, batch))
-    standard = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    standard = run.processes.standardised(advantage)
     anneal(run)
     return run.optimizer.step(policy_closure(run.act, batch, standard)), targets
 
@@ -309,7 +338,7 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     """Take one step of the policy, and fit the critic to its targets."""
     report, targets = improve_policy(run, batch)
     fit = fit_critic(run, batch, targets)
-    run.normalise.update(batch.flat(batch.observations))
+    run.normalise.update(batch.flat(batch.observations), run.processes)
     return report, fit
 
 
@@ -334,18 +363,28 @@ def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
     del run.fitted[: -run.args.critic_batches]
     observations, returns = (torch.cat(each) for each in zip(*run.fitted, strict=True))
     return fit_value(
-        run.critic,
+        run.critic_of_all,
         run.normalise(observations),
         returns / scale(run),
         run.critic_optimizer,
         epochs=run.args.critic_epochs,
-        minibatch=run.args.critic_minibatch,
+        minibatch=max(1, run.args.critic_minibatch // run.processes.size),
     )
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint so that whatever happens, a whole one is there."""
+    """Have the first process write the checkpoint; whatever happens, there is a whole one."""
     environments = pickle.dumps((run.end, capture(run.envs)))
+    own = {
+        "discounted": run.discounted.cpu(),
+        "fitted": [tuple(each.cpu() for each in pair) for pair in run.fitted],
+        "environments": torch.frombuffer(bytearray(environments), dtype=torch.uint8),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all(),
+    }
+    processes = run.processes.all(own)
+    if not run.processes.first:
+        return
     content = {
         "args": comparable(run.args),
         "update": run.update,
@@ -355,8 +394,6 @@ def save(run: Run) -> None:
         "critic": run.critic.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "critic_optimizer": run.critic_optimizer.state_dict(),
-        "discounted": run.discounted,
-        "fitted": run.fitted,
         "stats": {
             name: {
                 key: torch.as_tensor(getattr(each, key), dtype=torch.float64)
@@ -364,9 +401,7 @@ def save(run: Run) -> None:
             }
             for name, each in stats_of(run).items()
         },
-        "environments": torch.frombuffer(bytearray(environments), dtype=torch.uint8),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
+        "processes": processes,
     }
     path = run.args.folder() / "checkpoint.pt"
     half = path.with_suffix(".tmp")
@@ -396,9 +431,10 @@ def load(run: Run) -> None:
         SystemExit: If the checkpoint was made with other settings.
     """
     path = run.args.folder() / "checkpoint.pt"
-    if not path.exists():
+    whole = run.processes.of_first(lambda: path.read_bytes() if path.exists() else None)
+    if whole is None:
         return
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
     ours = comparable(run.args)
     changed = [key for key in ours if ours[key] != content["args"].get(key)]
     if changed:
@@ -410,7 +446,6 @@ def load(run: Run) -> None:
             "give this run a --run-dir of its own."
         )
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
-    run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in content["fitted"]]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
     run.optimizer.load_state_dict(content["optimizer"])
@@ -420,25 +455,32 @@ def load(run: Run) -> None:
         stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
         stats.count = saved["count"].item()
     run.normalise.refresh()
-    end, snapshot = pickle.loads(content["environments"].numpy().tobytes())
+    parts = content["processes"]
+    if len(parts) != run.processes.size:
+        print(f"{path} is of {len(parts)} processes: the environments start new episodes.")
+        return
+    own = parts[run.processes.rank]
+    run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
+    end, snapshot = pickle.loads(own["environments"].numpy().tobytes())
     run.envs.reset()
     try:
         restore(run.envs, snapshot)
-        run.end, run.discounted = end, content["discounted"].to(run.args.device)
+        run.end, run.discounted = end, own["discounted"].to(run.args.device)
     except TrustRegionError as error:
         print(f"{run.args.env_id} starts new episodes: {error}")
-    torch.set_rng_state(content["random"])
-    if content["random_cuda"]:
-        torch.cuda.set_rng_state_all(content["random_cuda"])
+    torch.set_rng_state(own["random"])
+    if own["random_cuda"]:
+        torch.cuda.set_rng_state_all(own["random_cuda"])
 
 
-def make_way(folder: Path) -> None:
-    """Rename the folder of an earlier run, so that nothing of it is lost."""
-    if (folder / "checkpoint.pt").exists():
+def prepare(folder: Path, *, resume: bool) -> None:
+    """Make the run's folder; that of an earlier run gets another name, so that nothing is lost."""
+    if not resume and (folder / "checkpoint.pt").exists():
         number = 1
         while (old := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(old)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def comparable(args: Args) -> dict[str, Any]:
@@ -499,32 +541,43 @@ def train(args: Args) -> Run:
             f"most total_steps {args.total_steps}."
         )
     torch.set_num_threads(args.threads)
-    if not args.resume:
-        make_way(args.folder())
-    args.folder().mkdir(parents=True, exist_ok=True)
-    run = new_run(args)
-    if args.resume:
+    processes = Processes(args.device)
+    resume = args.resume or processes.restarted
+    processes.of_first(lambda: prepare(args.folder(), resume=resume))
+    run = new_run(args, processes)
+    if resume:
         load(run)
     updates = args.total_steps // args.batch_size
-    writer = SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)
-    with tqdm(total=updates * args.batch_size, initial=run.step, unit="step") as progress:
+    writer = (
+        SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)
+        if processes.first
+        else None
+    )
+    with tqdm(
+        total=updates * args.batch_size,
+        initial=run.step,
+        unit="step",
+        disable=not processes.first,
+    ) as progress:
         while run.update < updates:
             report, fit = improve(run, collect(run))
             run.update += 1
             run.kls.append((float(run.step), report.kl))
-            log(run, writer, report, fit)
+            if writer is not None:
+                log(run, writer, report, fit)
             if run.update % args.checkpoint_every == 0 or run.update == updates:
                 save(run)
             progress.update(args.batch_size)
             progress.set_postfix_str(
                 f"return {run.recent_return():.1f}, KL {report.kl:.4f}, {report.outcome.name}"
             )
-    writer.close()
     run.envs.close()
-    print(
-        f"{args.env_id} {args.mode} seed {args.seed}: mean return of the last 20 episodes "
-        f"{run.recent_return():.1f} after {run.step} steps; {draw(run)}"
-    )
+    if writer is not None:
+        writer.close()
+        print(
+            f"{args.env_id} {args.mode} seed {args.seed}: mean return of the last 20 episodes "
+            f"{run.recent_return():.1f} after {run.step} steps; {draw(run)}"
+        )
     return run
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import train
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from processes import Processes
 from torch import Tensor, nn
 
 from trpo_optim import TrustRegionOptimizer, frozen, log_prob, mean_kl, sample, sampled_kl
@@ -185,9 +186,11 @@ def learn_environment(
     size = math.prod(envs.single_observation_space.shape or ())
     run = train.Run(
         args=args,
+        processes=Processes("cpu"),
         envs=envs,
         policy=policy,
         critic=critic,
+        critic_of_all=critic,
         optimizer=learner.optimizer,
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=critic_lr),
         normalise=train.Normaliser(size, "cpu"),  # never updated: observations are used as they are

@@ -57,7 +57,11 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 def without_pickles(content: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint but for the environments, which hold no numbers of the run."""
-    return {name: value for name, value in content.items() if name != "environments"}
+    parts = [
+        {name: value for name, value in part.items() if name != "environments"}
+        for part in content["processes"]
+    ]
+    return {**content, "processes": parts}
 
 
 def same(left: Any, right: Any) -> bool:

@@ -1,0 +1,176 @@
+"""The training example under torchrun: on one host and two, undisturbed and with a rank killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
+STEPS = 65_536
+"""By when two processes have solved CartPole-v1."""
+
+HOSTS = ("10.77.0.1", "10.77.0.2")
+
+
+def torchrun(folder: Path, *options: str, host: int | None = None) -> subprocess.Popen[str]:
+    """Start the example by torchrun, as a user would; in a network namespace or not."""
+    inside = [] if host is None else ["ip", "netns", "exec", f"trpo{host}"]
+    command = [*inside, sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
+    command += [*options, str(SCRIPT), "--env-id", "CartPole-v1", "--total-steps", str(STEPS)]
+    interface = "lo" if host is None else f"trpo{host}"
+    return subprocess.Popen(
+        [*command, "--run-dir", str(folder)],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def one_host(folder: Path) -> list[subprocess.Popen[str]]:
+    """Start two processes on this host."""
+    return [torchrun(folder, "--standalone", "--nproc-per-node", "2")]
+
+
+def two_hosts(folder: Path) -> list[subprocess.Popen[str]]:
+    """Start one process on each of two hosts, which meet at an address of the first."""
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "trpo"]
+    meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOSTS[0]}:29400"]
+    return [
+        torchrun(
+            folder,
+            *meeting,
+            *("--rdzv-conf", f"is_host={int(host == 0)}", "--local-addr", address),
+            host=host,
+        )
+        for host, address in enumerate(HOSTS)
+    ]
+
+
+@contextmanager
+def network() -> Iterator[None]:
+    """Set up two network namespaces with a cable between them."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        for host in (0, 1):
+            ip("netns", "add", f"trpo{host}")
+        ip(
+            "link",
+            "add",
+            "trpo0",
+            "netns",
+            "trpo0",
+            "type",
+            "veth",
+            "peer",
+            "trpo1",
+            "netns",
+            "trpo1",
+        )
+        for host, address in enumerate(HOSTS):
+            ip("-n", f"trpo{host}", "addr", "add", f"{address}/24", "dev", f"trpo{host}")
+            for name in (f"trpo{host}", "lo"):
+                ip("-n", f"trpo{host}", "link", "set", name, "up")
+        yield
+    finally:
+        for host in (0, 1):
+            subprocess.run(["ip", "netns", "del", f"trpo{host}"], check=False, capture_output=True)
+
+
+def workers(launchers: list[subprocess.Popen[str]]) -> dict[int, int]:
+    """Return the process of every rank."""
+    found = {}
+    for launcher in launchers:
+        for task in Path(f"/proc/{launcher.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                variables = dict(each.partition(b"=")[::2] for each in environment)
+                if b"RANK" in variables:
+                    found[int(variables[b"RANK"])] = int(child)
+    return found
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """Load what a run has saved."""
+    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content
+
+
+def finished(launchers: list[subprocess.Popen[str]]) -> str:
+    """Wait for the end; return what was printed."""
+    try:
+        outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert all(launcher.returncode == 0 for launcher in launchers), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def killed_halfway(launchers: list[subprocess.Popen[str]], folder: Path) -> str:
+    """Kill rank 1 once half of the updates are saved; return what was printed until the end."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        if (folder / "checkpoint.pt").exists() and checkpoint(folder)["update"] >= STEPS // 2048:
+            os.kill(workers(launchers)[1], signal.SIGKILL)
+            break
+    return finished(launchers)
+
+
+def assert_alike(left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Compare what two runs have learned, bit for bit."""
+    for name in ("policy", "critic"):
+        for key, value in left[name].items():
+            assert torch.equal(value, right[name][key]), key
+    assert left["episodes"] == right["episodes"]
+    assert left["kls"] == right["kls"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the checkpoint of two processes on one host that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finished(one_host(folder))
+    return checkpoint(folder)
+
+
+def test_two_processes_solve_cartpole(undisturbed: dict[str, Any]) -> None:
+    returns = [value for _, value in undisturbed["episodes"][-20:]]
+    assert sum(returns) / len(returns) >= 475
+    assert len(undisturbed["processes"]) == 2
+
+
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_it_had_not_been(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    launchers = one_host(tmp_path)
+    output = killed_halfway(launchers, tmp_path)
+    assert "exitcode: -9" in output
+    assert_alike(checkpoint(tmp_path), undisturbed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_two_hosts_with_a_rank_killed_end_with_the_numbers_of_one_undisturbed(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    with network():
+        launchers = two_hosts(tmp_path)
+        output = killed_halfway(launchers, tmp_path)
+    assert "exitcode: -9" in output
+    assert_alike(checkpoint(tmp_path), undisturbed)
