@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench bench-sampling bench-learning format clean
+.PHONY: demo test bench bench-sampling bench-scaling bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ bench: .venv/bench ## time this package beside its peers (a quarter of an hour);
 
 bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/sampling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
+
+bench-scaling: .venv/bench ## several processes: traffic, time, a model (a minute or two); writes docs/scaling.md
+	PYTHONPATH=examples $(BIN)/python benchmarks/scaling.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms trpo random

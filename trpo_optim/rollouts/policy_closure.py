@@ -91,8 +91,7 @@ def policy_closure(
         )
     select, count = (_rows if batch.state is None else _sequences)(policy, batch)
 
-    def closure(chosen: Tensor) -> Closure:
-        part = select(chosen)
+    def closure(part: _Part) -> Closure:
         return _closure(
             part,
             part.numbers(gains),
@@ -102,12 +101,12 @@ def policy_closure(
             sampled=sampled,
         )
 
-    pieces = torch.arange(count).split(micro_batch or count)
-    part = curvature_rows(curvature, count, generator)
+    pieces = [select(chosen) for chosen in torch.arange(count).split(micro_batch or count)]
+    chosen = curvature_rows(curvature, count, generator)
     return Closures(
         parts=[closure(piece) for piece in pieces],
-        weights=[float(select(piece).count) for piece in pieces] if len(pieces) > 1 else None,
-        curvature=None if part is None else closure(part),
+        weights=[float(piece.count) for piece in pieces],
+        curvature=None if chosen is None else closure(select(chosen)),
     )
 
 

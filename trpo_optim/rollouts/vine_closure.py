@@ -92,7 +92,7 @@ def vine_closure(
     part = None
     if rows is not None:
         part = closure_on(mapped(lambda each: each[rows.to(each.device)], trunk))
-    return Closures([closure_on(trunk)], curvature=part)
+    return Closures([closure_on(trunk)], weights=[float(len(batch.q))], curvature=part)
 
 
 def _log_probs(dist: Any, batch: VineBatch) -> Tensor:
