@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer, frozen, mean_kl
 from trpo_optim.rollouts import (
     Cursor,
     SinglePathBatch,
@@ -128,6 +128,13 @@ def make_envs(args: Args) -> SyncVectorEnv:
         return env if flat else gym.wrappers.FlattenObservation(env)
 
     return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+SCALING_SHARE = 0.01
+"""Which share of the radius a change of the observations' scaling may take in an update."""
+
+SCALING_START = 10
+"""From which update on; before, the statistics are those of a few episodes."""
 
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
@@ -338,8 +345,31 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     """Take one step of the policy, and fit the critic to its targets."""
     report, targets = improve_policy(run, batch)
     fit = fit_critic(run, batch, targets)
-    run.normalise.update(batch.flat(batch.observations), run.processes)
+    follow(run, batch.flat(batch.observations))
     return report, fit
+
+
+def follow(run: Run, observations: Tensor) -> None:
+    """Let the scaling follow the statistics of observations, by a small part of the radius.
+
+    It moves the policy as a step does, unseen by any line search: an agent that has learned to
+    balance sees ever smaller deviations, scaled up ever more, and its reactions grow with them until
+    it falls.
+
+    Args:
+        run: The run.
+        observations: Those of the last batch, shape (B, D).
+    """
+    scaling = run.normalise
+    with torch.no_grad():
+        old, mean, scale = frozen(run.act(observations)), scaling.mean, scaling.scale
+        scaling.update(observations, run.processes)
+        kls = run.processes.all(float(mean_kl(old, run.act(observations))))
+    kl, limit = float(np.mean(kls)), SCALING_SHARE * run.optimizer.param_groups[0]["max_kl"]
+    if run.update >= SCALING_START and kl > limit:
+        share = math.sqrt(limit / kl)  # a KL goes with the square of what moves
+        scaling.mean = torch.lerp(mean, scaling.mean, share)
+        scaling.scale = torch.lerp(scale, scaling.scale, share)
 
 
 def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
@@ -401,6 +431,7 @@ def save(run: Run) -> None:
             }
             for name, each in stats_of(run).items()
         },
+        "scaling": (run.normalise.mean.cpu(), run.normalise.scale.cpu()),
         "processes": processes,
     }
     path = run.args.folder() / "checkpoint.pt"
@@ -454,7 +485,9 @@ def load(run: Run) -> None:
         saved = content["stats"][name]
         stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
         stats.count = saved["count"].item()
-    run.normalise.refresh()
+    run.normalise.mean, run.normalise.scale = (
+        each.to(run.args.device) for each in content["scaling"]
+    )
     parts = content["processes"]
     if len(parts) != run.processes.size:
         print(f"{path} is of {len(parts)} processes: the environments start new episodes.")
