@@ -8,6 +8,7 @@ need wait for it, asleep.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -109,13 +110,12 @@ def timed(rank: int, size: int, folder: str, rounds: int) -> None:
         for ranks in (1, size):
             group = dist.group.WORLD if ranks > 1 else None
             for name, scene in (("strong", strong), ("weak", weak)):
-                make = lambda g=group, s=scene, w=name == "weak": updates(rank, g, s, weak=w)  # noqa: E731 (bound now)
+                make = functools.partial(updates, rank, group, scene, weak=name == "weak")
                 jobs[f"{hidden} {name} {ranks}"] = together(ranks, rank, make)
     for length in (1_000, 1_000_000, 10_000_000):
         buffer = torch.zeros(length)
-        jobs[f"all-reduce {length}"] = together(
-            size, rank, lambda b=buffer: Job(lambda: dist.all_reduce(b))
-        )
+        send = functools.partial(dist.all_reduce, buffer)
+        jobs[f"all-reduce {length}"] = together(size, rank, functools.partial(Job, send))
     times = taken_in_turn(jobs, rounds)
     if rank == 0:
         torch.save({name: each.seconds for name, each in times.items()}, f"{folder}/times.pt")

@@ -352,8 +352,8 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
 def follow(run: Run, observations: Tensor) -> None:
     """Let the scaling follow the statistics of observations, by a small part of the radius.
 
-    It moves the policy as a step does, unseen by any line search: an agent that has learned to
-    balance sees ever smaller deviations, scaled up ever more, and its reactions grow with them until
+    It moves the policy as a step does, unseen by any line search: to an agent that has learned to
+    balance, ever smaller deviations are scaled up ever more, and its reactions grow with them until
     it falls.
 
     Args:
