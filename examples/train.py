@@ -130,7 +130,7 @@ def make_envs(args: Args) -> SyncVectorEnv:
     return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-SCALING_SHARE = 0.01
+SCALING_SHARE = 0.1
 """Which share of the radius a change of the observations' scaling may take in an update."""
 
 SCALING_START = 10
@@ -349,6 +349,7 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     return report, fit
 
 
+@torch.no_grad()
 def follow(run: Run, observations: Tensor) -> None:
     """Let the scaling follow the statistics of observations, by a small part of the radius.
 
@@ -360,16 +361,17 @@ def follow(run: Run, observations: Tensor) -> None:
         run: The run.
         observations: Those of the last batch, shape (B, D).
     """
-    scaling = run.normalise
-    with torch.no_grad():
-        old, mean, scale = frozen(run.act(observations)), scaling.mean, scaling.scale
-        scaling.update(observations, run.processes)
+    scaling, limit = run.normalise, SCALING_SHARE * run.optimizer.param_groups[0]["max_kl"]
+    old, mean, scale = frozen(run.act(observations)), scaling.mean, scaling.scale
+    scaling.update(observations, run.processes)
+    new_mean, new_scale, share = scaling.mean, scaling.scale, 1.0
+    while run.update >= SCALING_START:
         kls = run.processes.all(float(mean_kl(old, run.act(observations))))
-    kl, limit = float(np.mean(kls)), SCALING_SHARE * run.optimizer.param_groups[0]["max_kl"]
-    if run.update >= SCALING_START and kl > limit:
-        share = math.sqrt(limit / kl)  # a KL goes with the square of what moves
-        scaling.mean = torch.lerp(mean, scaling.mean, share)
-        scaling.scale = torch.lerp(scale, scaling.scale, share)
+        if np.mean(kls) <= limit:
+            break
+        share *= 0.95 * math.sqrt(limit / np.mean(kls))  # it goes with the square of what moves
+        scaling.mean = torch.lerp(mean, new_mean, share)
+        scaling.scale = torch.lerp(scale, new_scale, share)
 
 
 def joint_radius(args: Args, actions: gym.Space[Any]) -> float:

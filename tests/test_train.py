@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.distributions import Independent
 
-from trpo_optim import StepReport
+from trpo_optim import StepReport, frozen, mean_kl
 from trpo_optim.rollouts.spaces import actions_for
 
 SCRIPT = Path(train.__file__)
@@ -162,6 +162,28 @@ def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     train.fit_critic(run, batch, targets)
     assert [each for _, each in run.fitted[:2]] == before[1:]
     torch.testing.assert_close(run.fitted[2][1], torch.full((128,), train.scale(run)))
+
+
+def test_the_scaling_moves_the_policy_by_a_hundredth_of_the_radius(tmp_path: Path) -> None:
+    run = train.train(small(tmp_path, env_id="Pendulum-v1"))
+    torch.manual_seed(0)
+    observations = 5 + 3 * torch.randn(512, 3)
+    run.update, mean, old = 20, run.normalise.mean, frozen(run.act(observations))
+    train.follow(run, observations)
+    kl = float(mean_kl(old, run.act(observations)))
+    assert 0.5e-4 < kl <= 1e-4  # of max_kl, 0.01
+    behind = torch.linalg.norm(run.normalise.mean - torch.as_tensor(run.normalise.stats.mean))
+    assert 0 < behind < torch.linalg.norm(mean - torch.as_tensor(run.normalise.stats.mean))
+    train.save(run)
+    again = train.new_run(run.args)
+    train.load(again)
+    assert torch.equal(again.normalise.mean, run.normalise.mean)
+    assert torch.equal(again.normalise.scale, run.normalise.scale)
+    run.update = 0
+    train.follow(run, observations)
+    torch.testing.assert_close(
+        run.normalise.mean.double(), torch.as_tensor(run.normalise.stats.mean), rtol=1e-6, atol=1e-6
+    )
 
 
 class Astray(gym.Wrapper[Any, Any, Any, Any]):
