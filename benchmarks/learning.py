@@ -11,7 +11,6 @@ finished. benchmarks/learning_report.py makes docs/results.md of the lines.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import time
@@ -218,7 +217,11 @@ def _sb3(job: Job, steps: int) -> dict[str, Any]:
 def _quietly() -> None:
     """Prepare a worker: one thread, and no progress bar but the one of all jobs."""
     torch.set_num_threads(1)
-    setattr(train, "tqdm", functools.partial(tqdm, disable=True))  # noqa: B010 (typed as the class)
+    setattr(train, "tqdm", _no_bar)  # noqa: B010 (typed as the class)
+
+
+def _no_bar(**options: Any) -> tqdm[Any]:
+    return tqdm(**{**options, "disable": True})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from ranks import on_ranks, values_of
 
 from trpo_optim import Outcome, RankError, TrustRegionError, TrustRegionOptimizer
 
+TEN_PRODUCTS_AND_A_TRIAL = {"cg_tolerance": 0.0, "max_backtracks": 0, "lr": 0.5}
+
 COLLECTIVES = {
     "agreement": 1,
     "model": 2,
@@ -30,9 +32,8 @@ COLLECTIVES = {
 
 
 def optimizer_of(task: Problem, **settings: Any) -> TrustRegionOptimizer:
-    """Return an optimizer of all ranks whose step makes ten products and one trial."""
-    fixed = {"cg_tolerance": 0.0, "max_backtracks": 0}
-    return task.optimizer(process_group=dist.group.WORLD, **fixed, **settings)
+    """Return an optimizer of all ranks."""
+    return task.optimizer(process_group=dist.group.WORLD, **settings)
 
 
 def attempted(rank: int, prepare: Callable[..., Any], settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -222,7 +223,7 @@ def test_what_is_not_finite_on_one_rank_is_the_same_outcome_on_all(where: str) -
 def struck(rank: int, at: int, blow: str, victim: int) -> tuple[str, str, list[str]]:
     """Take a step in whose collective number ``at`` the victim is struck."""
     task = gaussian(samples=32)
-    optimizer = optimizer_of(task)
+    optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
     if rank == victim:
         whole, calls = dist.all_reduce, itertools.count(1)
 
@@ -257,16 +258,20 @@ def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int) -> None
     timeout = 4.0 if blow == "hung" else 60.0
     results = on_ranks(3, struck, at, blow, 1, timeout=timeout, patience=60.0, lost=[1])
     survivors = values_of([results[0], results[2]])
+    late = blow == "killed within" and at == COLLECTIVES["conclusion"]
     for first, second, changed in survivors:
-        assert "Another rank was lost" in first
         assert "Another rank was lost" in second
-        assert changed == []
+        if late and first == "ACCEPTED":  # all had said that they agree
+            assert "network.0.weight" in changed
+        else:
+            assert "Another rank was lost" in first
+            assert changed == []
 
 
 def counted(rank: int) -> int:
     """Return how many collectives a step makes."""
     task = gaussian(samples=32)
-    optimizer = optimizer_of(task)
+    optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
     whole, calls = dist.all_reduce, itertools.count()
 
     def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:

@@ -164,14 +164,14 @@ def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     torch.testing.assert_close(run.fitted[2][1], torch.full((128,), train.scale(run)))
 
 
-def test_the_scaling_moves_the_policy_by_a_hundredth_of_the_radius(tmp_path: Path) -> None:
+def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -> None:
     run = train.train(small(tmp_path, env_id="Pendulum-v1"))
     torch.manual_seed(0)
     observations = 5 + 3 * torch.randn(512, 3)
     run.update, mean, old = 20, run.normalise.mean, frozen(run.act(observations))
     train.follow(run, observations)
-    kl = float(mean_kl(old, run.act(observations)))
-    assert 0.5e-4 < kl <= 1e-4  # of max_kl, 0.01
+    kl = float(mean_kl(old, run.act(observations)).detach())
+    assert 0.5e-3 < kl <= 1e-3  # of max_kl, 0.01
     behind = torch.linalg.norm(run.normalise.mean - torch.as_tensor(run.normalise.stats.mean))
     assert 0 < behind < torch.linalg.norm(mean - torch.as_tensor(run.normalise.stats.mean))
     train.save(run)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 from trpo_optim import StepReport, TrustRegionError, frozen
 
@@ -70,6 +71,7 @@ def parallel(rank: int, copies: int, third: bool) -> tuple[Tensor, StepReport]:
     return stepped(task, third=third, rows=rows, process_group=group)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="refused, as tested below")
 @pytest.mark.parametrize("third", [False, True], ids=["pair", "third value"])
 @pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 2)], ids=["parts", "parts and copies"])
 def test_tensor_parallel_parameters_take_the_step_of_plain_ones(
@@ -139,6 +141,11 @@ def refused(rank: int, wrap: str) -> str:
     settings: dict[str, Any] = {}
     if wrap == "DDP without group":
         task.policy = DistributedDataParallel(task.policy)
+    elif wrap == "tensor parallelism of old":
+        mesh, network = init_device_mesh("cpu", (2,)), task.policy.network
+        assert isinstance(network, nn.Module)
+        parallelize_module(network, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))  # noqa: B010 (typed as final)
     else:
         fully_shard(task.policy)
         settings = {"process_group": dist.group.WORLD}
@@ -157,6 +164,7 @@ def refused(rank: int, wrap: str) -> str:
             "DDP without group",
             "the optimizer has no process_group.*process_group=ddp.process_group",
         ),
+        ("tensor parallelism of old", r"torch 2.12.1\+cpu cannot.*Use torch 2.13 or later"),
         ("FSDP", "sharded by FSDP.*Keep a whole copy on every rank.*parallelize_module"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.sharded import local, part_like, whole
+from trpo_optim.sharded import local, part_like, require_differentiable, whole
 
 __all__ = ["ParameterVector"]
 
@@ -25,7 +25,8 @@ class ParameterVector:
         parameters: The parameters, all on one device; those that occur twice are taken once.
 
     Raises:
-        TrustRegionError: If there are none, or they lie on several devices.
+        TrustRegionError: If there are none, they lie on several devices, or torch is too old for
+            those that are in parts.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -35,6 +36,7 @@ class ParameterVector:
                 "No parameter requires a gradient, so there is nothing to step. Call "
                 "requires_grad_(True) on those to be trained."
             )
+        require_differentiable(self.parameters)
         devices = sorted({str(parameter.device) for parameter in self.parameters})
         if len(devices) > 1:
             raise TrustRegionError(

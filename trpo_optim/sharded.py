@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["local", "part_like", "whole"]
+from trpo_optim.report import TrustRegionError
+
+__all__ = ["local", "part_like", "require_differentiable", "whole"]
+
+
+def require_differentiable(parameters: Iterable[Tensor]) -> None:
+    """Check that torch can differentiate twice with respect to parameters in parts.
+
+    Args:
+        parameters: Plain ones, ``DTensor`` ones, or both.
+
+    Raises:
+        TrustRegionError: If some are in parts and it cannot: their curvature would be taken for 0.
+    """
+    if torch.__version__ < "2.13" and any(_as_sharded(each) is not None for each in parameters):
+        raise TrustRegionError(
+            f"Some parameters are DTensors, which torch {torch.__version__} cannot differentiate "
+            "twice. Use torch 2.13 or later; or keep a whole copy on every rank, plain or in "
+            "DistributedDataParallel, and pass process_group."
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:
