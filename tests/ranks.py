@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does not say so
+
+ROOT = Path(__file__).parent.parent
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "trpo_optim", "problems"])
@@ -59,7 +63,8 @@ def on_ranks(
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
-                target=_run, args=(rank, size, Path(folder), timeout, theirs, function, args)
+                target=_run,
+                args=(rank, size, Path(folder), timeout, theirs, measured(), function, args),
             )
             process.start()
             theirs.close()
@@ -84,6 +89,12 @@ def on_ranks(
     return results
 
 
+def measured() -> bool:
+    """Return whether this process measures which lines are run, so that the ranks do, too."""
+    coverage = sys.modules.get("coverage")
+    return coverage is not None and coverage.Coverage.current() is not None
+
+
 def values_of(results: Sequence[Any]) -> list[Any]:
     """Return results none of which is an error."""
     traces = [each.trace for each in results if isinstance(each, Raised)]
@@ -97,6 +108,7 @@ def _run(
     folder: Path,
     timeout: float,
     pipe: Any,
+    measure: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -110,10 +122,18 @@ def _run(
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout),
     )
+    watch = None
+    if measure:
+        coverage = importlib.import_module("coverage")
+        watch = coverage.Coverage(config_file=ROOT / "pyproject.toml", data_suffix=True)
+        watch.start()
     try:
         result = function(rank, *args)
     except BaseException as error:
         result = Raised(type(error).__name__, str(error), traceback.format_exc())
+    if watch is not None:
+        watch.stop()
+        watch.save()
     pipe.send_bytes(
         pickle.dumps(result)
     )  # send() would share a tensor's memory, which dies with us

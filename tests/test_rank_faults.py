@@ -255,7 +255,7 @@ def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
 @pytest.mark.parametrize("at", COLLECTIVES.values(), ids=COLLECTIVES)
 @pytest.mark.parametrize("blow", ["killed before", "killed within", "hung"])
 def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int) -> None:
-    timeout = 4.0 if blow == "hung" else 60.0
+    timeout = 2.0 if blow == "hung" else 60.0
     results = on_ranks(3, struck, at, blow, 1, timeout=timeout, patience=60.0, lost=[1])
     survivors = values_of([results[0], results[2]])
     late = blow == "killed within" and at == COLLECTIVES["conclusion"]
