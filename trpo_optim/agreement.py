@@ -20,9 +20,9 @@ from trpo_optim.reduction import Reduction
 from trpo_optim.report import RankError
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Ready", "agreed", "checksum", "odd_ones"]
+__all__ = ["Ready", "agreed", "checksum", "fingerprint", "odd_ones"]
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 22  # elements; bounds the memory that a fingerprint takes
 _FACTOR = -7046029254386353131  # odd and without a pattern: 2⁶⁴ over the golden ratio
 
 
@@ -50,7 +50,7 @@ class Ready:
         weight = len(self.closures.parts) if weights is None else sum(weights)
         counted = float(weights is not None) if weight > 0 else math.nan
         texts = (self.vector.shapes(), _written(self.settings))
-        return [*map(checksum, texts), *_fingerprint(self.transaction.origin), weight, counted]
+        return [*map(checksum, texts), *fingerprint(self.transaction.origin), weight, counted]
 
 
 def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, list[float]]:
@@ -103,6 +103,24 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
     return own[0], weights
 
 
+def fingerprint(vector: Tensor) -> tuple[float, float]:
+    """Return two numbers that tell any two vectors apart that differ in a bit, but by chance.
+
+    They are the halves of the sum of the bits of every element, taken as a whole number, times an
+    odd number of its place, modulo 2⁶⁴: the same on every kind of machine.
+
+    Args:
+        vector: In single or double precision, shape (n,).
+    """
+    bits = vector.view(torch.int64 if vector.element_size() == 8 else torch.int32)
+    places = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device).mul_(_FACTOR)
+    total = 0
+    for index, chunk in enumerate(bits.split(_CHUNK)):
+        part = int((chunk.to(torch.int64) * places[: len(chunk)]).sum())
+        total = (total * 3 + part + index) % (1 << 64)
+    return float(total >> 32), float(total & 0xFFFFFFFF)
+
+
 def odd_ones(values: Sequence[Any]) -> list[int]:
     """Return which ranks have another value than most; the first has most where all are as many.
 
@@ -148,18 +166,3 @@ def _names(reduction: Reduction, ranks: Sequence[int]) -> str:
 
 def _where(flags: Sequence[float], value: float) -> list[int]:
     return [rank for rank, flag in enumerate(flags) if flag == value]
-
-
-def _fingerprint(vector: Tensor) -> tuple[float, float]:
-    """Return two numbers that tell any two vectors apart that differ in a bit, but by chance.
-
-    It is the sum of the bits of every element, taken as a whole number, times an odd number of its
-    place, modulo 2⁶⁴: the same on every kind of machine.
-    """
-    bits = vector.view(torch.int64 if vector.element_size() == 8 else torch.int32)
-    places = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device).mul_(_FACTOR)
-    total = 0
-    for index, chunk in enumerate(bits.split(_CHUNK)):
-        part = int((chunk.to(torch.int64) * places[: len(chunk)]).sum())
-        total = (total * 3 + part + index) % (1 << 64)
-    return float(total >> 32), float(total & 0xFFFFFFFF)

@@ -17,7 +17,7 @@ from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import StepReport, TrustRegionError
 from trpo_optim.transaction import Transaction
 
-__all__ = ["Batch", "Closures", "collected", "largest_of", "weighted_mean"]
+__all__ = ["Batch", "Closures", "collected", "largest_of", "shares", "weighted_mean"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Closures:
         """Return loss and KL of the whole."""
         if len(self.parts) == 1:
             return self.parts[0]()
-        shares = _shares(_plain(self.weights, len(self.parts)))
         values = [checked_values(part()) for part in self.parts]
-        loss = torch.stack([s * each.loss for s, each in zip(shares, values, strict=True)]).sum()
-        kl = torch.stack([s * each.kl for s, each in zip(shares, values, strict=True)]).sum()
+        each = list(zip(shares(_plain(self.weights, len(self.parts))), values, strict=True))
+        loss = torch.stack([share * part.loss for share, part in each]).sum()
+        kl = torch.stack([share * part.kl for share, part in each]).sum()
         return loss, kl
 
 
@@ -67,7 +67,7 @@ class Batch:
         self, closures: Closures, vector: ParameterVector, transaction: Transaction
     ) -> None:
         parts = closures.parts
-        self._weights = _shares(closures.weights or [1.0] * len(parts))
+        self._weights = shares(closures.weights or [1.0] * len(parts))
         self._parts: list[Objective] = []
         for index, each in enumerate(parts, start=1):
             name = f"closure {index} of {len(parts)}" if len(parts) > 1 else ""
@@ -163,14 +163,25 @@ class Batch:
         return weighted_mean(self._weights, values)
 
 
-def weighted_mean(shares: Sequence[float], values: Sequence[float]) -> float:
+def shares(weights: Sequence[float]) -> list[float]:
+    """Return weights scaled to a sum of one.
+
+    Args:
+        weights: At least 0, not all of them 0.
+    """
+    largest = max(weights)
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]
+
+
+def weighted_mean(parts: Sequence[float], values: Sequence[float]) -> float:
     """Return the mean of values, given the share of each.
 
     Args:
-        shares: Above 0, of the sum 1.
+        parts: Their shares, of the sum 1.
         values: As many.
     """
-    return sum(share * value for share, value in zip(shares, values, strict=True))
+    return sum(part * value for part, value in zip(parts, values, strict=True))
 
 
 def largest_of(kls: Sequence[float | None]) -> float | None:
@@ -217,7 +228,8 @@ def collected(
         parts = list(closure)
     else:
         parts = [closure]
-        weights = [weights] if isinstance(weights, float | int) else weights
+        is_number = not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0
+        weights = [weights] if is_number and weights is not None else weights  # type: ignore[list-item]  # as checked
     if any(isinstance(each, Tensor) for each in parts):
         raise TrustRegionError(
             "step() got what a closure returned. Pass the closure itself: step(closure), not "
@@ -258,10 +270,3 @@ def _plain(
                 "samples that a closure's means are over."
             )
     return plain
-
-
-def _shares(weights: Sequence[float]) -> list[float]:
-    """Return weights above 0 scaled to a sum of one."""
-    largest = max(weights)
-    total = math.fsum(weight / largest for weight in weights)
-    return [weight / largest / total for weight in weights]

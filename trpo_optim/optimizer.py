@@ -104,9 +104,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if process_group is not None:
-            require_member(process_group)
         self.process_group = process_group
+        require_member(process_group)
         defaults = Hyperparameters(
             mode=mode,
             max_kl=max_kl,
@@ -243,6 +242,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             batch = Batch(closures, vector, transaction) if closures.parts else None
             return Ready(settings, vector, transaction, closures, batch)
 
+        require_member(self.process_group)
         if self.process_group is None:
             ready = prepare()
             assert ready.batch is not None  # as collected requires

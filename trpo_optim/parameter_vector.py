@@ -57,6 +57,10 @@ class ParameterVector:
         """Return the parameters' shapes and types as a text."""
         return ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in self.parameters)
 
+    def current(self) -> Tensor:
+        """Return the parameters as they are now, shape (n,)."""
+        return self.gather([parameter.detach() for parameter in self.parameters])
+
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return tensors shaped like the parameters as one vector; None counts as zeros."""
         pieces = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +20,8 @@ __all__ = ["Reduction", "require_member"]
 
 _Result = TypeVar("_Result")
 
+_RAISED, _INTERRUPTED = 1, 2
+
 
 class Reduction:
     """The collectives of a step; every result is the same on all ranks, bit for bit.
@@ -34,9 +37,19 @@ class Reduction:
     Attributes:
         size: How many ranks there are.
         rank: Which of them this process is.
+
+    Raises:
+        TrustRegionError: If the group cannot send what lies there.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        backends = str(dist.get_backend_config(group))
+        if f"{device.type}:" not in backends:
+            raise TrustRegionError(
+                f"The parameters lie on {device}, and the process_group serves {backends}. Move "
+                "the policy, or make the group with a backend for it: gloo for the CPU, NCCL for "
+                "CUDA."
+            )
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self._group = group
@@ -59,7 +72,7 @@ class Reduction:
         table = torch.zeros(self.size, 1 + width, dtype=torch.float64, device=self._device)
         if own is not None:
             table[self.rank, 1:] = torch.tensor(own, dtype=torch.float64)
-        table[self.rank, 0] = float(error is not None)
+        table[self.rank, 0] = _status(error)
         self._add_up(table)
         found = table.tolist()
         self._raise_together(error, [row[0] for row in found])
@@ -83,8 +96,7 @@ class Reduction:
         buffer = torch.zeros(length + self.size, dtype=dtype, device=self._device)
         if own is not None:
             buffer[:length] = own
-        if error is not None:
-            buffer[length + self.rank] = 1
+        buffer[length + self.rank] = _status(error)
         self._add_up(buffer)
         self._raise_together(error, buffer[length:].tolist())
         return buffer[:length]
@@ -111,28 +123,31 @@ class Reduction:
         with _within_time():
             dist.all_reduce(buffer, group=self._group)
 
-    def _raise_together(self, error: Exception | None, raised: Sequence[float]) -> None:
+    def _raise_together(self, error: BaseException | None, raised: Sequence[float]) -> None:
         if not any(raised):
             return
-        texts = self.texts("" if error is None else f"{type(error).__name__}: {error}")
+        texts = self.texts("" if error is None else _described(error))
         if error is not None:
             raise error
         whose = "; ".join(
             f"{self.name(rank)} raised {text}" for rank, text in enumerate(texts) if text
         )
-        raise RankError(f"The step failed on another rank, and no rank has moved: {whose}")
+        raise RankError(
+            f"The step failed on another rank, and no rank has moved: {whose}",
+            lost=max(raised) == _INTERRUPTED,
+        )
 
 
-def require_member(group: ProcessGroup) -> None:
+def require_member(group: ProcessGroup | None) -> None:
     """Check that a process group is one, with this process in it.
 
     Args:
-        group: The group.
+        group: The group, or None.
 
     Raises:
         TrustRegionError: If it is not.
     """
-    if not isinstance(group, dist.ProcessGroup):
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TrustRegionError(
             f"process_group is {group!r}, not a ProcessGroup with this process in it. Call "
             "torch.distributed.init_process_group() and pass torch.distributed.group.WORLD, or "
@@ -140,12 +155,24 @@ def require_member(group: ProcessGroup) -> None:
         )
 
 
-def _attempted(work: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
-    """Return what a rank's own part gives, or what it raises."""
+def _attempted(work: Callable[[], _Result]) -> tuple[_Result | None, BaseException | None]:
+    """Return what a rank's own part gives, or what it raises, an interrupt too."""
     try:
         return work(), None
-    except Exception as error:
+    except BaseException as error:
         return None, error
+
+
+def _status(error: BaseException | None) -> int:
+    """Return what a rank says of its own part."""
+    if error is None:
+        return 0
+    return _RAISED if isinstance(error, Exception) else _INTERRUPTED
+
+
+def _described(error: BaseException) -> str:
+    """Return an exception's type and text, whatever its ``__str__`` does."""
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 @contextmanager
@@ -157,5 +184,6 @@ def _within_time() -> Iterator[None]:
             "Another rank was lost, or did not come within the group's timeout. The parameters are "
             "as before, and the process group is of no more use: end this process, and start all "
             "ranks again from the last checkpoint, as torchrun does with --max-restarts.\n"
-            f"{error}"
+            f"{error}",
+            lost=True,
         ) from error

@@ -13,7 +13,16 @@ class TrustRegionError(ValueError):
 
 
 class RankError(TrustRegionError):
-    """Another process of the group failed, was lost or has parted; no parameter has moved."""
+    """Another process of the group failed, was lost or has parted; no parameter has moved.
+
+    Attributes:
+        lost: Whether a process has left the others, killed, hung or interrupted, so that the group
+            is of no more use; otherwise all may go on.
+    """
+
+    def __init__(self, text: str, *, lost: bool = False) -> None:
+        super().__init__(text)
+        self.lost = lost
 
 
 class Outcome(enum.Enum):

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from trpo_optim.agreement import checksum, odd_ones
-from trpo_optim.batch import Batch, largest_of, weighted_mean
+from trpo_optim.agreement import checksum, fingerprint, odd_ones
+from trpo_optim.batch import Batch, largest_of, shares, weighted_mean
 from trpo_optim.closure_checks import Numbers
 from trpo_optim.curvature import LocalModel
 from trpo_optim.parameter_vector import ParameterVector
@@ -42,8 +42,7 @@ class SharedBatch:
         vector: ParameterVector,
         reduction: Reduction,
     ) -> None:
-        total = sum(weights)
-        self._shares = [weight / total for weight in weights]
+        self._shares = shares(weights)
         self._present = [rank for rank, weight in enumerate(weights) if weight > 0]
         self._own = own
         self._vector = vector
@@ -80,8 +79,13 @@ class SharedBatch:
             RankError: If it did not.
         """
         evaluations = 0 if self._own is None else self._own.evaluations
-        rows = self._reduction.rows(lambda: [evaluations, checksum(repr(report))], 2)
-        if others := odd_ones([row[1] for row in rows]):
+
+        def work() -> list[float]:
+            ends = fingerprint(self._vector.current()) if report.accepted else (0.0, 0.0)
+            return [evaluations, checksum(repr(report)), *ends]
+
+        rows = self._reduction.rows(work, 4)
+        if others := odd_ones([tuple(row[1:]) for row in rows]):
             raise RankError(
                 f"The step came to something else on {self._reduction.name(others[0])} than on "
                 "other ranks, and was withdrawn everywhere. Run every rank on the same kind of "
@@ -104,7 +108,7 @@ class SharedBatch:
         rows = self._reduction.rows(work, 6)
         present = [rows[rank] for rank in self._present]
         losses, kls, largest, furthest, resolutions, said = zip(*present, strict=True)
-        engine, fallback = self._said(own, alike=len(set(said)) == len(rows))
+        engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(
             loss=self._mean(losses),

@@ -18,7 +18,7 @@ from trpo_optim.curvature import LocalModel
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.line_search import Prediction, Search, Trial
 from trpo_optim.modes import MODES
-from trpo_optim.report import Outcome
+from trpo_optim.report import Outcome, RankError
 from trpo_optim.shared_batch import SharedBatch
 from trpo_optim.transaction import Transaction
 
@@ -164,6 +164,8 @@ def _require_moving_kl(
     transaction.move(transaction.far_away(), 1.0)
     try:
         far = batch.values()
-    except Exception:  # what a sound closure makes of a point that no step goes to
+    except Exception as error:  # what a sound closure makes of a point that no step goes to
+        if isinstance(error, RankError) and error.lost:
+            raise
         return
     require_moving_kl(model.kl, far, model.kl_resolution)

@@ -38,7 +38,7 @@ class Transaction:
 
     def __init__(self, vector: ParameterVector) -> None:
         self._vector = vector
-        self.origin = vector.gather([each.detach() for each in vector.parameters])
+        self.origin = vector.current()
         self._grads = [parameter.grad for parameter in vector.parameters]
         self._random = [(each, each.get_state()) for each in _generators(vector.device)]
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
