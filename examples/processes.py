@@ -19,6 +19,9 @@ __all__ = ["Processes"]
 
 _Value = TypeVar("_Value")
 
+_PATIENCE = timedelta(minutes=10)
+"""How long a process waits for another."""
+
 
 class Processes:
     """The processes of a run; alone, everything is this process's own.
@@ -31,6 +34,7 @@ class Processes:
         size: How many they are.
         rank: Which of them this is.
         restarted: Whether torchrun has started them again after one was lost.
+        launch: Which call of torchrun has started them, first or again; empty without one.
     """
 
     def __init__(self, device: str) -> None:
@@ -50,6 +54,7 @@ class Processes:
         self.rank = dist.get_rank() if self.group else 0
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.restarted = any(self.all(restarts))  # each host counts its own
+        self.launch = _launch() if dist.is_torchelastic_launched() else ""
 
     @property
     def first(self) -> bool:
@@ -91,8 +96,10 @@ class Processes:
         return int(np.random.SeedSequence(own).generate_state(1)[0])
 
 
-_PATIENCE = timedelta(minutes=10)
-"""How long a process waits for another."""
+def _launch() -> str:
+    """Return torchrun's name of the run; where it has none, the number of torchrun's process."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name != "none" else f"process {os.getppid()}"
 
 
 def _meeting(rank: int, size: int) -> Store:
@@ -104,7 +111,9 @@ def _meeting(rank: int, size: int) -> Store:
     Raises:
         RuntimeError: If the first process does not come.
     """
-    old, _, _ = next(rendezvous("env://", rank, size))
+    old: Store = next(rendezvous("env://", rank, size))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return old  # the first process's own, and thus new
     if rank == 0:
         host = os.environ["MASTER_ADDR"]
         store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False)

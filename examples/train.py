@@ -86,7 +86,7 @@ class Args:
     num_envs: int = 8
     """environments stepped side by side, over all processes"""
     batch_size: int = 1024
-    """environment steps per update, over all environments"""
+    """environment steps per update, over all environments of all processes"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -102,7 +102,7 @@ class Args:
     critic_epochs: int = 20
     """the critic's passes over them"""
     critic_minibatch: int = 128
-    """the critic's minibatch"""
+    """the critic's minibatch, over all processes"""
     checkpoint_every: int = 5
     """updates between two checkpoints"""
     threads: int = 1
@@ -364,14 +364,18 @@ def follow(run: Run, observations: Tensor) -> None:
     scaling, limit = run.normalise, SCALING_SHARE * run.optimizer.param_groups[0]["max_kl"]
     old, mean, scale = frozen(run.act(observations)), scaling.mean, scaling.scale
     scaling.update(observations, run.processes)
+    if run.update < SCALING_START:
+        return
     new_mean, new_scale, share = scaling.mean, scaling.scale, 1.0
-    while run.update >= SCALING_START:
-        kls = run.processes.all(float(mean_kl(old, run.act(observations))))
-        if np.mean(kls) <= limit:
-            break
-        share *= 0.95 * math.sqrt(limit / np.mean(kls))  # it goes with the square of what moves
+    while (kl := _moved(run, old, observations)) > limit:
+        share *= 0.95 * math.sqrt(limit / kl)  # it goes with the square of what moves
         scaling.mean = torch.lerp(mean, new_mean, share)
         scaling.scale = torch.lerp(scale, new_scale, share)
+
+
+def _moved(run: Run, old: Distribution, observations: Tensor) -> float:
+    """Return the mean KL from an old policy to today's over the observations of all processes."""
+    return float(np.mean(run.processes.all(float(mean_kl(old, run.act(observations))))))
 
 
 def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
@@ -492,7 +496,8 @@ def load(run: Run) -> None:
     )
     parts = content["processes"]
     if len(parts) != run.processes.size:
-        print(f"{path} is of {len(parts)} processes: the environments start new episodes.")
+        if run.processes.first:
+            print(f"{path} is of {len(parts)} processes: the environments start new episodes.")
         return
     own = parts[run.processes.rank]
     run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
@@ -508,14 +513,28 @@ def load(run: Run) -> None:
         torch.cuda.set_rng_state_all(own["random_cuda"])
 
 
-def prepare(folder: Path, *, resume: bool) -> None:
-    """Make the run's folder; that of an earlier run gets another name, so that nothing is lost."""
+def prepare(folder: Path, processes: Processes, *, resume: bool) -> bool:
+    """Make the run's folder; that of an earlier run gets another name, so that nothing is lost.
+
+    Args:
+        folder: Where it is.
+        processes: Those of the run.
+        resume: Whether the run in it is to go on, whoever began it.
+
+    Returns:
+        Whether it goes on; it does, too, if the same torchrun began it and has started it again.
+    """
+    mark = folder / "launch.txt"
+    resume |= processes.restarted and mark.exists() and mark.read_text() == processes.launch
     if not resume and (folder / "checkpoint.pt").exists():
         number = 1
         while (old := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(old)
     folder.mkdir(parents=True, exist_ok=True)
+    if processes.launch:
+        mark.write_text(processes.launch)
+    return resume
 
 
 def comparable(args: Args) -> dict[str, Any]:
@@ -577,8 +596,7 @@ def train(args: Args) -> Run:
         )
     torch.set_num_threads(args.threads)
     processes = Processes(args.device)
-    resume = args.resume or processes.restarted
-    processes.of_first(lambda: prepare(args.folder(), resume=resume))
+    resume = processes.of_first(lambda: prepare(args.folder(), processes, resume=args.resume))
     run = new_run(args, processes)
     if resume:
         load(run)
