@@ -24,7 +24,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does
 ROOT = Path(__file__).parent.parent
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "trpo_optim", "problems"])
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "trpo_optim", "problems"])
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,19 @@ def _run(
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        store=FileStore(str(folder / "store"), size),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
     watch = None
     if measure:
         coverage = importlib.import_module("coverage")
         watch = coverage.Coverage(config_file=ROOT / "pyproject.toml", data_suffix=True)
         watch.start()
     try:
+        dist.init_process_group(
+            "gloo",
+            store=FileStore(str(folder / "store"), size),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
         result = function(rank, *args)
     except BaseException as error:
         result = Raised(type(error).__name__, str(error), traceback.format_exc())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import pickle
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +20,10 @@ import torch.distributed as dist
 from problems import Problem, Snapshot, gaussian, give_gradients
 from ranks import on_ranks, values_of
 
-from trpo_optim import Outcome, RankError, TrustRegionError, TrustRegionOptimizer
+from trpo_optim import Outcome, RankError, StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim.modes import MODES
+from trpo_optim.reduction import Reduction
+from trpo_optim.transaction import Transaction
 
 TEN_PRODUCTS_AND_A_TRIAL = {"cg_tolerance": 0.0, "max_backtracks": 0, "lr": 0.5}
 
@@ -40,8 +48,8 @@ def attempted(rank: int, prepare: Callable[..., Any], settings: dict[str, Any]) 
     """Take a step that something is wrong with, and then one without.
 
     Returns:
-        The outcome or the error of the first, what of the state it changed, and the outcome of the
-        second.
+        The outcome or the error of the first, with the report or the text, what of the state it
+        changed, and the outcome of the second.
     """
     task = gaussian(samples=32)
     task.policy.register_buffer("count", torch.zeros(()))
@@ -54,10 +62,8 @@ def attempted(rank: int, prepare: Callable[..., Any], settings: dict[str, Any]) 
             *arguments.get("args", [task.closure]), **arguments.get("named", {})
         )
         said: Any = (report.outcome, report)
-    except TrustRegionError as error:
-        said = (type(error), str(error))
-    except ValueError as error:
-        said = (type(error), str(error))
+    except (ValueError, KeyboardInterrupt) as error:
+        said = (error, str(error))
     changed = before.differences(Snapshot.of(task.policy))
     arguments.get("mend", lambda: None)()
     return said, changed, optimizer.step(task.closure).outcome
@@ -130,8 +136,9 @@ def old_policy_of_others(
 class Failing:
     """A closure that fails at one of its evaluations on rank 1."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, error: type[BaseException] = ValueError) -> None:
         self.at = at
+        self.error = error
 
     def __call__(self, rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
         calls = itertools.count(1)
@@ -140,10 +147,38 @@ class Failing:
             for count in task.policy.buffers():
                 count.add_(1)
             if next(calls) == self.at and rank == 1:
-                raise ValueError("the batch is gone")
+                raise self.error("the batch is gone")
             return task.closure()
 
         return {"args": [closure]}
+
+
+def another_direction(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    """Have rank 1 round otherwise in the solve, as another kind of machine may."""
+    usual = MODES["trpo"]
+
+    def direction(*args: Any) -> Any:
+        found = usual.direction(*args)
+        return replace(found, vector=found.vector * (1 + 1e-15))
+
+    MODES["trpo"] = replace(usual, direction=direction) if rank == 1 else usual
+    return {"mend": lambda: MODES.update(trpo=usual)}
+
+
+def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    """Have rank 1 move to another place by a step of the same figures."""
+    usual = Transaction.move
+
+    def move(self: Transaction, step: torch.Tensor, scale: float) -> None:
+        usual(self, step * (1 + 1e-12) if rank == 1 else step, scale)
+
+    setattr(Transaction, "move", move)  # noqa: B010 (typed as the method)
+    return {"mend": lambda: setattr(Transaction, "move", usual)}
+
+
+def not_a_group(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    group, optimizer.process_group = optimizer.process_group, "gloo"  # type: ignore[assignment]  # the fault
+    return {"mend": lambda: setattr(optimizer, "process_group", group)}
 
 
 PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
@@ -165,6 +200,19 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
     ),
     "raises at once": (Failing(1), "1", "the batch is gone"),
     "raises at a trial": (Failing(2), "1", "the batch is gone"),
+    "interrupted": (Failing(1, KeyboardInterrupt), "1", "the batch is gone"),
+    "interrupted at a trial": (Failing(2, KeyboardInterrupt), "1", "the batch is gone"),
+    "another direction": (
+        another_direction,
+        "all",
+        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+    ),
+    "another place": (
+        another_place,
+        "all",
+        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+    ),
+    "not a group": (not_a_group, "all", "process_group is 'gloo', not a ProcessGroup"),
 }
 
 
@@ -172,17 +220,18 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
 def test_what_is_wrong_on_one_rank_is_an_error_on_all_and_no_rank_moves(name: str) -> None:
     prepare, whose, text = PARTED[name]
     for rank, (said, changed, after) in enumerate(values_of(on_ranks(3, attempted, prepare, {}))):
-        kind, message = said
+        error, message = said
         assert text in message
         assert changed == []
         assert after is Outcome.ACCEPTED
         if whose == "all":
-            assert issubclass(kind, TrustRegionError)
+            assert isinstance(error, TrustRegionError)
         elif rank == int(whose):
-            assert kind is not RankError
+            assert not isinstance(error, RankError)
         else:
-            assert kind is RankError
+            assert isinstance(error, RankError)
             assert f"rank {whose} raised" in message
+            assert error.lost == name.startswith("interrupted")
 
 
 class Numbers:
@@ -220,15 +269,18 @@ def test_what_is_not_finite_on_one_rank_is_the_same_outcome_on_all(where: str) -
         assert after is Outcome.ACCEPTED
 
 
-def struck(rank: int, at: int, blow: str, victim: int) -> tuple[str, str, list[str]]:
-    """Take a step in whose collective number ``at`` the victim is struck."""
+def struck(rank: int, at: int, blow: str, victim: int, proof: Path) -> tuple[str, str, list[str]]:
+    """Take a whole step, and one in whose collective number ``at`` the victim is struck."""
     task = gaussian(samples=32)
     optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
+    assert optimizer.step(task.closure).accepted
+    task = Problem(task.policy, task.observations)
     if rank == victim:
         whole, calls = dist.all_reduce, itertools.count(1)
 
         def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
             if next(calls) == at:
+                proof.touch()
                 if blow == "killed within":
                     whole(tensor, async_op=True, **named)
                     time.sleep(0.05)
@@ -254,10 +306,11 @@ def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
 
 @pytest.mark.parametrize("at", COLLECTIVES.values(), ids=COLLECTIVES)
 @pytest.mark.parametrize("blow", ["killed before", "killed within", "hung"])
-def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int) -> None:
-    timeout = 2.0 if blow == "hung" else 60.0
-    results = on_ranks(3, struck, at, blow, 1, timeout=timeout, patience=60.0, lost=[1])
+def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int, tmp_path: Path) -> None:
+    timeout, proof = 3.0 if blow == "hung" else 60.0, tmp_path / "struck"
+    results = on_ranks(3, struck, at, blow, 1, proof, timeout=timeout, patience=60.0, lost=[1])
     survivors = values_of([results[0], results[2]])
+    assert proof.exists()
     late = blow == "killed within" and at == COLLECTIVES["conclusion"]
     for first, second, changed in survivors:
         assert "Another rank was lost" in second
@@ -268,21 +321,66 @@ def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int) -> None
             assert changed == []
 
 
-def counted(rank: int) -> int:
-    """Return how many collectives a step makes."""
+def counted(rank: int, engines: str) -> tuple[list[str], StepReport]:
+    """Return which collectives a step makes, and its report."""
     task = gaussian(samples=32)
     optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
-    whole, calls = dist.all_reduce, itertools.count()
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather_object", "broadcast", "barrier"):
+        whole = getattr(dist, name)
 
-    def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
-        next(calls)
-        return whole(tensor, **named)
+        def noting(*args: Any, name: str = name, whole: Any = whole, **named: Any) -> Any:
+            calls.append(name)
+            return whole(*args, **named)
 
-    setattr(dist, "all_reduce", all_reduce)  # noqa: B010 (typed as the function)
-    report = optimizer.step(task.closure)
+        setattr(dist, name, noting)
+
+    def third() -> Any:
+        dist_ = task.policy(task.observations)
+        return (*task.values(dist_), dist_)
+
+    closure: Any = third if engines == "unlike" and rank == 0 else task.closure
+    closure = [] if engines == "one without samples" and rank == 1 else closure
+    report = optimizer.step(closure)
     assert (report.fisher_products, report.backtracks) == (10, 0)
-    return next(calls)
+    return calls, report
 
 
-def test_a_step_makes_one_collective_a_product_and_five_more() -> None:
-    assert values_of(on_ranks(2, counted)) == [15, 15]
+@pytest.mark.parametrize(
+    ("engines", "more", "engine"),
+    [
+        ("alike", 0, "double backward"),
+        ("unlike", 1, "Gauss-Newton and double backward"),
+        ("one without samples", 1, "double backward"),
+    ],
+)
+def test_a_step_makes_one_collective_a_product_and_five_more(
+    engines: str, more: int, engine: str
+) -> None:
+    results = values_of(on_ranks(2, counted, engines))
+    for calls, report in results:
+        assert Counter(calls) == Counter({"all_reduce": 15, "all_gather_object": more})
+        assert report.engine == engine
+        assert report == results[0][1]
+
+
+def belonging(rank: int) -> list[str]:
+    """Return what is said of an optimizer that is to be copied, and of a group that cannot send."""
+    found = []
+    optimizer = optimizer_of(gaussian())
+    for wrong in (
+        lambda: pickle.dumps(optimizer),
+        lambda: copy.deepcopy(optimizer),
+        lambda: Reduction(dist.group.WORLD, torch.device("meta")),  # type: ignore[arg-type]  # it is one here
+    ):
+        with pytest.raises(TrustRegionError) as raised:
+            wrong()
+        found.append(str(raised.value))
+    return found
+
+
+def test_a_group_belongs_to_its_process_and_to_a_kind_of_device() -> None:
+    ((pickled, copied, elsewhere),) = values_of(on_ranks(1, belonging))
+    assert "can be neither pickled nor copied" in pickled
+    assert copied == pickled
+    assert "The parameters lie on meta, and the process_group serves cpu:gloo" in elsewhere
