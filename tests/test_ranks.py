@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 import torch.distributed as dist
+from gymnasium.vector import SyncVectorEnv
 from problems import Problem, gaussian
 from ranks import on_ranks, values_of
-from torch import Tensor
-from torch.distributions import kl_divergence
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
 
-from trpo_optim import StepReport
+from trpo_optim import StepReport, TrustRegionOptimizer, joint_kl
+from trpo_optim.rollouts import policy_closure, single_path
 
 SAMPLES = 96
 STEPS = 20
@@ -112,3 +116,96 @@ def test_steps_are_those_of_one_process(cut: Cut) -> None:
             assert torch.equal(vector, ranks[0][0])
             assert theirs == ranks[0][1]
         assert [each.outcome for each in ranks[0][1]] == [each.outcome for each in reports]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "largest KL": {"constraint": "max", "max_kl": 0.05},
+    "curvature on a part": {"max_kl": 0.02},
+    "objective": {"maximize": True},
+    "natural by rate": {"mode": "natural", "max_kl": None, "lr": 1e-3},
+    "vanilla by length": {"mode": "vanilla", "max_norm": 0.05},
+}
+SHARES = [range(64), range(0), range(64, SAMPLES)]
+"""Which rows each of three ranks has."""
+PARTS = [range(32), range(0), range(64, 80)]
+"""Which of them give the curvature, where that is on a part."""
+
+
+def two_steps(
+    group: Any, name: str, rows: Sequence[int], part: Sequence[int]
+) -> tuple[Tensor, StepReport]:
+    """Take two steps on rows of one batch, the closures' KL that of every sample."""
+    task = problem(torch.float64)
+    optimizer = task.optimizer(process_group=group, **SETTINGS[name])
+
+    def closure_on(chosen: Sequence[int]) -> Any:
+        observations, actions = task.observations[chosen], task.actions[chosen]
+        with torch.no_grad():
+            old = task.policy(observations)
+
+        def closure() -> Any:
+            new = task.policy(observations)
+            gain = (new.log_prob(actions) - old.log_prob(actions)).exp() * task.advantages[chosen]
+            return (gain if name == "objective" else -gain).mean(), joint_kl(old, new)
+
+        return closure
+
+    for _ in range(2):
+        curvature = closure_on(part) if name == "curvature on a part" and part else None
+        closures = [closure_on(rows)] if rows else []
+        report = optimizer.step(closures, weights=[len(rows)] if rows else [], curvature=curvature)
+    return task.vector(), report
+
+
+def two_shared_steps(rank: int, name: str) -> tuple[Tensor, StepReport]:
+    """Take them on this rank's share."""
+    return two_steps(dist.group.WORLD, name, SHARES[rank], PARTS[rank])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_other_settings_step_as_one_process_does(name: str) -> None:
+    expected, alone = two_steps(None, name, [*itertools.chain(*SHARES)], [*itertools.chain(*PARTS)])
+    for vector, report in values_of(on_ranks(3, two_shared_steps, name)):
+        torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-13)
+        assert report.accepted
+        assert report.largest_kl == pytest.approx(alone.largest_kl, rel=1e-9, nan_ok=True)
+        assert report.loss_after == pytest.approx(alone.loss_after, rel=1e-9)
+
+
+def collected(rank: int, policy: nn.Module) -> Any:
+    """Return a batch of CartPole-v1 of the rank's own size, and advantages for it."""
+    torch.manual_seed(rank)
+    envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
+
+    def act(observations: Tensor) -> Categorical:
+        return Categorical(logits=policy(observations))
+
+    batch = single_path(envs, act, steps=[30, 70][rank], seed=rank)
+    return act, batch, torch.randn(batch.rewards.shape)
+
+
+def network() -> nn.Sequential:
+    """Return a network for CartPole-v1."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def on_own_rollout(rank: int) -> tuple[Tensor, StepReport]:
+    """Step on a batch of this rank's own."""
+    policy = network()
+    optimizer = TrustRegionOptimizer(policy.parameters(), process_group=dist.group.WORLD)
+    report = optimizer.step(policy_closure(*collected(rank, policy)))
+    return nn.utils.parameters_to_vector(policy.parameters()).detach(), report
+
+
+def test_closures_of_rollouts_weigh_ranks_by_their_samples() -> None:
+    policy = network()
+    closures = [policy_closure(*collected(rank, policy)) for rank in (0, 1)]
+    weights = [closure.weights[0] for closure in closures if closure.weights]
+    assert weights[0] < weights[1]
+    optimizer = TrustRegionOptimizer(policy.parameters())
+    optimizer.step([closure.parts[0] for closure in closures], weights=weights)
+    expected = nn.utils.parameters_to_vector(policy.parameters()).detach()
+    for vector, report in values_of(on_ranks(2, on_own_rollout)):
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-6)
+        assert report.accepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch.distributed as dist
 from problems import MODES, Problem, gaussian
 from ranks import on_ranks, values_of
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
-from trpo_optim import StepReport, TrustRegionError, frozen
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer, frozen, mean_kl
 
 
 def stepped(
@@ -133,6 +136,128 @@ def test_policies_in_ddp_take_the_step_of_plain_ones(mode: str, options: dict[st
         assert report.outcome is alone.outcome
         assert gradient is None or torch.equal(gradient, results[0][2])  # DDP still averages
         assert before == after
+
+
+class Logits(nn.Module):
+    """A policy that returns tensors, as DDP likes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def forward(self, observations: Tensor) -> Tensor:
+        logits: Tensor = self.network(observations)
+        return logits
+
+
+def logits_closure(policy: Any) -> tuple[Any, Tensor]:
+    """Return a closure of logits on a fixed batch, and its observations."""
+    torch.manual_seed(1)
+    observations = torch.randn(32, 4, dtype=torch.float64)
+    actions, advantages = torch.randint(0, 3, (32,)), torch.randn(32, dtype=torch.float64)
+    with torch.no_grad():
+        old = Categorical(logits=policy(observations).clone())
+
+    def closure() -> Any:
+        new = Categorical(logits=policy(observations))
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        return -(ratio * advantages).mean(), mean_kl(old, new)
+
+    return closure, observations
+
+
+def with_passes_of_ones_own(
+    rank: int, options: dict[str, Any], empty: bool
+) -> tuple[Tensor, Tensor]:
+    """Step in DDP between backward passes of one's own, where rank 1 may be without samples.
+
+    Returns:
+        The parameters, and the gradient of the last pass.
+    """
+    policy = DistributedDataParallel(Logits(), **options)
+    closure, observations = logits_closure(policy.module)
+    optimizer = TrustRegionOptimizer(policy.parameters(), process_group=dist.group.WORLD)
+    for _ in range(2):
+        policy(observations).square().sum().backward()
+        optimizer.zero_grad()
+        closure, _ = logits_closure(policy)
+        assert optimizer.step([] if empty and rank == 1 else closure).accepted
+    policy(observations * (rank + 1)).square().sum().backward()
+    gradient = policy.module.network[0].weight.grad
+    assert gradient is not None
+    return nn.utils.parameters_to_vector(policy.parameters()).detach(), gradient
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["all", "one without samples"])
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=["", "static graph"])
+def test_ddp_does_nothing_of_its_own_during_a_step(options: dict[str, Any], empty: bool) -> None:
+    policy = Logits()
+    optimizer = TrustRegionOptimizer(policy.parameters())
+    for _ in range(2):
+        assert optimizer.step(logits_closure(policy)[0]).accepted
+    expected = nn.utils.parameters_to_vector(policy.parameters()).detach()
+    (first, gradient), (second, other) = values_of(
+        on_ranks(2, with_passes_of_ones_own, options, empty)
+    )
+    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(first, second)
+    assert torch.equal(gradient, other)  # DDP still averages
+
+
+def in_another_thread(rank: int) -> list[bool]:
+    """Return by which forward DDP runs in this thread and in another, and afterwards."""
+    usual: Any = DistributedDataParallel.forward
+    took: list[bool] = []
+
+    def noting(self: Any, *args: Any) -> Any:
+        took.append(True)
+        return usual(self, *args)
+
+    setattr(DistributedDataParallel, "forward", noting)  # noqa: B010 (typed as the method)
+    policy = DistributedDataParallel(Logits())
+    inner, _ = logits_closure(policy)
+    took.clear()
+
+    def calls() -> bool:
+        took.clear()
+        policy(torch.zeros(1, 4, dtype=torch.float64))
+        return bool(took)
+
+    found: list[bool] = []
+
+    def closure() -> Any:
+        if not found:
+            found.append(calls())
+            thread = threading.Thread(target=lambda: found.append(calls()))
+            thread.start()
+            thread.join()
+        return inner()
+
+    optimizer = TrustRegionOptimizer(policy.parameters(), process_group=dist.group.WORLD)
+    assert optimizer.step(closure).accepted
+    return [*found, calls()]
+
+
+def test_ddp_in_other_threads_runs_as_ever() -> None:
+    assert values_of(on_ranks(1, in_another_thread)) == [[False, True, True]]
+
+
+def compiled(rank: int, wrap: bool) -> int:
+    """Return how often a compiled policy is compiled in four steps."""
+    counter = CompileCounter()
+    bare = Logits()
+    policy = torch.compile(DistributedDataParallel(bare) if wrap else bare, backend=counter)
+    optimizer = TrustRegionOptimizer(bare.parameters(), process_group=dist.group.WORLD)
+    for _ in range(4):
+        assert optimizer.step(logits_closure(policy)[0]).accepted
+    return int(counter.frame_count)
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "DDP"])
+def test_a_compiled_policy_is_compiled_no_more_often_than_without_steps(wrap: bool) -> None:
+    for count in values_of(on_ranks(2, compiled, wrap)):
+        assert 1 <= count <= 2  # with and without gradients
 
 
 def refused(rank: int, wrap: str) -> str:

@@ -43,58 +43,60 @@ def unwrapped(group: ProcessGroup | None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if dist.is_available() and dist.is_initialized():
-            stack.enter_context(_other_forward(DistributedDataParallel, _run_replica).within(group))
-            if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-                for wrapper in (fsdp.FSDPModule, fsdp.FullyShardedDataParallel):
-                    stack.enter_context(_other_forward(wrapper, _refuse).within(group))
+            stack.enter_context(
+                _other(DistributedDataParallel, "forward", _run_replica).within(group)
+            )
+            for name in ("FSDPModule", "FullyShardedDataParallel"):
+                if wrapper := getattr(sys.modules.get("torch.distributed.fsdp"), name, None):
+                    call = _other(wrapper, "__call__", _refuse)  # which comes before its hooks
+                    stack.enter_context(call.within(group))
         yield
 
 
-class _OtherForward:
-    """Another ``forward`` of all modules of a class, for the threads that are within a step.
+class _Other:
+    """Another method of all modules of a class, for the threads that are within a step.
 
     It is set on the class, since a step does not know which modules its closure calls, and hooks
     that come and go would have compiled modules compiled again at every step.
     """
 
-    def __init__(self, wrapper: Any, forward: Callable[..., Any]) -> None:
-        own = vars(wrapper).get("forward")
+    def __init__(self, wrapper: Any, name: str, method: Callable[..., Any]) -> None:
+        own = vars(wrapper).get(name)
         groups: dict[int, ProcessGroup | None] = {}
 
         def chosen(module: Any, *args: Any, **named: Any) -> Any:
             if (thread := threading.get_ident()) in groups:
-                return forward(module, groups[thread], *args, **named)
+                return method(module, groups[thread], *args, **named)
             if own is not None:
                 return own(module, *args, **named)
-            above: Any = super(wrapper, module)
-            return above.forward(*args, **named)
+            return getattr(super(wrapper, module), name)(*args, **named)
 
         self._chosen: Any = torch.compiler.disable(chosen, recursive=False)
-        self._wrapper, self._own, self._groups = wrapper, own, groups
+        self._wrapper, self._name, self._own, self._groups = wrapper, name, own, groups
 
     @contextmanager
     def within(self, group: ProcessGroup | None) -> Iterator[None]:
         """Be within a step of the group in this thread."""
         with _LOCK:
             self._groups[threading.get_ident()] = group
-            self._wrapper.forward = self._chosen
+            setattr(self._wrapper, self._name, self._chosen)
         try:
             yield
         finally:
             with _LOCK:
                 del self._groups[threading.get_ident()]
                 if not self._groups and self._own is None:
-                    del self._wrapper.forward
+                    delattr(self._wrapper, self._name)
                 elif not self._groups:
-                    self._wrapper.forward = self._own
+                    setattr(self._wrapper, self._name, self._own)
 
 
-def _other_forward(wrapper: Any, forward: Callable[..., Any]) -> _OtherForward:
+def _other(wrapper: Any, name: str, method: Callable[..., Any]) -> _Other:
     with _LOCK:
-        return _made(wrapper, forward)
+        return _made(wrapper, name, method)
 
 
-_made = functools.cache(_OtherForward)
+_made = functools.cache(_Other)
 
 
 def _run_replica(
@@ -110,8 +112,6 @@ def _run_replica(
 
 
 def _refuse(module: Any, group: ProcessGroup | None, *args: Any, **named: Any) -> Any:  # noqa: ARG001 (called as others are)
-    if hasattr(module, "reshard"):
-        module.reshard()  # its hooks have put the parameters together
     raise TrustRegionError(
         f"The policy holds a {type(module).__name__}, sharded by FSDP: its parameters are put "
         "together outside of autograd, which cannot differentiate them twice. Keep a whole copy on "
