@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from memory import peak_bytes
@@ -340,3 +341,11 @@ def test_what_a_closure_returned_is_not_taken_for_closures() -> None:
     problem = gaussian()
     with pytest.raises(TrustRegionError, match=r"Pass the closure itself: step\(closure\), not"):
         problem.optimizer().step(problem.closure())  # type: ignore[arg-type]  # the very mistake
+
+
+@pytest.mark.parametrize("weight", [64, 64.0, np.int64(64), torch.tensor(64)], ids=repr)
+def test_the_weight_of_a_single_closure_may_be_any_number(weight: Any) -> None:
+    plain, weighed = gaussian(), gaussian()
+    plain.optimizer().step(plain.closure)
+    assert weighed.optimizer().step(weighed.closure, weights=weight).accepted
+    assert torch.equal(weighed.vector(), plain.vector())
