@@ -219,7 +219,8 @@ all have come to the same end. Counted on two ranks:
 {traffic}
 
 Every vector ends with one number a rank, by which a rank says that it has failed; every table has
-7 numbers a rank at most. Nothing else is sent unless something is wrong.
+7 numbers a rank at most. Nothing else is sent, unless something is wrong, a rank has no samples, or
+ranks differentiate by different engines: then short texts follow.
 
 ## Two ranks on two cores
 
@@ -240,8 +241,8 @@ here, a step of ten products waits for the network
 
 That time does not depend on the batch: the ranks' own work has to outweigh it. A product on N
 samples of a network with n weights takes about 8 N n floating-point operations, so that beyond some
-samples a rank the network no longer counts, whatever n: at 10¹³ operations a second, and 8 β⁻¹
-bytes a weight, {over_ethernet:.0f} of them on the Ethernet and {over_infiniband:.0f} on the
+samples a rank the network no longer counts, whatever n: at 10¹³ operations a second, with 8 bytes a
+weight to be sent, {over_ethernet:.0f} of them on the Ethernet and {over_infiniband:.0f} on the
 InfiniBand named above.
 
 The limit is the memory. A solve of ten products keeps ten directions, and a rank holds about

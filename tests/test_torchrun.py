@@ -21,14 +21,18 @@ STEPS = 65_536
 """By when two processes have solved CartPole-v1."""
 
 HOSTS = ("10.77.0.1", "10.77.0.2")
+NAMES = [f"trpo{os.getpid()}{host}" for host in "ab"]
+"""Their network namespaces, and the ends of the cable between them."""
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def torchrun(folder: Path, *options: str, host: int | None = None) -> subprocess.Popen[str]:
     """Start the example by torchrun, as a user would; in a network namespace or not."""
-    inside = [] if host is None else ["ip", "netns", "exec", f"trpo{host}"]
+    inside = [] if host is None else ["ip", "netns", "exec", NAMES[host]]
     command = [*inside, sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
     command += [*options, str(SCRIPT), "--env-id", "CartPole-v1", "--total-steps", str(STEPS)]
-    interface = "lo" if host is None else f"trpo{host}"
+    interface = "lo" if host is None else NAMES[host]
     return subprocess.Popen(
         [*command, "--run-dir", str(folder)],
         env={**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"},
@@ -74,29 +78,18 @@ def network() -> Iterator[None]:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
     try:
-        for host in (0, 1):
-            ip("netns", "add", f"trpo{host}")
-        ip(
-            "link",
-            "add",
-            "trpo0",
-            "netns",
-            "trpo0",
-            "type",
-            "veth",
-            "peer",
-            "trpo1",
-            "netns",
-            "trpo1",
-        )
-        for host, address in enumerate(HOSTS):
-            ip("-n", f"trpo{host}", "addr", "add", f"{address}/24", "dev", f"trpo{host}")
-            for name in (f"trpo{host}", "lo"):
-                ip("-n", f"trpo{host}", "link", "set", name, "up")
+        for name in NAMES:
+            ip("netns", "add", name)
+        first, second = ([name, "netns", name] for name in NAMES)
+        ip("link", "add", *first, "type", "veth", "peer", *second)
+        for name, address in zip(NAMES, HOSTS, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
+            for interface in (name, "lo"):
+                ip("-n", name, "link", "set", interface, "up")
         yield
     finally:
-        for host in (0, 1):
-            subprocess.run(["ip", "netns", "del", f"trpo{host}"], check=False, capture_output=True)
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def workers(launchers: list[subprocess.Popen[str]]) -> dict[int, int]:

@@ -43,7 +43,8 @@ def vine_closure(
         generator: Draws that share; None: torch's global one.
 
     Returns:
-        What ``step`` takes in place of a closure.
+        What ``step`` takes in place of a closure. Between ranks it is weighed, the KL too, by the
+        number of states with branches: let that be the same share of the trunk on all.
 
     Raises:
         TrustRegionError: If the batch is empty, a Q is not finite, the policy has other actions
