@@ -19,7 +19,7 @@ bench: .venv/bench ## time this package beside its peers (a quarter of an hour);
 bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/sampling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
 
-bench-scaling: .venv/bench ## several processes: traffic, time, a model (a minute or two); writes docs/scaling.md
+bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/scaling.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/scaling.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results.md

@@ -37,7 +37,7 @@ SAMPLES = 40_960
 class Settings:
     """How the benchmark runs."""
 
-    rounds: int = 15
+    rounds: int = 7
     """timed rounds"""
     folder: Path = Path("docs")
     """where scaling.md goes"""
