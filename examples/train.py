@@ -600,6 +600,8 @@ def train(args: Args) -> Run:
     run = new_run(args, processes)
     if resume:
         load(run)
+        if processes.first:
+            print(f"{args.folder()} goes on from step {run.step}.")
     updates = args.total_steps // args.batch_size
     writer = (
         SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)

@@ -109,7 +109,8 @@ def weights_on_one(rank: int, task: Problem, optimizer: TrustRegionOptimizer) ->
 
 
 def no_samples(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
-    return {"args": [[]]} if rank else {"named": {"weights": 0}}
+    arguments: list[dict[str, Any]] = [{}, {"args": [[]]}, {"args": [[]]}]
+    return {**arguments[rank], "named": {} if rank == 1 else {"weights": 0}}
 
 
 def no_closure(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:

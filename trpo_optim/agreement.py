@@ -79,7 +79,7 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
         raise RankError(
             f"The parameters' shapes or types on {_names(reduction, others)} are not those of the "
             f"other ranks ({texts[others[0]]}). Build the same policy on every rank, and give the "
-            "optimizer the same of its parameters."
+            "optimizer the same of its parameters. FSDP cannot be: keep a whole copy on every rank."
         )
     if odd_ones(settings):
         raise RankError(
@@ -91,7 +91,8 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             f"The parameters of {_names(reduction, others)} are not those of the other ranks. "
             "Start from the same ones (the same seed, the same checkpoint, or "
             "torch.distributed.broadcast from one rank), let nothing but step() move them, and run "
-            "every rank on the same kind of machine, with the same torch and number of threads."
+            "every rank on the same kind of machine, with the same torch and number of threads. "
+            "If FSDP has sharded them, keep a whole copy on every rank instead."
         )
     if 0.0 in flags and 1.0 in flags:
         raise RankError(

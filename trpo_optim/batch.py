@@ -226,10 +226,10 @@ def collected(
         parts: list[Any] = list(closure.parts)
     elif isinstance(closure, Iterable) and not (callable(closure) or isinstance(closure, str)):
         parts = list(closure)
+        weights = [] if _is_number(weights) and not parts and weights == 0 else weights
     else:
         parts = [closure]
-        is_number = not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0
-        weights = [weights] if is_number and weights is not None else weights  # type: ignore[list-item]  # as checked
+        weights = [weights] if _is_number(weights) else weights  # type: ignore[list-item]  # as checked
     if any(isinstance(each, Tensor) for each in parts):
         raise TrustRegionError(
             "step() got what a closure returned. Pass the closure itself: step(closure), not "
@@ -244,6 +244,12 @@ def collected(
     plain = _plain(weights, len(parts), least="at least" if shared else "above")
     kept = [index for index, weight in enumerate(plain) if weight > 0]
     return Closures([parts[index] for index in kept], [plain[index] for index in kept], curvature)
+
+
+def _is_number(weights: Any) -> bool:
+    """Whether the argument is a single weight, of whatever type."""
+    one = not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0
+    return one and weights is not None
 
 
 def _plain(

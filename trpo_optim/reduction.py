@@ -151,7 +151,8 @@ def require_member(group: ProcessGroup | None) -> None:
         raise TrustRegionError(
             f"process_group is {group!r}, not a ProcessGroup with this process in it. Call "
             "torch.distributed.init_process_group() and pass torch.distributed.group.WORLD, or "
-            "what new_group() returned on one of its ranks."
+            "what new_group() returned on one of its ranks; on the others it returned -100, and "
+            "they take no step."
         )
 
 
@@ -181,9 +182,10 @@ def _within_time() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            "Another rank was lost, or did not come within the group's timeout. The parameters are "
-            "as before, and the process group is of no more use: end this process, and start all "
-            "ranks again from the last checkpoint, as torchrun does with --max-restarts.\n"
+            "Another rank was lost, did not come within the group's timeout, or is at another "
+            "collective, since it took more steps or fewer. The parameters are as before, and the "
+            "process group is of no more use: end this process, and start all ranks again from the "
+            "last checkpoint, as torchrun does with --max-restarts.\n"
             f"{error}",
             lost=True,
         ) from error
