@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it does not say so
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "moments"]
 
 _Value = TypeVar("_Value")
 
@@ -73,17 +73,12 @@ class Processes:
         """Return what the first process makes; the others wait for it."""
         return self.all(make() if self.first else None)[0]  # type: ignore[return-value]  # the first's
 
-    def moments(self, values: Tensor) -> list[tuple[Any, Any, int]]:
-        """Return mean, variance and number of every process's values, (B, …), over B."""
-        plain = values.cpu().numpy()
-        return self.all((plain.mean(0), plain.var(0), len(plain)))
-
     def standardised(self, values: Tensor) -> Tensor:
         """Return values with the mean 0 and the variance 1 over all processes."""
         if self.group is None:
             return (values - values.mean()) / (values.std() + 1e-8)
         means, variances, counts = map(
-            np.array, zip(*self.moments(values.reshape(-1)), strict=True)
+            np.array, zip(*self.all(moments(values.reshape(-1))), strict=True)
         )
         mean = np.average(means, weights=counts)
         variance = np.average(variances + (means - mean) ** 2, weights=counts)
@@ -94,6 +89,12 @@ class Processes:
         """Return a seed of this process's own; the first's is that of a single process."""
         own = [seed, *more] + [self.rank] * (self.rank > 0)
         return int(np.random.SeedSequence(own).generate_state(1)[0])
+
+
+def moments(values: Tensor) -> tuple[Any, Any, int]:
+    """Return mean, variance and number of values, (B, …), over B."""
+    plain = values.cpu().numpy()
+    return plain.mean(0), plain.var(0), len(plain)
 
 
 def _launch() -> str:

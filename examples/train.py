@@ -32,7 +32,7 @@ import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
-from processes import Processes
+from processes import Processes, moments
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn.parallel import DistributedDataParallel
@@ -196,10 +196,9 @@ class Normaliser:
 
     def update(self, observations: Tensor, processes: Processes | None = None) -> None:
         """Count further observations in, shape (B, D), and those of the other processes."""
-        plain = observations.cpu().numpy()
-        own = plain.mean(0), plain.var(0), len(plain)
-        for moments in [own] if processes is None else processes.all(own):
-            self.stats.update_from_moments(*moments)
+        own = moments(observations)
+        for each in [own] if processes is None else processes.all(own):
+            self.stats.update_from_moments(*each)
         self.refresh()
 
     def __call__(self, observations: Tensor) -> Tensor:
@@ -318,8 +317,8 @@ def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
         run.discounted = run.args.gamma * run.discounted + reward
         returns.append(run.discounted)
         run.discounted = run.discounted * ~ends
-    for moments in run.processes.moments(torch.cat(returns).double()):
-        run.return_stats.update_from_moments(*moments)
+    for each in run.processes.all(moments(torch.cat(returns).double())):
+        run.return_stats.update_from_moments(*each)
     return batch.rewards / scale(run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -106,9 +107,15 @@ def all_variants(rank: int, cut: Cut) -> list[tuple[Tensor, list[StepReport]]]:
     return found
 
 
+@functools.cache
+def by_one_process() -> list[tuple[Tensor, list[StepReport]]]:
+    """Train without a group, on every sample."""
+    return all_variants(0, [[SAMPLES]])
+
+
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_steps_are_those_of_one_process(cut: Cut) -> None:
-    alone = all_variants(0, [[SAMPLES]])
+    alone = by_one_process()
     found = values_of(on_ranks(len(cut), all_variants, cut))
     for (_, dtype, _), (expected, reports), *ranks in zip(VARIANTS, alone, *found, strict=True):
         for vector, theirs in ranks:
