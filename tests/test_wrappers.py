@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import MODES, Problem, gaussian
+from problems import MODES, GaussianPolicy, Problem, gaussian
 from ranks import on_ranks, values_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
@@ -85,6 +86,48 @@ def test_tensor_parallel_parameters_take_the_step_of_plain_ones(
         torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
         assert report.accepted
         assert report.engine == alone.engine
+
+
+class PartedScale(GaussianPolicy):
+    """A policy that puts the parts of its standard deviation together itself."""
+
+    def __init__(self, take: str) -> None:
+        torch.manual_seed(0)
+        super().__init__(4, 6, 2)
+        self.take = take
+
+    def forward(self, observation: Tensor) -> Distribution:
+        log_std: Any = self.log_std
+        for name in self.take.split():
+            log_std = getattr(log_std, name)()
+        return Independent(Normal(self.network(observation), log_std.exp()), 1)
+
+
+def with_parted_scale(rank: int, take: str, place: Any) -> Tensor:
+    """Step with every parameter in parts."""
+    policy = PartedScale(take).double()
+    mesh, network = init_device_mesh("cpu", (dist.get_world_size(),)), policy.network
+    parallelize_module(network, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    policy.log_std = nn.Parameter(distribute_tensor(policy.log_std.detach(), mesh, [place]))
+    torch.manual_seed(1)
+    return stepped(Problem(policy, torch.randn(64, 4, dtype=torch.float64)), third=False)[0]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="refused, as tested below")
+@pytest.mark.parametrize(
+    ("take", "place"), [("full_tensor", Shard(0)), ("to_local", Replicate())], ids=str
+)
+def test_parts_of_a_parameter_are_put_together_by_the_closure_after_a_clone(
+    take: str, place: Any
+) -> None:
+    policy = PartedScale("clone").double()
+    torch.manual_seed(1)
+    expected, _ = stepped(Problem(policy, torch.randn(64, 4, dtype=torch.float64)), third=False)
+    for vector in values_of(on_ranks(2, with_parted_scale, f"clone {take}", place)):
+        torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
+    for raised in on_ranks(2, with_parted_scale, take, place):
+        assert raised.kind == "TrustRegionError"
+        assert "parameter.clone().full_tensor()" in raised.text
 
 
 class Normalised(nn.Module):

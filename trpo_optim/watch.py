@@ -45,9 +45,13 @@ class Watch(TorchFunctionMode):
         self._transaction = transaction
         self._twins = twins
         self._storages: dict[int, list[Tensor]] = {}
+        self._parts: set[int] = set()  # the storages of DTensor parameters
         for each in parameters:
             held = local(each)
-            self._storages.setdefault(held.untyped_storage().data_ptr(), []).append(held)
+            memory = held.untyped_storage().data_ptr()
+            self._storages.setdefault(memory, []).append(held)
+            if held is not each:
+                self._parts.add(memory)
         self._known = {id(each): each for each in parameters}  # and their views made inside
 
     def remove(self) -> None:
@@ -81,6 +85,12 @@ class Watch(TorchFunctionMode):
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self._known and self._shares_memory(value):
+                if value.untyped_storage().data_ptr() in self._parts:
+                    raise TrustRegionError(
+                        "The closure takes what this rank holds of a DTensor parameter past the "
+                        "copy that the step differentiates. clone() the parameter first, inside "
+                        "the closure: parameter.clone().full_tensor(), or to_local() likewise."
+                    )
                 raise TrustRegionError(
                     "The closure uses a tensor from outside that shares memory with a parameter, "
                     "such as the scale of the old distribution: it would move with every trial. "
