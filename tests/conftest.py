@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +10,6 @@ import torch._dynamo
 from torch.distributions import Distribution
 
 torch.set_num_threads(1)
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, since tests of several processes wait for one another."""
-    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture
