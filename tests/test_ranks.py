@@ -113,6 +113,7 @@ def by_one_process() -> list[tuple[Tensor, list[StepReport]]]:
     return all_variants(0, [[SAMPLES]])
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_steps_are_those_of_one_process(cut: Cut) -> None:
     alone = by_one_process()

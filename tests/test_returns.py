@@ -188,6 +188,7 @@ def test_weights_are_the_ratios_of_the_actions_before() -> None:
     assert trajectory_weights(logs, starts, largest=2.0).max() == 2.0
 
 
+@pytest.mark.no_cover
 def test_weights_make_an_earlier_policys_trajectories_count_as_the_present_ones() -> None:
     """Per-decision importance sampling estimates the exact return of the other policy."""
     discount = 0.95

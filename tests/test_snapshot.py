@@ -92,6 +92,7 @@ def begun(env_id: str) -> Env:
     return env
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @box2d
 def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:

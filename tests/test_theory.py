@@ -121,6 +121,7 @@ def test_state_distributions_part_no_faster_than_the_bound(
     assert float(apart.abs().sum()) <= state_distribution_bound(time, max_kl(old, new)) + 1e-12
 
 
+@pytest.mark.no_cover
 @many
 @given(MDPS, SEEDS)
 def test_algorithm_1_never_lowers_the_return(mdp: TabularMDP, seed: int) -> None:
@@ -176,6 +177,7 @@ def test_the_constrained_step_is_the_best_of_all_within_the_radius(
     assert best == pytest.approx(mdp.expected_return(policy) + float((worth * new).sum()), abs=1e-9)
 
 
+@pytest.mark.no_cover
 @many
 @given(MDPS, SEEDS, st.floats(1e-3, 1.0))
 def test_penalty_and_constraint_agree_where_the_price_is_the_slope(

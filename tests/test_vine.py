@@ -102,6 +102,7 @@ def gradient(policy: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([each.reshape(-1) for each in slopes])
 
 
+@pytest.mark.no_cover
 def test_common_random_numbers_make_differences_more_certain() -> None:
     """Two actions of the policy from the same state, over many such pairs."""
     envs, policy = pendulums(), Swing()
@@ -142,6 +143,7 @@ class Balance(nn.Module):
         return Categorical(logits=self.network(seen))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("make", "policy", "branches"), [(cartpoles, Balance(), None), (pendulums, Swing(), 4)]
 )

@@ -14,6 +14,7 @@ def last(args: example.Args) -> float:
     return float(np.mean([value for _, value in example.train(args)[-20:]]))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("sampling", ["vine", "single-path"])
 def test_the_pole_stands_longer_after_a_few_updates(sampling: Any) -> None:
     args = example.Args(sampling=sampling, total_steps=60_000)
