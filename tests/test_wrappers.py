@@ -103,14 +103,19 @@ class PartedScale(GaussianPolicy):
         return Independent(Normal(self.network(observation), log_std.exp()), 1)
 
 
+def parted_scale_steps(policy: nn.Module) -> Tensor:
+    """Return the parameters after two steps on a batch that is the same everywhere."""
+    torch.manual_seed(1)
+    return stepped(Problem(policy, torch.randn(64, 4, dtype=torch.float64)), third=False)[0]
+
+
 def with_parted_scale(rank: int, take: str, place: Any) -> Tensor:
     """Step with every parameter in parts."""
     policy = PartedScale(take).double()
     mesh, network = init_device_mesh("cpu", (dist.get_world_size(),)), policy.network
     parallelize_module(network, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     policy.log_std = nn.Parameter(distribute_tensor(policy.log_std.detach(), mesh, [place]))
-    torch.manual_seed(1)
-    return stepped(Problem(policy, torch.randn(64, 4, dtype=torch.float64)), third=False)[0]
+    return parted_scale_steps(policy)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="refused, as tested below")
@@ -120,9 +125,7 @@ def with_parted_scale(rank: int, take: str, place: Any) -> Tensor:
 def test_parts_of_a_parameter_are_put_together_by_the_closure_after_a_clone(
     take: str, place: Any
 ) -> None:
-    policy = PartedScale("clone").double()
-    torch.manual_seed(1)
-    expected, _ = stepped(Problem(policy, torch.randn(64, 4, dtype=torch.float64)), third=False)
+    expected = parted_scale_steps(PartedScale("clone").double())
     for vector in values_of(on_ranks(2, with_parted_scale, f"clone {take}", place)):
         torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
     for raised in on_ranks(2, with_parted_scale, take, place):

@@ -89,7 +89,8 @@ class Watch(TorchFunctionMode):
                     raise TrustRegionError(
                         "The closure takes what this rank holds of a DTensor parameter past the "
                         "copy that the step differentiates. clone() the parameter first, inside "
-                        "the closure: parameter.clone().full_tensor(), or to_local() likewise."
+                        "the closure: parameter.clone().full_tensor(), or to_local() likewise. An "
+                        "old distribution that holds such a part needs a clone() of it."
                     )
                 raise TrustRegionError(
                     "The closure uses a tensor from outside that shares memory with a parameter, "
