@@ -25,11 +25,17 @@ class Network(nn.Module):
         self.body = body
         self.observations = observations
 
+    def seen(self) -> tuple[Tensor, ...]:
+        """Return the observations where the parameters lie, in their precision."""
+        like = next(self.parameters())
+        return tuple(
+            each.to(like) if each.is_floating_point() else each.to(like.device)
+            for each in self.observations
+        )
+
     def forward(self) -> Tensor:
         """Return the outputs, (SAMPLES, OUTPUTS)."""
-        floats = next(self.parameters()).dtype
-        observations = [o.to(floats) if o.is_floating_point() else o for o in self.observations]
-        result: Tensor = self.body(*observations)
+        result: Tensor = self.body(*self.seen())
         return result
 
 
@@ -97,7 +103,9 @@ class Packed(Recurrent):
     """The same over a packed sequence."""
 
     def forward(self, sequence: Tensor, lengths: Tensor) -> Tensor:
-        packed = pack_padded_sequence(sequence, lengths, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(
+            sequence, lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
         _, state = self.memory(packed)
         result: Tensor = self.head(state[0][-1] if isinstance(state, tuple) else state[-1])
         return result
@@ -126,7 +134,7 @@ class CellLoop(nn.Module):
 
 def padding(lengths: Tensor) -> Tensor:
     """Return True where a sequence has ended, as attention modules have it."""
-    return torch.arange(STEPS) >= lengths[:, None]
+    return torch.arange(STEPS, device=lengths.device) >= lengths[:, None]
 
 
 class ScaledDotProduct(nn.Module):
@@ -297,7 +305,7 @@ class Autocast(nn.Module):
         self.inner = nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), nn.Linear(8, OUTPUTS))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             output: Tensor = self.inner(x)
         return output.to(x.dtype)
 

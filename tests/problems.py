@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
+from devices import random_state, set_random_state
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
@@ -57,7 +59,7 @@ class Problem:
     def __post_init__(self) -> None:
         """Let the current policy be the old one; its buffers and the random state stay."""
         buffers = copy.deepcopy(dict(self.policy.named_buffers()))
-        state = torch.get_rng_state()
+        state = random_state()
         with torch.no_grad():
             self.old = self.policy(self.observations)
             for name, buffer in self.policy.named_buffers():
@@ -65,8 +67,8 @@ class Problem:
             torch.manual_seed(self.seed)
             self.actions = self.old.sample()
             self.old_log_prob = self.old.log_prob(self.actions)
-            self.advantages = torch.randn(len(self.actions), dtype=self.old_log_prob.dtype)
-        torch.set_rng_state(state)
+            self.advantages = torch.randn_like(self.old_log_prob)
+        set_random_state(state)
 
     def values(self, dist: Distribution) -> ClosureValues:
         """Return surrogate loss and mean KL of a new distribution."""
@@ -117,6 +119,7 @@ def gaussian(
     seed: int = 0,
     *,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     samples: int = 64,
     observations: int = 4,
     hidden: int = 6,
@@ -124,14 +127,15 @@ def gaussian(
 ) -> Problem:
     """Return a Gaussian policy's problem."""
     torch.manual_seed(seed)
-    policy = GaussianPolicy(observations, hidden, actions).to(dtype)
-    return Problem(policy, torch.randn(samples, observations, dtype=dtype), seed)
+    policy = GaussianPolicy(observations, hidden, actions).to(device, dtype)
+    return Problem(policy, torch.randn(samples, observations, dtype=dtype).to(device), seed)
 
 
 def categorical(
     seed: int = 0,
     *,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     samples: int = 64,
     observations: int = 4,
     hidden: int = 6,
@@ -139,12 +143,9 @@ def categorical(
 ) -> Problem:
     """Return a categorical policy's problem."""
     torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.Linear(observations, hidden), nn.Tanh(), nn.Linear(hidden, actions)
-    ).to(dtype)
-    return Problem(
-        CategoricalPolicy(network), torch.randn(samples, observations, dtype=dtype), seed
-    )
+    network = nn.Sequential(nn.Linear(observations, hidden), nn.Tanh(), nn.Linear(hidden, actions))
+    policy = CategoricalPolicy(network).to(device, dtype)
+    return Problem(policy, torch.randn(samples, observations, dtype=dtype).to(device), seed)
 
 
 PROBLEMS = [gaussian, categorical]
@@ -153,12 +154,13 @@ MODES = ["trpo", "natural", "vanilla"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Every bit that a step must leave alone: parameters, buffers, gradients, mode, randomness."""
+    """Every bit that a step must leave alone: parameters, buffers, gradients, modes, randomness."""
 
     tensors: list[tuple[str, int, Tensor]]
     gradients: list[tuple[int, Tensor | None]]
     training: list[bool]
-    random: Tensor
+    random: list[Tensor]
+    switches: list[Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> Snapshot:
@@ -169,7 +171,8 @@ class Snapshot:
             [(name, each.data_ptr(), each.detach().clone()) for name, each in tensors],
             [(id(grad), None if grad is None else grad.clone()) for grad in grads],
             [each.training for each in module.modules()],
-            torch.get_rng_state(),
+            random_state(),
+            switches(),
         )
 
     def differences(self, other: Snapshot) -> list[str]:
@@ -188,12 +191,30 @@ class Snapshot:
             if changed or (grad is not None and grad_now is not None and (grad != grad_now).any()):
                 found.append("grad")
         found += ["training"] * (self.training != other.training)
-        found += ["random"] * (not torch.equal(self.random, other.random))
-        return found
+        pairs = zip(self.random, other.random, strict=True)
+        found += ["random"] * any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+        return found + ["switches"] * (self.switches != other.switches)
+
+
+def switches() -> list[Any]:
+    """Return what decides on kernels, and whether compiled modules run compiled."""
+    backends = torch.backends
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    return [
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+        backends.mha.get_fastpath_enabled(),
+        backends.mkldnn.enabled,
+        *(getattr(backends.cudnn, name) for name in names),
+        torch._dynamo.eval_frame._stance,
+    ]
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.detach().numpy().tobytes() == right.detach().numpy().tobytes()
+    mine, others = (each.detach().cpu().numpy().tobytes() for each in (left, right))
+    return mine == others
 
 
 def give_gradients(module: nn.Module) -> None:

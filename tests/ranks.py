@@ -40,16 +40,18 @@ def on_ranks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
+    backend: str = "gloo",
     timeout: float = 60.0,
     patience: float = 120.0,
     lost: Sequence[int] = (),
 ) -> list[Any]:
-    """Call ``function(rank, *args)`` in processes that form a gloo group.
+    """Call ``function(rank, *args)`` in processes that form a group.
 
     Args:
         size: How many.
         function: What each calls, a function of a module.
         args: Further arguments, pickled.
+        backend: What the group sends by.
         timeout: The group's, in seconds.
         patience: How long all may take together, in seconds.
         lost: The ranks that are expected to die or to hang.
@@ -64,7 +66,17 @@ def on_ranks(
             ours, theirs = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
                 target=_run,
-                args=(rank, size, Path(folder), timeout, theirs, measured(), function, args),
+                args=(
+                    rank,
+                    size,
+                    Path(folder),
+                    backend,
+                    timeout,
+                    theirs,
+                    measured(),
+                    function,
+                    args,
+                ),
             )
             process.start()
             theirs.close()
@@ -106,6 +118,7 @@ def _run(
     rank: int,
     size: int,
     folder: Path,
+    backend: str,
     timeout: float,
     pipe: Any,
     measure: bool,
@@ -122,7 +135,7 @@ def _run(
         watch.start()
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             store=FileStore(str(folder / "store"), size),
             rank=rank,
             world_size=size,

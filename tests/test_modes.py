@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import each_device
 from problems import MODES, PROBLEMS, GaussianPolicy, Problem, categorical, gaussian
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
@@ -30,16 +31,17 @@ def taken(problem: Problem, **settings: Any) -> tuple[Tensor, Any]:
 def dense_direction(problem: Problem, damping: float) -> tuple[Tensor, Tensor]:
     """Return -(F + λI)⁻¹ g by a dense solve, and F."""
     fisher = problem.dense_fisher()
-    damped = fisher + damping * torch.eye(len(fisher), dtype=fisher.dtype)
+    damped = fisher + damping * torch.eye(len(fisher)).to(fisher)
     return -torch.linalg.solve(damped, problem.dense_gradient()), fisher
 
 
+@each_device
 @makers
 @pytest.mark.parametrize("damping", [0.1, 1e-3])
 def test_trpo_goes_along_the_dense_solution_by_the_undamped_length(
-    make: Callable[[], Problem], damping: float
+    make: Callable[..., Problem], damping: float, device: str
 ) -> None:
-    problem = make()
+    problem = make(device=device)
     x, fisher = dense_direction(problem, damping)
     move, report = taken(problem, damping=damping, max_kl=1e-4, **EXACT)
     curvature = float(x @ fisher @ x)
@@ -59,19 +61,21 @@ def test_natural_is_trpo_without_its_line_search(make: Callable[[], Problem]) ->
     assert report.predicted_kl == pytest.approx(0.5)
 
 
+@each_device
 @makers
 def test_natural_without_a_radius_takes_lr_times_the_direction(
-    make: Callable[[], Problem],
+    make: Callable[..., Problem], device: str
 ) -> None:
-    problem = make()
+    problem = make(device=device)
     x, _ = dense_direction(problem, 0.1)
     move, _ = taken(problem, mode="natural", max_kl=None, lr=0.3, damping=0.1, **EXACT)
     torch.testing.assert_close(move, 0.3 * x, rtol=1e-6, atol=1e-12)
 
 
+@each_device
 @makers
-def test_vanilla_takes_lr_times_the_gradient(make: Callable[[], Problem]) -> None:
-    problem = make()
+def test_vanilla_takes_lr_times_the_gradient(make: Callable[..., Problem], device: str) -> None:
+    problem = make(device=device)
     gradient = problem.dense_gradient()
     move, report = taken(problem, mode="vanilla", lr=0.3)
     torch.testing.assert_close(move, -0.3 * gradient, rtol=1e-10, atol=1e-14)
@@ -279,10 +283,11 @@ def test_frozen_and_unused_parameters_stay_untouched() -> None:
     assert torch.equal(problem.policy.log_std, before[1])
 
 
+@each_device
 @pytest.mark.parametrize("mode", MODES)
-def test_two_runs_take_the_same_steps_bit_for_bit(mode: str) -> None:
+def test_two_runs_take_the_same_steps_bit_for_bit(mode: str, device: str) -> None:
     def run() -> list[Tensor]:
-        problem = categorical(dtype=torch.float32)
+        problem = categorical(dtype=torch.float32, device=device)
         optimizer = problem.optimizer(mode=mode, lr=0.3)
         points = []
         for _ in range(3):

@@ -10,12 +10,14 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from devices import each_device, random_state, set_random_state
 from families import FAMILIES, Family
 from networks import INPUTS, NETWORKS, OUTPUTS, SAMPLES, Autocast, Checkpointed, Network, around
 from problems import Snapshot
@@ -66,15 +68,17 @@ class Policy(nn.Module):
     def __init__(self, network: Network, family: Family) -> None:
         super().__init__()
         self.network = network
-        self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2], dtype=floats(network)))
+        self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2]).to(next(network.parameters())))
         self.family = family
 
     def forward(self) -> Any:
         return self.family.make(self.network(), self.free)
 
 
-def floats(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def kernels() -> AbstractContextManager[None]:
+    """Have attention on a GPU draw the dropout mask that a step draws."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
 
 
 class Setting:
@@ -84,9 +88,10 @@ class Setting:
         self.policy = policy
         self.trained = [each for each in policy.parameters() if each.requires_grad]
         self.buffers = copy.deepcopy(dict(policy.named_buffers()))
-        self.random = torch.get_rng_state()
-        self.mask = policy.family.mask(SAMPLES) if policy.family.mask else None
-        with torch.no_grad():
+        self.random = random_state()
+        device = self.trained[0].device
+        self.mask = policy.family.mask(SAMPLES).to(device) if policy.family.mask else None
+        with torch.no_grad(), kernels():
             self.old = frozen(policy())
             self.rewind()
             self.actions = sample(self.old)
@@ -96,7 +101,7 @@ class Setting:
 
     def rewind(self) -> None:
         """Return buffers and random state to where they were before the old policy acted."""
-        torch.set_rng_state(self.random)
+        set_random_state(self.random)
         for name, buffer in self.policy.named_buffers():
             buffer.copy_(self.buffers[name])
 
@@ -149,11 +154,15 @@ def laplace_surrogate(old: Any, new: Any) -> Tensor:
     return value
 
 
+Found = dict[str, dict[str, str]]
+"""The engines that are exact, by network and family."""
+
+
 @pytest.fixture(scope="module")
-def found() -> Iterator[dict[str, dict[str, str]]]:
-    """Collect the engines that are exact, by network and family."""
+def found() -> Iterator[dict[str, Found]]:
+    """Collect the engines that are exact, by device."""
     torch._dynamo.reset()
-    yield {}
+    yield {"cpu": {}, "cuda": {}}
     torch._dynamo.reset()
     Distribution.set_default_validate_args(True)  # compiling switches it off for the process
 
@@ -163,7 +172,7 @@ def exact_engines(setting: Setting) -> str:
     vector = ParameterVector(setting.trained)
     direction = torch.randn(
         sum(each.numel() for each in setting.trained), generator=torch.Generator().manual_seed(0)
-    ).to(vector.dtype)
+    ).to(vector.device, vector.dtype)
     oracle = setting.fisher_vector_product(direction, vector)
     exact = ""
     for letter, engine in ENGINES.items():
@@ -183,21 +192,23 @@ def exact_engines(setting: Setting) -> str:
     return exact
 
 
+@each_device
 @pytest.mark.parametrize("network", NETWORKS)
-def test_products_are_exact(network: str, found: dict[str, dict[str, str]]) -> None:
+def test_products_are_exact(network: str, device: str, found: dict[str, Found]) -> None:
     torch.manual_seed(0)
-    body = NETWORKS[network]().double()
-    found[network] = {
+    body = NETWORKS[network]().to(device, torch.float64)
+    exact = {
         name: exact_engines(Setting(Policy(body, family))) for name, family in FAMILIES.items()
     }
+    found[device][network] = exact
     refused = "F" * (network in NOT_BY_TORCH_FUNC)
-    assert found[network] == {
+    assert exact == {
         name: "".join(sorted(set("GDF") - set(refused + LESS_EXACT.get(name, "")), key="GDF".index))
         for name in FAMILIES
     }
 
 
-def page(found: dict[str, dict[str, str]]) -> str:
+def page(found: Found) -> str:
     """Return docs/policies.md."""
     heads = ["", *(name.replace(", ", ",<br>") for name in FAMILIES)]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
@@ -229,33 +240,19 @@ Written by `UPDATE_DOCS=1 pytest tests/test_policies.py`, from what that ran.
 """
 
 
-def test_the_page_says_what_was_found(found: dict[str, dict[str, str]]) -> None:
-    if found.keys() != NETWORKS.keys():
+def test_the_page_says_what_was_found(found: dict[str, Found]) -> None:
+    here = found["cpu"]
+    if here.keys() != NETWORKS.keys():
         pytest.skip("not every network was run")
     if os.environ.get("UPDATE_DOCS"):
-        PAGE.write_text(page(found))
-    assert PAGE.read_text() == page(found)
-
-
-def flags() -> list[Any]:
-    """Return the switches of torch.backends that decide on kernels."""
-    backends = torch.backends
-    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
-    return [
-        backends.cuda.flash_sdp_enabled(),
-        backends.cuda.mem_efficient_sdp_enabled(),
-        backends.cuda.math_sdp_enabled(),
-        backends.cuda.cudnn_sdp_enabled(),
-        backends.mha.get_fastpath_enabled(),
-        backends.mkldnn.enabled,
-        *(getattr(backends.cudnn, name) for name in names),
-    ]
+        PAGE.write_text(page(here))
+    assert PAGE.read_text() == page(here)
 
 
 def require_contract(setting: Setting) -> StepReport:
     """Take a step and check that it kept the contract; return its report."""
     policy = setting.policy
-    before, switches = Snapshot.of(policy), flags()
+    before = Snapshot.of(policy)
     report = TrustRegionOptimizer(setting.trained, max_kl=0.01).step(setting.closure)
     assert report.accepted, report.outcome
     assert report.engine == "Gauss-Newton"
@@ -263,8 +260,7 @@ def require_contract(setting: Setting) -> StepReport:
     changed = set(before.differences(Snapshot.of(policy)))
     assert changed
     assert changed <= {name for name, each in policy.named_parameters() if each.requires_grad}
-    assert flags() == switches
-    with torch.no_grad():
+    with torch.no_grad(), kernels():
         _, kl, *_ = setting.closure()
     setting.rewind()
     assert kl.item() == pytest.approx(report.kl, rel=1e-3)
@@ -272,26 +268,29 @@ def require_contract(setting: Setting) -> StepReport:
     return report
 
 
+@each_device
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.usefixtures("found")
-def test_a_step_of_any_network_keeps_the_contract(network: str) -> None:
+def test_a_step_of_any_network_keeps_the_contract(network: str, device: str) -> None:
     torch.manual_seed(0)
-    require_contract(Setting(Policy(NETWORKS[network](), FAMILIES["Categorical"])))
+    require_contract(Setting(Policy(NETWORKS[network]().to(device), FAMILIES["Categorical"])))
 
 
+@each_device
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_any_family_keeps_the_contract(family: str) -> None:
+def test_a_step_of_any_family_keeps_the_contract(family: str, device: str) -> None:
     torch.manual_seed(0)
-    require_contract(Setting(Policy(NETWORKS["MLP"](), FAMILIES[family])))
+    require_contract(Setting(Policy(NETWORKS["MLP"]().to(device), FAMILIES[family])))
 
 
-def test_a_closure_under_autocast_steps_as_one_in_single_precision() -> None:
+@each_device
+def test_a_closure_under_autocast_steps_as_one_in_single_precision(device: str) -> None:
     steps = []
     for autocast in (True, False):
         torch.manual_seed(0)
         body = Autocast()
         network = Network(body if autocast else body.inner, torch.randn(SAMPLES, INPUTS))
-        setting = Setting(Policy(network, FAMILIES["Categorical"]))
+        setting = Setting(Policy(network.to(device), FAMILIES["Categorical"]))
         start = nn.utils.parameters_to_vector(setting.trained).detach()
         require_contract(setting)
         steps.append(nn.utils.parameters_to_vector(setting.trained).detach() - start)
@@ -349,13 +348,12 @@ def test_what_cannot_be_differentiated_twice_is_named_with_the_way_out(name: str
     make, message = REFUSED[name]
     torch.manual_seed(0)
     setting = Setting(Policy(make(), FAMILIES["Categorical"]))
-    before, switches = Snapshot.of(setting.policy), flags()
+    before = Snapshot.of(setting.policy)
     optimizer = TrustRegionOptimizer(setting.trained)
     for third in (True, False):
         with pytest.raises(TrustRegionError, match=message):
             optimizer.step(functools.partial(setting.closure, third=third))
     assert before.differences(Snapshot.of(setting.policy)) == []
-    assert flags() == switches
 
 
 class Recording(TorchFunctionMode):
@@ -371,6 +369,7 @@ class Recording(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@each_device
 @pytest.mark.parametrize(
     ("network", "function", "enabled"),
     [
@@ -381,10 +380,10 @@ class Recording(TorchFunctionMode):
     ],
 )
 def test_recurrence_runs_without_cudnn_at_every_evaluation_and_convolution_with_it(
-    network: str, function: str, enabled: bool
+    network: str, function: str, enabled: bool, device: str
 ) -> None:
     torch.manual_seed(0)
-    setting = Setting(Policy(NETWORKS[network](), FAMILIES["Categorical"]))
+    setting = Setting(Policy(NETWORKS[network]().to(device), FAMILIES["Categorical"]))
     with Recording() as record:
         report = TrustRegionOptimizer(setting.trained).step(setting.closure)
     calls = record.seen[function]
@@ -393,10 +392,13 @@ def test_recurrence_runs_without_cudnn_at_every_evaluation_and_convolution_with_
     assert torch.backends.cudnn.enabled
 
 
+@each_device
 @pytest.mark.parametrize("fast", [True, False])
-def test_attention_runs_by_twice_differentiable_kernels_at_every_evaluation(fast: bool) -> None:
+def test_attention_runs_by_twice_differentiable_kernels_at_every_evaluation(
+    fast: bool, device: str
+) -> None:
     torch.manual_seed(0)
-    setting = Setting(Policy(NETWORKS["MultiheadAttention"](), FAMILIES["Categorical"]))
+    setting = Setting(Policy(NETWORKS["MultiheadAttention"]().to(device), FAMILIES["Categorical"]))
     backends, seen = torch.backends, []
 
     def closure() -> Any:

@@ -11,6 +11,7 @@ import gymnasium as gym
 import pytest
 import torch
 import torch.distributed as dist
+from devices import needs_gpu
 from gymnasium.vector import SyncVectorEnv
 from problems import Problem, gaussian
 from ranks import on_ranks, values_of
@@ -40,22 +41,23 @@ CUTS: dict[str, Cut] = {
 }
 
 
-def problem(dtype: torch.dtype) -> Problem:
+def problem(dtype: torch.dtype, device: str = "cpu") -> Problem:
     """Return what every rank builds; a step is 7 % of the parameters' length."""
-    return gaussian(dtype=dtype, samples=SAMPLES, hidden=32)
+    return gaussian(dtype=dtype, device=device, samples=SAMPLES, hidden=32)
 
 
 def trained(
-    group: Any, rank: int, cut: Cut, dtype: torch.dtype, *, third: bool, settings: dict[str, Any]
+    task: Problem, group: Any, rank: int, cut: Cut, *, third: bool, settings: dict[str, Any]
 ) -> tuple[Tensor, list[StepReport]]:
     """Take steps on batches of which this rank has its share."""
-    task = problem(dtype)
+    like = task.observations
     optimizer = task.optimizer(process_group=group, **settings)
     reports = []
     for step in range(STEPS):
         torch.manual_seed(step)
-        observations = torch.randn(SAMPLES, 4, dtype=dtype)
-        noise, advantages = torch.randn(SAMPLES, 2, dtype=dtype), torch.randn(SAMPLES, dtype=dtype)
+        observations, noise, advantages = (
+            torch.randn(SAMPLES, *size, dtype=like.dtype).to(like) for size in ((4,), (2,), ())
+        )
         sizes = cut[rank]
         start = sum(sum(each) for each in cut[:rank])
         closures = []
@@ -64,7 +66,7 @@ def trained(
             closures.append(on_rows(task, observations[rows], noise[rows], advantages[rows], third))
             start += size
         reports.append(optimizer.step(closures, weights=sizes))
-    return task.vector(), reports
+    return task.vector().cpu(), reports
 
 
 def on_rows(
@@ -97,27 +99,39 @@ VARIANTS = [
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def all_variants(rank: int, cut: Cut) -> list[tuple[Tensor, list[StepReport]]]:
+def all_variants(rank: int, cut: Cut, device: str = "cpu") -> list[tuple[Tensor, list[StepReport]]]:
     """Train in all modes and both precisions, with and without the third value."""
     group = dist.group.WORLD if dist.is_initialized() else None
     found = []
     for mode, dtype, third in VARIANTS:
         settings = {"mode": mode, **({"lr": 0.1} if mode == "vanilla" else {})}
-        found.append(trained(group, rank, cut, dtype, third=third, settings=settings))
+        task = problem(dtype, device)
+        found.append(trained(task, group, rank, cut, third=third, settings=settings))
     return found
 
 
 @functools.cache
-def by_one_process() -> list[tuple[Tensor, list[StepReport]]]:
+def by_one_process(device: str = "cpu") -> list[tuple[Tensor, list[StepReport]]]:
     """Train without a group, on every sample."""
-    return all_variants(0, [[SAMPLES]])
+    return all_variants(0, [[SAMPLES]], device)
 
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_steps_are_those_of_one_process(cut: Cut) -> None:
-    alone = by_one_process()
-    found = values_of(on_ranks(len(cut), all_variants, cut))
+    require_the_same(by_one_process(), values_of(on_ranks(len(cut), all_variants, cut)))
+
+
+@needs_gpu
+@pytest.mark.parametrize(("backend", "cut"), [("nccl", CUTS["1"]), ("gloo", CUTS["2 uneven"])])
+def test_steps_on_a_gpu_are_those_of_one_process(backend: str, cut: Cut) -> None:
+    """NCCL takes one rank a card, gloo several."""
+    found = values_of(on_ranks(len(cut), all_variants, cut, "cuda", backend=backend))
+    require_the_same(by_one_process("cuda"), found)
+
+
+def require_the_same(alone: Sequence[Any], found: Sequence[Any]) -> None:
+    """Check that all ranks end where one process does, and at the same bits."""
     for (_, dtype, _), (expected, reports), *ranks in zip(VARIANTS, alone, *found, strict=True):
         for vector, theirs in ranks:
             assert float((vector - expected).norm() / expected.norm()) < TOLERANCE[dtype]

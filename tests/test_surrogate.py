@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from devices import each_device
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
@@ -88,11 +89,11 @@ def pendulum(mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> SyncVectorEnv:
     )
 
 
-def feedforward(seed: int = 0) -> tuple[Gaussian, SinglePathBatch, Tensor]:
+def feedforward(seed: int = 0, device: str = "cpu") -> tuple[Gaussian, SinglePathBatch, Tensor]:
     torch.manual_seed(seed)
-    policy = Gaussian()
-    batch = single_path(pendulum(), policy, steps=50, seed=0)
-    return policy, batch, torch.randn(50, 4).masked_fill(~batch.valid, math.nan)
+    policy = Gaussian().to(device)
+    batch = single_path(pendulum(), policy, steps=50, seed=0, device=device)
+    return policy, batch, torch.randn(50, 4).to(device).masked_fill(~batch.valid, math.nan)
 
 
 def recurrent() -> tuple[Recurrent, SinglePathBatch, Tensor]:
@@ -126,12 +127,13 @@ def by_hand(policy: Any, batch: SinglePathBatch, gains: Tensor, bonus: float = 0
     return closure
 
 
+@each_device
 @pytest.mark.parametrize("micro_batch", [None, 33])
 @pytest.mark.parametrize("bonus", [0.0, 0.1])
 def test_the_built_closure_takes_the_handwritten_ones_step(
-    micro_batch: int | None, bonus: float
+    micro_batch: int | None, bonus: float, device: str
 ) -> None:
-    policy, batch, gains = feedforward()
+    policy, batch, gains = feedforward(device=device)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     expected = TrustRegionOptimizer(policy.parameters()).step(by_hand(policy, batch, gains, bonus))
     wanted = vector_of(policy)
@@ -145,8 +147,9 @@ def test_the_built_closure_takes_the_handwritten_ones_step(
     assert report.fallback == ""
 
 
-def test_curvature_is_taken_on_a_share_drawn_by_the_generator() -> None:
-    policy, batch, gains = feedforward()
+@each_device
+def test_curvature_is_taken_on_a_share_drawn_by_the_generator(device: str) -> None:
+    policy, batch, gains = feedforward(device=device)
     rows = []
 
     def watched(seen: Tensor) -> Distribution:
@@ -233,9 +236,10 @@ def test_a_kl_without_a_closed_form_is_estimated_on_the_actions() -> None:
     assert 0 < report.kl <= 0.01
 
 
-def test_the_kit_finds_no_fault_with_built_closures() -> None:
+@each_device
+def test_the_kit_finds_no_fault_with_built_closures(device: str) -> None:
     for micro_batch in (None, 100):
-        policy, batch, gains = feedforward()
+        policy, batch, gains = feedforward(device=device)
         built = policy_closure(policy, batch, gains, micro_batch=micro_batch)
         assert check_closure(built, policy.parameters()).passed
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributions as td
 from broken import BROKEN_CLOSURES, BROKEN_POLICIES, Custom, Policy, custom_kl, policy_of
+from devices import each_device
 from families import FAMILIES, Family
 from hypothesis import given, settings
 from networks import NETWORKS, Network
@@ -102,10 +103,10 @@ class Sound(nn.Module):
         return self.family.make(self.body(*observations), self.free)
 
 
-def require_sound(network: str, family: str, seed: int) -> None:
+def require_sound(network: str, family: str, seed: int, device: str = "cpu") -> None:
     torch.manual_seed(seed)
-    made = NETWORKS[network]()
-    assert_policy(Sound(made, FAMILIES[family]), made.observations, seed=seed)
+    made = NETWORKS[network]().to(device)
+    assert_policy(Sound(made, FAMILIES[family]).to(device), made.seen(), seed=seed)
 
 
 SOUND_NETWORKS = sorted(NETWORKS.keys() - UNSOUND)
@@ -114,14 +115,16 @@ SOUND_FAMILIES = sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.usefixtures("compiler")
+@each_device
 @pytest.mark.parametrize("network", SOUND_NETWORKS)
-def test_no_false_alarm_on_any_network(network: str) -> None:
-    require_sound(network, "Categorical", 0)
+def test_no_false_alarm_on_any_network(network: str, device: str) -> None:
+    require_sound(network, "Categorical", 0, device)
 
 
+@each_device
 @pytest.mark.parametrize("family", SOUND_FAMILIES)
-def test_no_false_alarm_on_any_family(family: str) -> None:
-    require_sound("MLP", family, 0)
+def test_no_false_alarm_on_any_family(family: str, device: str) -> None:
+    require_sound("MLP", family, 0, device)
 
 
 def layer(inputs: int, outputs: int, gain: float) -> nn.Linear:

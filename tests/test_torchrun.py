@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import needs_gpu
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 STEPS = 32_768
@@ -165,3 +166,12 @@ def test_where_one_is_killed_halfway_they_come_to_the_same_end(
             assert torch.equal(value, killed[name][key]), key
     assert killed["episodes"] == undisturbed["episodes"]
     assert killed["kls"] == undisturbed["kls"]
+
+
+@needs_gpu
+def test_nccl_serves_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(SCRIPT)]
+    command += ["--device", "cuda", "--total-steps", "4096", "--run-dir", str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(tmp_path)["update"] == 4

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from devices import each_device
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.distributions import Independent
@@ -75,12 +76,13 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+@each_device
 @pytest.mark.parametrize("mode", ["trpo", "natural", "vanilla"])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_it_runs_in_every_mode_on_discrete_and_continuous_actions(
-    tmp_path: Path, env_id: str, mode: Any
+    tmp_path: Path, env_id: str, mode: Any, device: str
 ) -> None:
-    run = train.train(small(tmp_path, env_id=env_id, mode=mode, lr=0.1))
+    run = train.train(small(tmp_path, env_id=env_id, mode=mode, lr=0.1, device=device))
     assert run.step == 1024
     assert len(run.kls) == 8
     assert (tmp_path / "training.png").stat().st_size > 10_000
@@ -110,12 +112,14 @@ def test_a_resumed_run_holds_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     assert saved["update"] == 8
 
 
+@each_device
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5", "LunarLander-v3"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
-    tmp_path: Path, env_id: str
+    tmp_path: Path, env_id: str, device: str
 ) -> None:
     changes: dict[str, Any] = {"env_id": env_id, "critic_batches": 2, "anneal_steps": 2048}
+    changes["device"] = device
     train.train(small(tmp_path / "whole", **changes))
     for total_steps in (128, 512, 640, 1024):
         train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
 
 import trpo_optim
-from trpo_optim import StepReport
+from trpo_optim import StepReport, second_order
 
 PACKAGE = str(Path(trpo_optim.__file__).parent)
 
@@ -65,10 +65,14 @@ def take_a_step(problem: Problem, *, rejected: bool = False, mode: str = "trpo")
 
 @contextmanager
 def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[None]:
-    """Raise KeyboardInterrupt before the n-th line that the package executes."""
+    """Raise KeyboardInterrupt before the n-th line that the package executes.
+
+    Left out are the lines that turn torch's switches: what could put one back for them?
+    """
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        file = frame.f_code.co_filename
+        if not file.startswith(PACKAGE) or file == second_order.__file__:
             return None
         if event == "line":
             seen.append((frame.f_code.co_filename, frame.f_lineno))

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from devices import each_device
 from gymnasium.vector import SyncVectorEnv
 from tabular import table, tabular
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Swing(nn.Module):
         self.network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
 
     def forward(self, seen: Tensor) -> Distribution:
-        return Independent(Normal(self.network(seen), torch.ones(1)), 1)
+        return Independent(Normal(self.network(seen), torch.ones(1).to(seen)), 1)
 
 
 def pendulums() -> SyncVectorEnv:
@@ -229,9 +230,21 @@ def test_trying_some_actions_is_equation_16(sampling: Any) -> None:
         torch.testing.assert_close(closure()[0], before - objective(), rtol=1e-3, atol=1e-6)
 
 
-def test_the_step_is_held_over_the_whole_trunk() -> None:
-    policy, envs = Swing(), pendulums()
-    batch = vine(envs, policy, steps=25, states=20, branches=4, horizon=10, discount=0.97, seed=0)
+@each_device
+def test_the_step_is_held_over_the_whole_trunk(device: str) -> None:
+    policy, envs = Swing().to(device), pendulums()
+    batch = vine(
+        envs,
+        policy,
+        steps=25,
+        states=20,
+        branches=4,
+        horizon=10,
+        discount=0.97,
+        critic=lambda seen: seen.sum(1),
+        seed=0,
+        device=device,
+    )
     closure = vine_closure(policy, batch, entropy_bonus=0.01)
     loss, kl, _ = closure()  # type: ignore[misc]  # with a distribution
     assert kl.shape == (200,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ def attention() -> Iterator[None]:
         Nothing.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -69,23 +69,28 @@ def without_cudnn() -> Iterator[None]:
         Nothing.
     """
     enabled = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
     try:
+        torch.backends.cudnn.enabled = False
         yield
     finally:
         torch.backends.cudnn.enabled = enabled
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Return a context in which compiled modules run as they were written.
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Have compiled modules run as they were written; afterwards all is as it was.
 
     Their compiled form has no second derivatives, and compiling would trace the watch too. Where
     nothing can have been compiled, the compiler stays unimported.
+
+    Yields:
+        Nothing.
     """
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return context
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):  # in one line, since to make it is to take it
+        yield
 
 
 def remedy(refusal: str) -> str:
