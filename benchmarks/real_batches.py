@@ -147,31 +147,36 @@ def load(path: Path, env_id: str, updates: int) -> Pool:
     return Pool(env_id=env_id, updates=updates, policy=policy, **content)
 
 
-def pools(folder: Path) -> list[Pool]:
-    """Return the pools of all environments and numbers of updates, in this order.
+def pool(folder: Path, env_id: str, updates: int) -> Pool:
+    """Return a pool.
 
     Torch's random state and number of threads are afterwards what they were.
 
     Args:
-        folder: Where the pools are kept. Those that are missing are made, which takes minutes;
-            those that are there are taken as they are, even if training has changed since.
-
-    Returns:
-        The pools.
+        folder: Where pools are kept. One that is missing is made, which can take a minute; one that
+            is there is taken as it is, even if training has changed since.
+        env_id: The Gymnasium environment.
+        updates: Of the policy.
     """
+    path, threads = folder / f"{env_id}__{updates}.pt", torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
-    result, threads = [], torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(train.Args.threads)
         try:
-            for env_id, updates in product(ENVIRONMENTS, UPDATES):
-                path = folder / f"{env_id}__{updates}.pt"
-                if not path.exists():
-                    save(make(env_id, updates), path)
-                result.append(load(path, env_id, updates))
+            if not path.exists():
+                save(make(env_id, updates), path)
+            return load(path, env_id, updates)
         finally:
             torch.set_num_threads(threads)
-    return result
+
+
+def pools(folder: Path) -> list[Pool]:
+    """Return the pools of all environments and numbers of updates, in this order.
+
+    Args:
+        folder: Where they are kept; see ``pool``.
+    """
+    return [pool(folder, *each) for each in product(ENVIRONMENTS, UPDATES)]
 
 
 def main(folder: Path = Path("runs/pools")) -> None:

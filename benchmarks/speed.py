@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from memory import peak_bytes
 from peers import Peer, Sb3Contrib, Tianshou
-from real_batches import pools
+from real_batches import pool
 from scene import Scene
 from table import table
 from timing import Job, taken_in_turn
@@ -85,10 +85,10 @@ def in_gradients(settings: Settings) -> str:
 def beside_peers(settings: Settings, *, defaults: bool) -> str:
     """Return the table of how many times faster an update is than a peer's."""
     peers = {"sb3-contrib": Sb3Contrib} if defaults else PEERS
-    pool = next(each for each in pools(settings.pools) if (each.env_id, each.updates) == REAL)
+    real = pool(settings.pools, *REAL)
     rows = [["samples", "peer", "peer (ms)", *OURS]]
     for samples in (2048, 8192, 20480):
-        scene = Scene(64, samples, settings.device, pool=pool)
+        scene = Scene(64, samples, settings.device, pool=real)
         jobs = {name: scene.update(**how, defaults=defaults) for name, how in OURS.items()}
         jobs |= {name: scene.peer(kind, defaults=defaults) for name, kind in peers.items()}
         times = taken_in_turn(jobs, settings.rounds, settings.device)
