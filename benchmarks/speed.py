@@ -1,8 +1,9 @@
 """What a step costs, in gradients of the loss and beside other libraries.
 
     make bench
+    PYTHONPATH=examples python benchmarks/speed.py --device cuda
 
-Writes docs/speed.md and docs/speed.png. All take the same step, as far as they can: radius and
+Writes docs/speed.md and docs/speed.png, or speed-cuda.md and its picture. All take the same step, as far as they can: radius and
 damping are of the joint KL, ten iterations of conjugate gradient, no critic.
 """
 
@@ -52,9 +53,14 @@ class Settings:
     largest_hidden: int = 3_150
     """hidden units at the end of the sweep over parameters; 3150 make ten million"""
     folder: Path = Path("docs")
-    """where speed.md and speed.png go"""
+    """where the page and its picture go"""
     pools: Path = Path("runs/pools")
     """where real batches are kept; missing ones are made"""
+
+    @property
+    def picture(self) -> Path:
+        """Where the picture goes; the page lies beside it."""
+        return self.folder / ("speed.png" if self.device == "cpu" else f"speed-{self.device}.png")
 
 
 def in_gradients(settings: Settings) -> str:
@@ -164,7 +170,7 @@ def sweeps(settings: Settings) -> str:
     }
     axes[0].legend(fontsize=8)
     settings.folder.mkdir(exist_ok=True)
-    figure.savefig(settings.folder / "speed.png", dpi=120)
+    figure.savefig(settings.picture, dpi=120)
     names = [*OURS, *PEERS]
     rows = [["time grows with", *names]]
     rows += [[size, *(f"{each[name]:.2f}" for name in names)] for size, each in slopes.items()]
@@ -174,9 +180,10 @@ def sweeps(settings: Settings) -> str:
 def main(settings: Settings) -> None:
     """Write the page and its picture."""
     torch.set_num_threads(settings.threads)
-    where = f"{settings.threads} CPU cores ({platform.machine()})"
+    where = f"`make bench` on {settings.threads} CPU cores ({platform.machine()})"
     if settings.device != "cpu":
-        where = torch.get_device_module(settings.device).get_device_name()
+        card = torch.get_device_module(settings.device).get_device_name()
+        where = f"`benchmarks/speed.py --device {settings.device}` on one {card}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sb3-contrib", "tianshou"))
     page = PAGE.format(
         where=where,
@@ -187,14 +194,15 @@ def main(settings: Settings) -> None:
         at_defaults=beside_peers(settings, defaults=True),
         memory=memory(settings),
         slopes=sweeps(settings),
+        picture=settings.picture.name,
     )
-    (settings.folder / "speed.md").write_text(page)
+    settings.picture.with_suffix(".md").write_text(page)
     print(page)
 
 
 PAGE = """# What a step costs
 
-Written by `make bench` on {where}, {versions}. Every figure is a ratio of medians over
+Written by {where}, {versions}. Every figure is a ratio of medians over
 {rounds} rounds in which the jobs take turns within one process; in brackets the quartiles of the
 rounds' own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6
 actions; the third value is the closure's distribution.
@@ -225,7 +233,7 @@ What one update of ten products allocates at its peak, 17–64–64–6, 20 480 
 
 ## Against size
 
-![Seconds per update against samples, parameters and iterations](speed.png)
+![Seconds per update against samples, parameters and iterations]({picture})
 
 The power of each size with which the time grows, fitted over the picture's points (1 is linear):
 

@@ -362,7 +362,7 @@ def swing_up(learner: Learner, lowest: float) -> float:
 
     critic = train.mlp(3, 64, 1, gain=1.0)
     return learn_environment(
-        make, learner, critic, seed=SEED, gamma=0.9, critic_lr=3e-3, updates=40
+        make, learner, critic, seed=SEED, gamma=0.9, critic_lr=3e-3, updates=50
     )
 
 

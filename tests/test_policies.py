@@ -55,11 +55,16 @@ NOT_BY_TORCH_FUNC = {
     "autograd.Function",
 }
 
+IN_SINGLE_PRECISION = {("weight norm", "cuda")}
+"""Torch computes these in it, and so the oracle; the wrong second derivatives are off by 0.1."""
+
 LESS_EXACT = {"Laplace": "DF"}
 """Engines that take the Hessian of the KL, where that is not the Fisher matrix."""
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors", "ignore:nested_from_padded CUDA kernels"
+)
 
 
 class Policy(nn.Module):
@@ -167,7 +172,7 @@ def found() -> Iterator[dict[str, Found]]:
     Distribution.set_default_validate_args(True)  # compiling switches it off for the process
 
 
-def exact_engines(setting: Setting) -> str:
+def exact_engines(setting: Setting, tolerance: float = 1e-6) -> str:
     """Return the letters of the engines whose products equal the oracle's."""
     vector = ParameterVector(setting.trained)
     direction = torch.randn(
@@ -187,7 +192,7 @@ def exact_engines(setting: Setting) -> str:
                 continue
             product = model.product(direction)
         assert model.engine == engine, model.fallback
-        if torch.allclose(product, oracle, rtol=0, atol=1e-6 * float(oracle.norm())):
+        if torch.allclose(product, oracle, rtol=0, atol=tolerance * float(oracle.norm())):
             exact += letter
     return exact
 
@@ -197,8 +202,10 @@ def exact_engines(setting: Setting) -> str:
 def test_products_are_exact(network: str, device: str, found: dict[str, Found]) -> None:
     torch.manual_seed(0)
     body = NETWORKS[network]().to(device, torch.float64)
+    tolerance = 5e-3 if (network, device) in IN_SINGLE_PRECISION else 1e-6
     exact = {
-        name: exact_engines(Setting(Policy(body, family))) for name, family in FAMILIES.items()
+        name: exact_engines(Setting(Policy(body, family)), tolerance)
+        for name, family in FAMILIES.items()
     }
     found[device][network] = exact
     refused = "F" * (network in NOT_BY_TORCH_FUNC)

@@ -204,14 +204,12 @@ def test_what_is_one_object_stays_one_and_what_was_not_there_goes_away() -> None
 
 
 def test_a_simulator_can_be_made_known() -> None:
-    env = Holding(gym.make("CartPole-v1"), iter(range(100)))
+    env = Holding(gym.make("CartPole-v1"), iter([*range(100)]))
     env.reset()
-    with pytest.raises(
-        TrustRegionError, match=r"Holding.held is a builtins.range_iterator.*regist"
-    ):
+    with pytest.raises(TrustRegionError, match=r"Holding.held is a builtins.list_iterator.*regist"):
         capture(env)
     simulator = Simulator(lambda it: it.__reduce__()[-1], lambda it, state: it.__setstate__(state))
-    register_simulator("builtins.range_iterator", simulator)
+    register_simulator("builtins.list_iterator", simulator)
     snapshot = capture(env)
     drawn = [next(env.held) for _ in range(3)]
     restore(env, snapshot)

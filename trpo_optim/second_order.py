@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["attention", "is_recurrence", "remedy", "uncompiled", "without_cudnn"]
+__all__ = [
+    "attention",
+    "is_recurrence",
+    "remedy",
+    "uncompiled",
+    "weight_norm",
+    "without_cudnn",
+]
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -74,6 +82,20 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = enabled
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return what ``torch._weight_norm`` does, with the second derivatives that it lacks on CUDA.
+
+    There torch's own raises no error: it differentiates its gradient with the norms held fixed.
+
+    Args:
+        v: The direction of the weight.
+        g: Its length, for every index along ``dim``.
+        dim: The dimension that the norms are not taken over.
+    """
+    weight: Tensor = v * (g / torch.norm_except_dim(v, 2, dim))
+    return weight
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.second_order import is_recurrence, without_cudnn
+from trpo_optim.second_order import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.sharded import local
 from trpo_optim.transaction import Transaction
 
@@ -70,6 +70,8 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
+        if func is torch._weight_norm:
+            func = weight_norm
         recurrent = is_recurrence(func)
         self.recurrent |= recurrent
         with without_cudnn() if recurrent else nullcontext():
