@@ -187,12 +187,12 @@ def main(folder: Path = Path("runs/pools")) -> None:
     """
     rows = [["environment", "updates", "samples", "episodes", "mean return"]]
     rows[0] += ["std of advantages", "entropy", "mean log std"]
-    for pool in pools(folder):
-        entropy = pool.policy(pool.observations.flatten(0, 1)).entropy().mean()
-        log_std = "" if pool.policy.discrete else f"{pool.policy.log_std.mean():.3f}"
-        counts = [str(pool.updates), str(pool.advantages.numel()), str(len(pool.returns))]
-        means = [f"{pool.returns.mean():.1f}", f"{pool.advantages.std():.3f}", f"{entropy:.3f}"]
-        rows.append([pool.env_id, *counts, *means, log_std])
+    for each in pools(folder):
+        entropy = each.policy(each.observations.flatten(0, 1)).entropy().mean()
+        log_std = "" if each.policy.discrete else f"{each.policy.log_std.mean():.3f}"
+        counts = [str(each.updates), str(each.advantages.numel()), str(len(each.returns))]
+        means = [f"{each.returns.mean():.1f}", f"{each.advantages.std():.3f}", f"{entropy:.3f}"]
+        rows.append([each.env_id, *counts, *means, log_std])
     print(table(*rows))
 
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = [
-    "attention",
-    "is_recurrence",
-    "remedy",
-    "uncompiled",
-    "weight_norm",
-    "without_cudnn",
-]
+__all__ = ["attention", "is_recurrence", "remedy", "uncompiled", "weight_norm", "without_cudnn"]
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
