@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  # before there is a group: it would hold one to the end
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it does not say so
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["Processes", "moments"]
+__all__ = ["Processes", "leave", "moments"]
 
 _Value = TypeVar("_Value")
 
@@ -89,6 +90,16 @@ class Processes:
         """Return a seed of this process's own; the first's is that of a single process."""
         own = [seed, *more] + [self.rank] * (self.rank > 0)
         return int(np.random.SeedSequence(own).generate_state(1)[0])
+
+
+def leave() -> None:
+    """Leave the process group, if there is one, and wait for its threads.
+
+    What still holds the group must be gone, such as the run. A process that ends with threads of
+    gloo's can be aborted, where one lets go of its last message late.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def moments(values: Tensor) -> tuple[Any, Any, int]:

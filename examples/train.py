@@ -32,7 +32,7 @@ import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from matplotlib.figure import Figure
-from processes import Processes, moments
+from processes import Processes, leave, moments
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.nn.parallel import DistributedDataParallel
@@ -637,3 +637,4 @@ def train(args: Args) -> Run:
 
 if __name__ == "__main__":
     train(tyro.cli(Args))
+    leave()

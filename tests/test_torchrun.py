@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,49 @@ def test_where_one_is_killed_halfway_they_come_to_the_same_end(
             assert torch.equal(value, killed[name][key]), key
     assert killed["episodes"] == undisturbed["episodes"]
     assert killed["kls"] == undisturbed["kls"]
+
+
+END = """
+from pathlib import Path
+
+import tyro
+from processes import leave
+from train import Args, train
+
+
+def gloo():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+rank = train(tyro.cli(Args)).processes.rank
+before = gloo()
+leave()
+print(f"rank {rank}: {len(before)} threads before, {len(gloo())} after", flush=True)
+"""
+
+
+def test_no_thread_of_gloo_s_is_left_to_abort_a_process_that_ends(tmp_path: Path) -> None:
+    (tmp_path / "end.py").write_text(END, "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(tmp_path / "end.py"), "--total-steps", "1024"]
+    done = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SCRIPT.parent),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        ended = rf"rank {rank}: [1-9]\d* threads before, 0 after"
+        assert re.search(ended, done.stdout), done.stdout
 
 
 @needs_gpu
