@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint import prepare
 from processes import Processes
 from ranks import on_ranks, values_of
 from torch import Tensor
-from train import Normaliser, prepare
+from train import Normaliser
 
 SHARES = [slice(0, 50), slice(50, 60)]
 

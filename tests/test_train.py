@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from checkpoint import load, save
 from devices import each_device
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -105,9 +106,9 @@ def test_a_resumed_run_holds_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     saved = checkpoint(tmp_path)
     run = train.new_run(small(tmp_path, resume=True))
     torch.manual_seed(123)
-    train.load(run)
+    load(run)
     shutil.move(tmp_path / "checkpoint.pt", tmp_path / "first.pt")
-    train.save(run)
+    save(run)
     assert same(without_pickles(checkpoint(tmp_path)), without_pickles(saved))
     assert saved["update"] == 8
 
@@ -178,9 +179,9 @@ def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -
     assert 0.5e-3 < kl <= 1e-3  # of max_kl, 0.01
     behind = torch.linalg.norm(run.normalise.mean - torch.as_tensor(run.normalise.stats.mean))
     assert 0 < behind < torch.linalg.norm(mean - torch.as_tensor(run.normalise.stats.mean))
-    train.save(run)
+    save(run)
     again = train.new_run(run.args)
-    train.load(again)
+    load(again)
     assert torch.equal(again.normalise.mean, run.normalise.mean)
     assert torch.equal(again.normalise.scale, run.normalise.scale)
     run.update = 0
@@ -284,7 +285,7 @@ def test_a_half_written_checkpoint_is_never_read(
     train.train(small(tmp_path, total_steps=512))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     run = train.new_run(small(tmp_path, resume=True))
-    train.load(run)
+    load(run)
 
     def half_a_save(content: object, file: Any) -> None:
         file.write(before[: len(before) // 2])
@@ -292,7 +293,7 @@ def test_a_half_written_checkpoint_is_never_read(
 
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(OSError, match="disk full"):
-        train.save(run)
+        save(run)
     monkeypatch.undo()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     train.train(small(tmp_path, resume=True))
