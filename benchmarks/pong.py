@@ -2,6 +2,7 @@
 
     make bench-learning
 
+Killed at any moment, the same command goes on where it stopped, from checkpoints in runs/pong.
 Every finished run is one line of docs/pong.jsonl.xz, and is not made again;
 benchmarks/learning_report.py makes its part of docs/results.md of them.
 """
@@ -12,7 +13,7 @@ import json
 import lzma
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +50,35 @@ class Settings:
     """runs of each"""
     workers: int = 2
     """runs side by side"""
+    folder: Path = Path("runs/pong")
+    """where runs are kept that are not finished"""
 
 
-def played(scheme: str, seed: int) -> dict[str, Any]:
-    """Make one run.
+def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Make one run, or the rest of it.
 
     Args:
         scheme: One of SCHEMES.
         seed: Of everything.
+        folder: Where its checkpoint is.
 
     Returns:
         Its line: for every episode of the trajectories the simulator steps by its end, and its
         return.
     """
-    start = time.perf_counter()
     args = replace(SETTINGS, seed=seed)
-    play = at_random if scheme == "random" else vine.train
-    if scheme != "random":
+    if scheme == "random":
+        start = time.perf_counter()
+        episodes, seconds = at_random(args), time.perf_counter() - start
+    else:
         args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
-    episodes = play(args)
+        run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
+        episodes, seconds = run.episodes, run.seconds
     return {
         "scheme": scheme,
         "seed": seed,
-        "settings": asdict(args),
-        "seconds": round(time.perf_counter() - start),
+        "settings": vine.comparable(args) | {"total_steps": args.total_steps},
+        "seconds": round(seconds),
         "episodes": episodes,
     }
 
@@ -89,10 +95,11 @@ def main(settings: Settings) -> None:
     Args:
         settings: Which.
     """
+    settings.folder.mkdir(parents=True, exist_ok=True)
     finished = {(line["scheme"], line["seed"]) for line in lines_of(ARCHIVE)}
     with ProcessPoolExecutor(settings.workers) as pool:
         waiting = [
-            pool.submit(played, scheme, seed)
+            pool.submit(played, scheme, seed, settings.folder)
             for seed in range(settings.seeds)
             for scheme in settings.schemes
             if (scheme, seed) not in finished

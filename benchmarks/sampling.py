@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 import train
 import tyro
@@ -150,9 +149,8 @@ def returns_of(path: rollouts.SinglePathBatch) -> Tensor:
 
 def final_return(args: vine.Args | train.Args) -> float:
     """Return the mean of the last 20 episodes of a run."""
-    if isinstance(args, train.Args):
-        return train.train(args).recent_return()
-    return float(np.mean([value for _, value in vine.train(args)[-20:]]))
+    run = train.train(args) if isinstance(args, train.Args) else vine.train(args)
+    return run.recent_return()
 
 
 def learning(workers: int, folder: Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What the training example keeps on disk: a checkpoint from which it goes on bit for bit."""
+"""What the training examples keep on disk: checkpoints from which they go on bit for bit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
 from processes import Processes
+from torch import Tensor
 
 from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import capture, restore
+from trpo_optim.rollouts import Cursor, capture, restore
 
 if TYPE_CHECKING:
     from train import Args, Run
 
-__all__ = ["load", "prepare", "save"]
+__all__ = ["dump", "fill", "load", "pack", "prepare", "require_same", "save", "unpack", "write"]
 
 
 def prepare(folder: Path, processes: Processes, *, resume: bool) -> bool:
@@ -48,11 +50,10 @@ def prepare(folder: Path, processes: Processes, *, resume: bool) -> bool:
 
 def save(run: Run) -> None:
     """Have the first process write the checkpoint; whatever happens, there is a whole one."""
-    environments = pickle.dumps((run.end, capture(run.envs)))
     own = {
         "discounted": run.discounted.cpu(),
         "fitted": [tuple(each.cpu() for each in pair) for pair in run.fitted],
-        "environments": torch.frombuffer(bytearray(environments), dtype=torch.uint8),
+        "environments": pack(run.envs, run.end),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all(),
     }
@@ -68,23 +69,11 @@ def save(run: Run) -> None:
         "critic": run.critic.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "critic_optimizer": run.critic_optimizer.state_dict(),
-        "stats": {
-            name: {
-                key: torch.as_tensor(getattr(each, key), dtype=torch.float64)
-                for key in ("mean", "var", "count")
-            }
-            for name, each in _stats(run).items()
-        },
+        "stats": {name: dump(each) for name, each in _stats(run).items()},
         "scaling": (run.normalise.mean.cpu(), run.normalise.scale.cpu()),
         "processes": processes,
     }
-    path = run.args.folder() / "checkpoint.pt"
-    half = path.with_suffix(".tmp")
-    with half.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
+    write(content, run.args.folder() / "checkpoint.pt")
 
 
 def load(run: Run) -> None:
@@ -105,25 +94,14 @@ def load(run: Run) -> None:
     if whole is None:
         return
     content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    ours = _comparable(run.args)
-    changed = [key for key in ours if ours[key] != content["args"].get(key)]
-    if changed:
-        differences = ", ".join(
-            f"{key} {content['args'].get(key)!r} -> {ours[key]!r}" for key in changed
-        )
-        raise SystemExit(
-            f"{path} was made with other settings ({differences}). Resume with the same ones, or "
-            "give this run a --run-dir of its own."
-        )
+    require_same(path, content["args"], _comparable(run.args))
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
     run.optimizer.load_state_dict(content["optimizer"])
     run.critic_optimizer.load_state_dict(content["critic_optimizer"])
     for name, stats in _stats(run).items():
-        saved = content["stats"][name]
-        stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
-        stats.count = saved["count"].item()
+        fill(stats, content["stats"][name])
     run.normalise.mean, run.normalise.scale = (
         each.to(run.args.device) for each in content["scaling"]
     )
@@ -134,16 +112,81 @@ def load(run: Run) -> None:
         return
     own = parts[run.processes.rank]
     run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
-    end, snapshot = pickle.loads(own["environments"].numpy().tobytes())
-    run.envs.reset()
-    try:
-        restore(run.envs, snapshot)
-        run.end, run.discounted = end, own["discounted"].to(run.args.device)
-    except TrustRegionError as error:
-        print(f"{run.args.env_id} starts new episodes: {error}")
+    run.end = unpack(own["environments"], run.envs)
+    if run.end is not None:
+        run.discounted = own["discounted"].to(run.args.device)
     torch.set_rng_state(own["random"])
     if own["random_cuda"]:
         torch.cuda.set_rng_state_all(own["random_cuda"])
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; whatever happens, there is a whole one, the old or the new."""
+    half = path.with_suffix(".tmp")
+    with half.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings.
+
+    Args:
+        path: Where it is.
+        saved: Its settings.
+        ours: Those that must not differ.
+
+    Raises:
+        SystemExit: If one does.
+    """
+    changed = [key for key in ours if ours[key] != saved.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} {saved.get(key)!r} -> {ours[key]!r}" for key in changed)
+        raise SystemExit(
+            f"{path} was made with other settings ({differences}). Go on with the same ones, or "
+            "keep this run at another place."
+        )
+
+
+def pack(envs: VectorEnv[Any, Any, Any], end: Cursor | None) -> Tensor:
+    """Return environments and where the rollout in them stands, as bytes."""
+    return torch.frombuffer(bytearray(pickle.dumps((end, capture(envs)))), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, envs: VectorEnv[Any, Any, Any]) -> Cursor | None:
+    """Bring new environments to where others were.
+
+    Args:
+        packed: What ``pack`` returned.
+        envs: The environments.
+
+    Returns:
+        Where the rollout in them stands; None for new episodes, where environments do not return to
+        their state.
+    """
+    end, snapshot = pickle.loads(packed.numpy().tobytes())
+    envs.reset()
+    try:
+        restore(envs, snapshot)
+    except TrustRegionError as error:
+        print(f"The environments start new episodes: {error}")
+        return None
+    cursor: Cursor | None = end
+    return cursor
+
+
+def dump(stats: RunningMeanStd) -> dict[str, Tensor]:
+    """Return running statistics as tensors."""
+    names = ("mean", "var", "count")
+    return {name: torch.as_tensor(getattr(stats, name), dtype=torch.float64) for name in names}
+
+
+def fill(stats: RunningMeanStd, saved: dict[str, Tensor]) -> None:
+    """Take over what ``dump`` returned."""
+    stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
+    stats.count = saved["count"].item()
 
 
 def _stats(run: Run) -> dict[str, RunningMeanStd]:

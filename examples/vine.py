@@ -2,22 +2,26 @@
 
     python examples/vine.py --env-id CartPole-v1
     python examples/vine.py --env-id Swimmer-v5 --sampling single-path
-    python examples/vine.py --env-id ALE/Pong-v5 --total-steps 200000
+    python examples/vine.py --env-id ALE/Pong-v5 --total-steps 200000 --checkpoint pong.pt
 
 Vine returns to states of its trajectories and tries several actions from each, all branches of a
 state with the same random numbers: all actions where they are few (equation 15), else some that the
-policy draws (equation 16). A step of the simulator counts the same wherever it is taken.
+policy draws (equation 16). A step of the simulator counts the same wherever it is taken. Killed at
+any moment, a run with a ``--checkpoint`` goes on from it bit for bit, by the same command.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import ale_py
+import checkpoint
 import gymnasium as gym
 import numpy as np
 import torch
@@ -29,9 +33,11 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
 from train import Normaliser, mlp
 
-from trpo_optim import Closures, TrustRegionOptimizer
+from trpo_optim import Closures, StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (
+    Cursor,
     SinglePathBatch,
+    ValueFit,
     fit_value,
     gae,
     policy_closure,
@@ -77,6 +83,8 @@ class Args:
     """the critic's learning rate (Adam)"""
     critic_epochs: int = 20
     """the critic's passes over each trunk"""
+    checkpoint: Path | None = None
+    """file that every update is kept in, and that the run goes on from; None: none"""
 
 
 def make_envs(args: Args) -> SyncVectorEnv:
@@ -110,16 +118,22 @@ class Frames:
 
     def __init__(self, size: tuple[int, ...]) -> None:
         self.stats = RunningMeanStd(shape=size)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the statistics."""
+        self.mean = torch.as_tensor(self.stats.mean, dtype=torch.float32)
+        self.scale = math.sqrt(self.stats.var.mean())
 
     def update(self, frames: Tensor) -> None:
         """Count further frames in, the latest of each stack, (B, K, H, W)."""
         self.stats.update(frames[:, -1].numpy())
+        self.refresh()
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Return them as numbers, in the layout that convolutions are fastest in on a CPU."""
         numbers = frames.to(torch.float32, memory_format=torch.channels_last)
-        mean = torch.as_tensor(self.stats.mean, dtype=torch.float32)
-        return ((numbers - mean) / math.sqrt(self.stats.var.mean())).clamp_(-10, 10)
+        return ((numbers - self.mean) / self.scale).clamp_(-10, 10)
 
 
 class Agent(nn.Module):
@@ -159,17 +173,99 @@ class Agent(nn.Module):
         self.scaled.update(observations)
 
 
-def collect(
-    args: Args, envs: SyncVectorEnv, agent: Agent, after: SinglePathBatch | None
-) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], int]:
+@dataclass
+class Run:
+    """Everything that a run carries from one update to the next."""
+
+    args: Args
+    envs: SyncVectorEnv
+    agent: Agent
+    optimizer: TrustRegionOptimizer
+    critic_optimizer: torch.optim.Adam
+    end: Cursor | None = None  # where the environments stand
+    steps: int = 0
+    seconds: float = 0.0
+    episodes: list[tuple[int, float]] = field(default_factory=list)
+    """for every episode of the trajectories the simulator steps by its end, and its return"""
+
+    def recent_return(self) -> float:
+        """Mean return of the last 20 episodes."""
+        return float(np.mean([value for _, value in self.episodes[-20:]] or [math.nan]))
+
+
+def new_run(args: Args) -> Run:
+    """Build environments, networks and optimizers."""
+    torch.manual_seed(args.seed)
+    envs = make_envs(args)
+    agent = Agent(envs)
+    parameters = [*agent.policy.parameters(), agent.log_std]
+    return Run(
+        args=args,
+        envs=envs,
+        agent=agent,
+        optimizer=TrustRegionOptimizer(parameters, max_kl=args.max_kl),
+        critic_optimizer=torch.optim.Adam(agent.critic.parameters(), lr=args.critic_lr),
+    )
+
+
+FIGURES = ("steps", "seconds", "episodes")
+STATEFUL = ("agent", "optimizer", "critic_optimizer")
+"""What a checkpoint takes from a run as it is, and as its ``state_dict()``."""
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the run's checkpoint."""
+    content = {
+        "args": comparable(run.args),
+        **{name: getattr(run, name) for name in FIGURES},
+        **{name: getattr(run, name).state_dict() for name in STATEFUL},
+        "scaled": checkpoint.dump(run.agent.scaled.stats),
+        "environments": checkpoint.pack(run.envs, run.end),
+        "random": torch.get_rng_state(),
+    }
+    checkpoint.write(content, path)
+
+
+def load(run: Run, path: Path) -> None:
+    """Take up a run where its checkpoint left it, bit for bit.
+
+    A checkpoint holds pickled environments: load none that you do not trust.
+
+    Args:
+        run: A new run.
+        path: Where the checkpoint is.
+
+    Raises:
+        SystemExit: If it was made with other settings.
+    """
+    content = torch.load(path, weights_only=True)
+    checkpoint.require_same(path, content["args"], comparable(run.args))
+    for name in FIGURES:
+        setattr(run, name, content[name])
+    for name in STATEFUL:
+        getattr(run, name).load_state_dict(content[name])
+    checkpoint.fill(run.agent.scaled.stats, content["scaled"])
+    run.agent.scaled.refresh()
+    run.end = checkpoint.unpack(content["environments"], run.envs)
+    torch.set_rng_state(content["random"])
+
+
+def comparable(args: Args) -> dict[str, Any]:
+    """Return the settings that must not change in mid-run."""
+    free = {"checkpoint", "total_steps"}
+    return {key: value for key, value in asdict(args).items() if key not in free}
+
+
+def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], int]:
     """Return trajectories, what makes the step's closures of their advantages, and their price."""
-    seed = args.seed if after is None else None
+    args, agent = run.args, run.agent
+    seed = args.seed if run.end is None else None
     if args.sampling == "single-path":
-        path = single_path(envs, agent.act, steps=args.trunk_steps, after=after, seed=seed)
+        path = single_path(run.envs, agent.act, steps=args.trunk_steps, after=run.end, seed=seed)
         closures = partial(policy_closure, agent.act, path, curvature=args.curvature)
         return path, closures, int(path.valid.sum())
     batch = vine(
-        envs,
+        run.envs,
         agent.act,
         steps=args.trunk_steps,
         states=args.states,
@@ -177,68 +273,78 @@ def collect(
         horizon=args.horizon,
         discount=args.gamma,
         critic=agent.value,
-        after=after,
+        after=run.end,
         seed=seed,
     )
     closures = partial(vine_closure, agent.act, batch, curvature=args.curvature)
     return batch.trunk, lambda _: closures(), batch.steps
 
 
-def train(args: Args) -> list[tuple[int, float]]:
-    """Train one agent.
+def improve(run: Run) -> tuple[StepReport, ValueFit]:
+    """Collect, take one step of the policy, and fit the critic."""
+    args, agent = run.args, run.agent
+    start = time.perf_counter()
+    path, closures, price = collect(run)
+    run.end = path.end
+    run.steps += price
+    values, following = path.values(agent.value)
+    gains = gae(
+        path.rewards,
+        values,
+        following,
+        path.ends,
+        discount=args.gamma,
+        gae_lambda=args.gae_lambda,
+    )
+    report = run.optimizer.step(closures(gains - gains.mean()))
+    observations = path.flat(path.observations)
+    fit = fit_value(
+        agent.value,
+        observations,
+        path.flat(gains + values),
+        run.critic_optimizer,
+        epochs=args.critic_epochs,
+        minibatch=128,
+    )
+    agent.count(observations)
+    run.episodes += [(run.steps, value) for value in path.episode_returns]
+    run.seconds += time.perf_counter() - start
+    return report, fit
+
+
+def train(args: Args) -> Run:
+    """Train one agent from beginning to end, or from its checkpoint.
 
     Args:
         args: The settings.
 
     Returns:
-        For every episode of the trajectories the simulator steps by its end, and its return.
+        The finished run.
+
+    Raises:
+        SystemExit: If the checkpoint was made with other settings.
     """
-    torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    envs = make_envs(args)
-    agent = Agent(envs)
-    parameters = [*agent.policy.parameters(), agent.log_std]
-    optimizer = TrustRegionOptimizer(parameters, max_kl=args.max_kl)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.critic_lr)
-    episodes: list[tuple[int, float]] = []
-    path, steps = None, 0
-    with tqdm(total=args.total_steps, unit="step") as progress:
-        while steps < args.total_steps:
-            path, closures, price = collect(args, envs, agent, path)
-            steps += price
-            values, following = path.values(agent.value)
-            gains = gae(
-                path.rewards,
-                values,
-                following,
-                path.ends,
-                discount=args.gamma,
-                gae_lambda=args.gae_lambda,
-            )
-            report = optimizer.step(closures(gains - gains.mean()))
-            observations = path.flat(path.observations)
-            fit = fit_value(
-                agent.value,
-                observations,
-                path.flat(gains + values),
-                critic_optimizer,
-                epochs=args.critic_epochs,
-                minibatch=128,
-            )
-            agent.count(observations)
-            episodes += [(steps, value) for value in path.episode_returns]
-            recent = np.mean([value for _, value in episodes[-20:]] or [math.nan])
-            progress.update(price)
+    run = new_run(args)
+    if args.checkpoint is not None and args.checkpoint.exists():
+        load(run, args.checkpoint)
+        print(f"{args.checkpoint} goes on from step {run.steps}.")
+    with tqdm(total=args.total_steps, initial=run.steps, unit="step") as progress:
+        while run.steps < args.total_steps:
+            report, fit = improve(run)
+            if args.checkpoint is not None:
+                save(run, args.checkpoint)
+            progress.update(run.steps - progress.n)
             progress.set_postfix_str(
-                f"return {recent:.1f}, KL {report.kl:.4f}, "
+                f"return {run.recent_return():.1f}, KL {report.kl:.4f}, "
                 f"critic {fit.explained_variance:.2f}, {report.outcome.name}"
             )
-    envs.close()
+    run.envs.close()
     print(
         f"{args.env_id} {args.sampling} seed {args.seed}: mean return of the last 20 episodes "
-        f"{recent:.1f} after {steps} simulator steps, {len(episodes)} episodes"
+        f"{run.recent_return():.1f} after {run.steps} simulator steps, {len(run.episodes)} episodes"
     )
-    return episodes
+    return run
 
 
 if __name__ == "__main__":

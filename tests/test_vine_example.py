@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 import vine as example
 
 
 def last(args: example.Args) -> float:
-    return float(np.mean([value for _, value in example.train(args)[-20:]]))
+    return example.train(args).recent_return()
 
 
 @pytest.mark.no_cover
@@ -27,13 +28,52 @@ def test_it_runs_on_continuous_actions_and_on_frames(
     env_id: str, sampling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = example.Args(env_id=env_id, sampling=sampling, num_envs=2, trunk_steps=8, states=4)
-    episodes = example.train(replace(args, horizon=2, critic_epochs=2, total_steps=100))
-    assert episodes == []  # they are longer
+    run = example.train(replace(args, horizon=2, critic_epochs=2, total_steps=100))
+    assert run.episodes == []  # they are longer
     said = capsys.readouterr().out
     assert f"{env_id} {sampling} seed 0" in said
     assert "simulator steps, 0 episodes" in said
 
 
+def same(first: example.Run, second: example.Run) -> bool:
+    """Return whether two runs came to the same networks by the same episodes."""
+    pairs = zip(first.agent.parameters(), second.agent.parameters(), strict=True)
+    equal = all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    return equal and (first.steps, first.episodes) == (second.steps, second.episodes)
+
+
 def test_two_runs_of_one_seed_agree() -> None:
     args = example.Args(total_steps=5_000)
-    assert example.train(args) == example.train(args)
+    assert same(example.train(args), example.train(args))
+
+
+@pytest.mark.parametrize("sampling", ["vine", "single-path"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Swimmer-v5", "ALE/Pong-v5"])
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
+    env_id: str, sampling: Any, tmp_path: Path
+) -> None:
+    args = example.Args(
+        env_id=env_id,
+        sampling=sampling,
+        total_steps=400,
+        num_envs=2,
+        trunk_steps=16,
+        states=4,
+        horizon=4,
+        critic_epochs=2,
+    )
+    kept = replace(args, checkpoint=tmp_path / "run.pt")
+    half = example.train(replace(kept, total_steps=200))
+    assert 200 <= half.steps < 400
+    whole = example.train(args)
+    assert not same(half, whole)
+    assert same(example.train(kept), whole)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    args = example.Args(total_steps=100, num_envs=2, checkpoint=tmp_path / "run.pt")
+    example.train(args)
+    with pytest.raises(
+        SystemExit, match=r"run\.pt was made with other settings \(max_kl 0\.01 -> "
+    ):
+        example.train(replace(args, max_kl=0.02))
