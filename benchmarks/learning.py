@@ -24,7 +24,7 @@ import torch
 import train
 import tyro
 from random_actions import returns_at_random
-from results import ARCHIVE, unpacked
+from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -295,7 +295,9 @@ def main(settings: Settings) -> None:
         for name, value in (settings.changes or {}).items()
     )
     jobs = [
-        Job(env_id, algorithm, seed, settings.folder, settings.pieces, changes)
+        Job(
+            env_id, algorithm, seed, settings.folder, pieces_of(algorithm, settings.pieces), changes
+        )
         for seed in range(settings.seeds)
         for algorithm in settings.algorithms
         for env_id in settings.environments
@@ -303,7 +305,8 @@ def main(settings: Settings) -> None:
     ]
     waiting = deque((job, job.done()) for job in jobs if job.done() < job.pieces)
     running: dict[Future[None], tuple[Job, int]] = {}
-    total, finished = len(jobs) * settings.pieces, sum(job.done() for job in jobs)
+    total = sum(job.pieces for job in jobs)
+    finished = sum(min(job.done(), job.pieces) for job in jobs)
     with (
         ProcessPoolExecutor(settings.workers, initializer=_quietly) as pool,
         tqdm(total=total, initial=finished, unit="piece") as progress,

@@ -32,19 +32,27 @@ def unpacked(archive: Path, folder: Path) -> None:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def pieces_of(algorithm: str, pieces: int) -> int:
+    """Return how many lines a finished run has: one where nothing is learned."""
+    return 1 if algorithm == "random" else pieces
+
+
 def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
     """Write the finished runs of a folder into an archive, and return their lines.
 
     Args:
         folder: Of the runs' files, one a run.
-        pieces: How many lines a finished run has.
+        pieces: How many lines a finished run has that learns.
         archive: The file.
 
     Returns:
         The lines, run by run.
     """
-    runs = [path.read_text("utf-8").splitlines() for path in sorted(folder.glob("*.jsonl"))]
-    lines = [line for run in runs if len(run) >= pieces for line in run]
+    lines = []
+    for path in sorted(folder.glob("*.jsonl")):
+        run = path.read_text("utf-8").splitlines()
+        if len(run) >= pieces_of(path.stem.split("__")[1], pieces):
+            lines += run
     with lzma.open(archive, "wt", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
     return [json.loads(line) for line in lines]
