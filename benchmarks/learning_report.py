@@ -132,7 +132,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
                 metrics.aggregate_iqm,
             ):
                 middle, low, high = interval({"": scores[:, None]}, measure, reps)[""]
-                cells.append(f"{middle:.5g} ({low:.5g} to {high:.5g})")
+                cells.append(f"{middle:.4g} ({low:.4g} to {high:.4g})")
             sampled = runs.final(env_id, algorithm, "sampled").mean()
             target, source = TARGETS[env_id]
             rows.append(
@@ -142,7 +142,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
                     algorithm,
                     str(len(scores)),
                     *cells,
-                    f"{sampled:.5g}",
+                    f"{sampled:.4g}",
                     f"{target} ({source})",
                 ]
             )
@@ -181,6 +181,7 @@ def draw_curves(runs: Runs, path: Path) -> None:
         axes.axhline(TARGETS[env_id][0], color="black", linewidth=0.8, linestyle="--")
         axes.set_title(env_id, fontsize=10)
         axes.tick_params(labelsize=8)
+    figure.supxlabel("environment steps", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
@@ -267,8 +268,8 @@ falls linearly to zero; the critic is fitted to the last {mujoco.critic_batches}
 {swimmer.gamma} and {swimmer.gae_lambda}, by one rule: λ = 1 − 5(1 − γ). One for classic control:
 max_kl {classic.max_kl}, {classic.batch_size} steps from {classic.num_envs} environments, log_std
 {classic.log_std}, gamma {classic.gamma}, gae_lambda {classic.gae_lambda}, the same critic.
-sb3-contrib's TRPO has rl-baselines3-zoo's published settings for each task, whose KL is a mean over
-action dimensions. Vanilla's learning rate is {vanilla}.
+sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes, for eleven of these tasks; its
+KL is a mean over action dimensions. Vanilla's learning rate is {vanilla}.
 
 {study}
 
@@ -299,10 +300,11 @@ Budgets of the size of the paper's, 500 updates of 100 000 simulator steps by si
 400 000 by vine:
 
     python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
-        --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000
+        --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000 \\
+        --checkpoint single-path.pt
     python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \\
         --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \\
-        --total-steps 193000000
+        --total-steps 193000000 --checkpoint vine.pt
 
 ## Across tasks
 
