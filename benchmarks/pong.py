@@ -13,7 +13,7 @@ import json
 import lzma
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
     return {
         "scheme": scheme,
         "seed": seed,
-        "settings": vine.comparable(args) | {"total_steps": args.total_steps},
+        "settings": asdict(args),
         "seconds": round(seconds),
         "episodes": episodes,
     }
@@ -95,7 +95,6 @@ def main(settings: Settings) -> None:
     Args:
         settings: Which.
     """
-    settings.folder.mkdir(parents=True, exist_ok=True)
     finished = {(line["scheme"], line["seed"]) for line in lines_of(ARCHIVE)}
     with ProcessPoolExecutor(settings.workers) as pool:
         waiting = [

@@ -19,9 +19,20 @@ from trpo_optim import TrustRegionError
 from trpo_optim.rollouts import Cursor, capture, restore
 
 if TYPE_CHECKING:
-    from train import Args, Run
+    from train import Run
 
-__all__ = ["dump", "fill", "load", "pack", "prepare", "require_same", "save", "unpack", "write"]
+__all__ = [
+    "comparable",
+    "dump",
+    "fill",
+    "load",
+    "pack",
+    "prepare",
+    "require_same",
+    "save",
+    "unpack",
+    "write",
+]
 
 
 def prepare(folder: Path, processes: Processes, *, resume: bool) -> bool:
@@ -61,7 +72,7 @@ def save(run: Run) -> None:
     if not run.processes.first:
         return
     content = {
-        "args": _comparable(run.args),
+        "args": comparable(run.args),
         "update": run.update,
         "episodes": run.episodes,
         "kls": run.kls,
@@ -94,7 +105,7 @@ def load(run: Run) -> None:
     if whole is None:
         return
     content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    require_same(path, content["args"], _comparable(run.args))
+    require_same(path, content["args"], comparable(run.args))
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
@@ -112,7 +123,7 @@ def load(run: Run) -> None:
         return
     own = parts[run.processes.rank]
     run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
-    run.end = unpack(own["environments"], run.envs)
+    run.end = unpack(own["environments"], run.envs, run.args.env_id)
     if run.end is not None:
         run.discounted = own["discounted"].to(run.args.device)
     torch.set_rng_state(own["random"])
@@ -122,12 +133,20 @@ def load(run: Run) -> None:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; whatever happens, there is a whole one, the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".tmp")
     with half.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)
+
+
+def comparable(args: Any) -> dict[str, Any]:
+    """Return an example's settings, those that must not change in mid-run."""
+    free = {"total_steps", "run_dir", "resume", "checkpoint", "checkpoint_every"}
+    free |= {"device", "threads"}
+    return {key: value for key, value in asdict(args).items() if key not in free}
 
 
 def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -155,12 +174,13 @@ def pack(envs: VectorEnv[Any, Any, Any], end: Cursor | None) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps((end, capture(envs)))), dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, envs: VectorEnv[Any, Any, Any]) -> Cursor | None:
+def unpack(packed: Tensor, envs: VectorEnv[Any, Any, Any], env_id: str) -> Cursor | None:
     """Bring new environments to where others were.
 
     Args:
         packed: What ``pack`` returned.
         envs: The environments.
+        env_id: What they are called.
 
     Returns:
         Where the rollout in them stands; None for new episodes, where environments do not return to
@@ -171,7 +191,7 @@ def unpack(packed: Tensor, envs: VectorEnv[Any, Any, Any]) -> Cursor | None:
     try:
         restore(envs, snapshot)
     except TrustRegionError as error:
-        print(f"The environments start new episodes: {error}")
+        print(f"{env_id} starts new episodes: {error}")
         return None
     cursor: Cursor | None = end
     return cursor
@@ -192,9 +212,3 @@ def fill(stats: RunningMeanStd, saved: dict[str, Tensor]) -> None:
 def _stats(run: Run) -> dict[str, RunningMeanStd]:
     """Return the run's running statistics by name."""
     return {"observation": run.normalise.stats, "return": run.return_stats}
-
-
-def _comparable(args: Args) -> dict[str, Any]:
-    """Return the settings that must not change in mid-run."""
-    free = {"resume", "device", "run_dir", "total_steps", "checkpoint_every", "threads"}
-    return {key: value for key, value in asdict(args).items() if key not in free}

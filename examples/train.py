@@ -15,6 +15,7 @@ another name.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -202,6 +203,11 @@ class Normaliser:
         return ((observations - self.mean) / self.scale).clamp_(-10, 10)
 
 
+def mean_of_last(episodes: Sequence[tuple[float, float]]) -> float:
+    """Return the mean return of the last 20 of pairs of step and return."""
+    return float(np.mean([value for _, value in episodes[-20:]] or [math.nan]))
+
+
 @dataclass
 class Run:
     """Everything that a run carries from one update to the next."""
@@ -230,7 +236,7 @@ class Run:
 
     def recent_return(self) -> float:
         """Mean return of the last 20 episodes."""
-        return float(np.mean([value for _, value in self.episodes[-20:]] or [math.nan]))
+        return mean_of_last(self.episodes)
 
     def act(self, observations: Tensor) -> Distribution:
         """Return the policy on observations as the environments give them."""

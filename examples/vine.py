@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
-from train import Normaliser, mlp
+from train import Normaliser, mean_of_last, mlp
 
 from trpo_optim import Closures, StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (
@@ -190,7 +190,7 @@ class Run:
 
     def recent_return(self) -> float:
         """Mean return of the last 20 episodes."""
-        return float(np.mean([value for _, value in self.episodes[-20:]] or [math.nan]))
+        return mean_of_last(self.episodes)
 
 
 def new_run(args: Args) -> Run:
@@ -216,7 +216,7 @@ STATEFUL = ("agent", "optimizer", "critic_optimizer")
 def save(run: Run, path: Path) -> None:
     """Write the run's checkpoint."""
     content = {
-        "args": comparable(run.args),
+        "args": checkpoint.comparable(run.args),
         **{name: getattr(run, name) for name in FIGURES},
         **{name: getattr(run, name).state_dict() for name in STATEFUL},
         "scaled": checkpoint.dump(run.agent.scaled.stats),
@@ -239,21 +239,15 @@ def load(run: Run, path: Path) -> None:
         SystemExit: If it was made with other settings.
     """
     content = torch.load(path, weights_only=True)
-    checkpoint.require_same(path, content["args"], comparable(run.args))
+    checkpoint.require_same(path, content["args"], checkpoint.comparable(run.args))
     for name in FIGURES:
         setattr(run, name, content[name])
     for name in STATEFUL:
         getattr(run, name).load_state_dict(content[name])
     checkpoint.fill(run.agent.scaled.stats, content["scaled"])
     run.agent.scaled.refresh()
-    run.end = checkpoint.unpack(content["environments"], run.envs)
+    run.end = checkpoint.unpack(content["environments"], run.envs, run.args.env_id)
     torch.set_rng_state(content["random"])
-
-
-def comparable(args: Args) -> dict[str, Any]:
-    """Return the settings that must not change in mid-run."""
-    free = {"checkpoint", "total_steps"}
-    return {key: value for key, value in asdict(args).items() if key not in free}
 
 
 def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], int]:

@@ -29,15 +29,26 @@ NAMES = [f"trpo{os.getpid()}{host}" for host in "ab"]
 pytestmark = pytest.mark.timeout(900)
 
 
-def torchrun(folder: Path, *options: str, host: int | None = None) -> subprocess.Popen[str]:
+def torchrun(
+    folder: Path,
+    *options: str,
+    host: int | None = None,
+    script: Path = SCRIPT,
+    steps: int = STEPS,
+) -> subprocess.Popen[str]:
     """Start the example by torchrun, as a user would; in a network namespace or not."""
     inside = [] if host is None else ["ip", "netns", "exec", NAMES[host]]
     command = [*inside, sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
-    command += [*options, str(SCRIPT), "--env-id", "CartPole-v1", "--total-steps", str(STEPS)]
+    command += [*options, str(script), "--env-id", "CartPole-v1", "--total-steps", str(steps)]
     interface = "lo" if host is None else NAMES[host]
     return subprocess.Popen(
         [*command, "--run-dir", str(folder)],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SCRIPT.parent),
+            "GLOO_SOCKET_IFNAME": interface,
+            "OMP_NUM_THREADS": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,9 +56,9 @@ def torchrun(folder: Path, *options: str, host: int | None = None) -> subprocess
     )
 
 
-def one_host(folder: Path) -> list[subprocess.Popen[str]]:
+def one_host(folder: Path, **more: Any) -> list[subprocess.Popen[str]]:
     """Start two processes on this host."""
-    return [torchrun(folder, "--standalone", "--nproc-per-node", "2")]
+    return [torchrun(folder, "--standalone", "--nproc-per-node", "2", **more)]
 
 
 def two_hosts(folder: Path) -> list[subprocess.Popen[str]]:
@@ -190,26 +201,12 @@ print(f"rank {rank}: {len(before)} threads before, {len(gloo())} after", flush=T
 
 
 def test_no_thread_of_gloo_s_is_left_to_abort_a_process_that_ends(tmp_path: Path) -> None:
-    (tmp_path / "end.py").write_text(END, "utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(tmp_path / "end.py"), "--total-steps", "1024"]
-    done = subprocess.run(
-        [*command, "--run-dir", str(tmp_path / "run")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(SCRIPT.parent),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    script = tmp_path / "end.py"
+    script.write_text(END, "utf-8")
+    output = finished(one_host(tmp_path / "run", script=script, steps=1024))
     for rank in range(2):
         ended = rf"rank {rank}: [1-9]\d* threads before, 0 after"
-        assert re.search(ended, done.stdout), done.stdout
+        assert re.search(ended, output), output
 
 
 @needs_gpu
