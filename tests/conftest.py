@@ -1,4 +1,7 @@
-"""One thread for every test, since on problems this small more of them only wait for each other."""
+"""One thread for every test, since on problems this small more of them only wait for each other.
+
+And one test more at a time than there are cores, since many wait for processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,13 @@ import torch
 import torch._dynamo
 from torch.distributions import Distribution
 
+CORES = torch.get_num_threads()
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many tests run at a time."""
+    return CORES + 1
 
 
 @pytest.fixture

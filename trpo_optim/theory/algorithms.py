@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trpo_optim.report import TrustRegionError
-from trpo_optim.theory.bounds import kl_by_state, penalty_coefficient
+from trpo_optim.theory.bounds import penalty_coefficient
 from trpo_optim.theory.tabular_mdp import TabularMDP
 
 __all__ = [
@@ -79,9 +80,8 @@ def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
     if not radius >= 0:
         raise TrustRegionError(f"radius is {radius!r}; it must be at least 0.")
     _require_positive(policy)
-    advantages = mdp.advantages(policy)
-    margins = _margins(policy, advantages, torch.tensor([radius], dtype=torch.float64))
-    return _tilted(policy, advantages, margins)[0][0]
+    tilt = _Tilt.towards(mdp.advantages(policy), policy)
+    return tilt.policy(tilt.margins(torch.tensor(radius, dtype=torch.float64)))
 
 
 def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tensor:
@@ -105,11 +105,10 @@ def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tenso
     if not coefficient >= 0:
         raise TrustRegionError(f"coefficient is {coefficient!r}; it must be at least 0.")
     _require_positive(policy)
-    advantages, visits = mdp.advantages(policy), mdp.visitation(policy)
+    tilt, visits = _Tilt.towards(mdp.advantages(policy), policy), mdp.visitation(policy)
 
     def dear(logs: Tensor) -> Tensor:  # the slope falls with the radius
-        _, slopes = _tilted(policy, advantages, _margins(policy, advantages, logs.exp()))
-        return (slopes @ visits) >= coefficient
+        return (tilt.prices(tilt.margins(logs.exp())) @ visits) >= coefficient
 
     low, high = map(float, _narrowed(dear, _LEAST, _MOST, rounds=10))
     radius = math.exp((low + high) / 2) if high > float(_LEAST) else 0.0
@@ -148,34 +147,59 @@ def _require_positive(policy: Tensor) -> None:
         )
 
 
-def _tilted(policy: Tensor, advantages: Tensor, log_margins: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best policies for given margins of ν above the best action, and their prices.
+@dataclass(frozen=True)
+class _Tilt:
+    """The policies π_new ∝ π / (1 + gap / margin), which gain most for their KL in every state.
 
-    Args:
-        policy: The present policy, (S, A).
-        advantages: (S, A).
-        log_margins: ln of the margins over the advantages' range, (…, S).
+    A margin is that of ν above the best action; margins and gaps are in units of the width.
 
-    Returns:
-        Policies, (…, S, A), and what a nat is worth in each state, (…, S).
+    Attributes:
+        old: π, (A, S): torch sums fastest over the first dimension.
+        gaps: How far an action's advantage is below the best, from 0 to 1, (A, S).
+        widths: How far the advantages are apart, (S,).
     """
-    gap = advantages.amax(1, keepdim=True) - advantages
-    width = gap.amax(1)
-    weights = policy / ((log_margins.exp() * width)[..., None] + gap).clamp_min(1e-300)
-    total = weights.sum(-1)
-    flat = width == 0
-    new = torch.where(flat[:, None], policy, weights / total[..., None])
-    return new, torch.where(flat, 0.0, 1 / total)
+
+    old: Tensor
+    gaps: Tensor
+    widths: Tensor
+
+    @classmethod
+    def towards(cls, advantages: Tensor, old: Tensor) -> _Tilt:
+        gaps = advantages.amax(1, keepdim=True) - advantages
+        widths = gaps.amax(1)
+        relative = (gaps / widths[:, None]).nan_to_num()  # where all are the same, no gaps
+        return cls(old.T.contiguous(), relative.T.contiguous(), widths)
+
+    def policy(self, log_margins: Tensor) -> Tensor:
+        """Return the policy for margins of (S,)."""
+        _, weights = self._kept(log_margins)
+        return (weights / weights.sum(0)).T
+
+    def prices(self, log_margins: Tensor) -> Tensor:
+        """Return what a nat is worth in each state, (…, S)."""
+        _, weights = self._kept(log_margins)
+        return self.widths * log_margins.exp() / weights.sum(0)
+
+    def margins(self, radii: Tensor) -> Tensor:
+        """Return the ln margins whose policies have given KLs, (…), in every state, (…, S)."""
+
+        def outside(log_margins: Tensor) -> Tensor:
+            kept, weights = self._kept(log_margins)
+            terms = kept.log().neg_().add_(weights.sum(0).log())
+            return terms.mul_(_over(self.old, log_margins)).sum(0) > radii[..., None]
+
+        high = torch.full((*radii.shape, len(self.widths)), 80.0, dtype=torch.float64)  # π itself
+        return _narrowed(outside, -high, high, rounds=14)[1]  # from the best action alone
+
+    def _kept(self, log_margins: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is kept of each action, and of its probability, (A, …, S)."""
+        kept = (_over(self.gaps, log_margins) * log_margins.neg().exp_()).add_(1).reciprocal_()
+        return kept, kept * _over(self.old, log_margins)
 
 
-def _margins(policy: Tensor, advantages: Tensor, radii: Tensor) -> Tensor:
-    """Return the ln margins whose policies have K given KLs in every state, (K, S)."""
-
-    def outside(margins: Tensor) -> Tensor:
-        return kl_by_state(policy, _tilted(policy, advantages, margins)[0]) > radii[:, None]
-
-    high = torch.full((len(radii), len(policy)), 80.0, dtype=torch.float64)  # the policy itself
-    return _narrowed(outside, -high, high, rounds=14)[1]  # from the best action alone
+def _over(table: Tensor, like: Tensor) -> Tensor:
+    """Return a table of (A, S) as (A, …, S), to go with what is (…, S)."""
+    return table.view(len(table), *[1] * (like.ndim - 1), -1)
 
 
 def _narrowed(
