@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import train
 import tyro
-from random_actions import returns_at_random
+from checkpoint import comparable, require_same
+from random_actions import first_start, returns_at_random
 from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -174,9 +175,24 @@ class Job:
             **changes,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Return what it is run with, as its lines say it."""
+        if self.algorithm == "random":
+            return {}
+        if self.algorithm == "sb3-contrib":
+            return SB3[self.env_id]
+        return comparable(self.args(self.total_steps))
+
     def done(self) -> int:
-        """Return how many pieces are finished."""
-        return len(self.lines.read_text("utf-8").splitlines()) if self.lines.exists() else 0
+        """Return how many pieces are finished.
+
+        Raises:
+            SystemExit: If they were run with other settings.
+        """
+        lines = self.lines.read_text("utf-8").splitlines() if self.lines.exists() else []
+        for line in lines[-1:]:
+            require_same(self.lines, json.loads(line)["settings"], self.settings())
+        return len(lines)
 
 
 VANILLA_LR = 0.01
@@ -190,7 +206,7 @@ def advance(job: Job, piece: int) -> None:
     train_and_judge = {"sb3-contrib": _sb3, "random": _random}.get(job.algorithm, _ours)
     result = train_and_judge(job, steps)
     line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
-    line |= {"seconds": round(time.perf_counter() - start, 1)}
+    line |= {"seconds": round(time.perf_counter() - start, 1), "settings": job.settings()}
     with job.lines.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -209,7 +225,9 @@ def _ours(job: Job, steps: int) -> dict[str, Any]:
     envs = train.make_envs(replace(run.args, num_envs=EPISODES))
     policies = {"sampled": run.act, "deterministic": lambda seen: run.act(seen).mode}
     returns = {
-        name: single_path(envs, policy, episodes=EPISODES, seed=10_000 + job.seed).episode_returns
+        name: single_path(
+            envs, policy, episodes=EPISODES, seed=first_start(job.seed)
+        ).episode_returns
         for name, policy in policies.items()
     }
     envs.close()
@@ -222,19 +240,20 @@ def _sb3(job: Job, steps: int) -> dict[str, Any]:
     envs = make_vec_env(job.env_id, n_envs=2, seed=job.seed)
     settings = {"normalize": False, "gamma": 0.99} | SB3[job.env_id]
     scaled = settings.pop("normalize")
-    if (folder / "model.zip").exists():
-        normalised = VecNormalize.load(str(folder / "normalise.pkl"), envs)
-        model = TRPO.load(folder / "model.zip", normalised, device="cpu")
+    if done := job.done():
+        normalised = VecNormalize.load(str(folder / f"{done}.pkl"), envs)
+        model = TRPO.load(folder / f"{done}.zip", normalised, device="cpu")
+        model.set_random_seed(job.seed + 1000 * done)  # loading set that of the start again
     else:
         normalised = VecNormalize(
             envs, norm_obs=scaled, norm_reward=scaled, gamma=settings["gamma"]
         )
         model = TRPO("MlpPolicy", normalised, seed=job.seed, device="cpu", **settings)
     model.learn(steps - model.num_timesteps, reset_num_timesteps=False)
-    model.save(folder / "model.zip")
-    normalised.save(str(folder / "normalise.pkl"))
+    model.save(folder / f"{done + 1}.zip")
+    normalised.save(str(folder / f"{done + 1}.pkl"))
     judged = VecNormalize(
-        make_vec_env(job.env_id, n_envs=1, seed=10_000 + job.seed),
+        make_vec_env(job.env_id, n_envs=1, seed=first_start(job.seed)),
         training=False,
         norm_obs=scaled,
         norm_reward=False,
@@ -243,11 +262,22 @@ def _sb3(job: Job, steps: int) -> dict[str, Any]:
         judged.obs_rms = normalised.obs_rms
     returns = {
         name: evaluate_policy(
-            model, judged, EPISODES, deterministic=deterministic, return_episode_rewards=True
+            model,
+            judged,
+            EPISODES,
+            deterministic=deterministic,
+            callback=_new_noise if model.use_sde else None,
+            return_episode_rewards=True,
         )[0]
         for name, deterministic in (("sampled", False), ("deterministic", True))
     }
     return {"steps": model.num_timesteps, **returns}
+
+
+def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
+    """Draw state-dependent noise as often as in training, where an evaluation draws it once."""
+    if now["current_lengths"][0] % now["model"].sde_sample_freq == 0:
+        now["model"].policy.reset_noise()
 
 
 def _quietly() -> None:
@@ -285,7 +315,14 @@ def main(settings: Settings) -> None:
 
     Args:
         settings: Which.
+
+    Raises:
+        SystemExit: If runs of other settings would get into the archive.
     """
+    if settings.changes is not None and settings.folder == Settings().folder:
+        raise SystemExit(
+            f"--changes in {settings.folder}, whose runs go into {ARCHIVE}: give --folder another."
+        )
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.changes is None:
         unpacked(ARCHIVE, settings.folder)

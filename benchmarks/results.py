@@ -19,14 +19,19 @@ def lines_of(archive: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def unpacked(archive: Path, folder: Path) -> None:
-    """Write an archive's runs into a folder, those that it does not have yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _runs(archive: Path) -> dict[str, list[str]]:
+    """Return the lines of an archive by the names of their runs."""
     runs: dict[str, list[str]] = defaultdict(list)
     for line in lines_of(archive):
         name = f"{line['environment']}__{line['algorithm']}__{line['seed']}"
         runs[name].append(json.dumps(line))
-    for name, lines in runs.items():
+    return runs
+
+
+def unpacked(archive: Path, folder: Path) -> None:
+    """Write an archive's runs into a folder, those that it does not have yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in _runs(archive).items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -38,7 +43,7 @@ def pieces_of(algorithm: str, pieces: int) -> int:
 
 
 def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
-    """Write the finished runs of a folder into an archive, and return their lines.
+    """Write the finished runs of a folder into an archive, beside those that it has.
 
     Args:
         folder: Of the runs' files, one a run.
@@ -46,13 +51,15 @@ def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
         archive: The file.
 
     Returns:
-        The lines, run by run.
+        All its lines, run by run.
     """
-    lines = []
-    for path in sorted(folder.glob("*.jsonl")):
+    runs = _runs(archive)
+    for path in folder.glob("*.jsonl"):
         run = path.read_text("utf-8").splitlines()
         if len(run) >= pieces_of(path.stem.split("__")[1], pieces):
-            lines += run
-    with lzma.open(archive, "wt", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    return [json.loads(line) for line in lines]
+            runs[path.stem] = run
+    whole = archive.with_name(f"{archive.name}.new")
+    with lzma.open(whole, "wt", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for _, run in sorted(runs.items()) for line in run)
+    whole.replace(archive)
+    return lines_of(archive)

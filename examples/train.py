@@ -66,10 +66,11 @@ class Args:
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
-    """over how many environment steps the steps' length, √max_kl, falls to zero; None: it stays"""
+    """over how many environment steps the steps' length falls to zero: √max_kl, in mode vanilla lr;
+    None: it stays"""
     per_dimension: bool = False
-    """whether max_kl is multiplied, and the initial standard deviation divided (1 at most), by the
-    number of the action's dimensions"""
+    """multiply max_kl by the number of action dimensions, and divide the initial standard
+    deviation by it, which is then at most 1"""
     constraint: Literal["mean", "max"] = "mean"
     """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
     lr: float = 1.0
@@ -385,13 +386,15 @@ def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
 
 
 def anneal(run: Run) -> None:
-    """Set the radius of the next step."""
+    """Set the length of the next step."""
     args = run.args
     if args.anneal_steps is not None:
         left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
         for group in run.optimizer.param_groups:
             # a step's length goes with the radius' root
             group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
+            if args.mode == "vanilla":
+                group["lr"] = run.optimizer.defaults["lr"] * left
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:

@@ -231,7 +231,8 @@ matrix).
 
 `report.engine` says which one a step used. The optimizer chooses the kernels of attention,
 recurrence and weight norm, runs compiled modules as they were written, holds the dropout mask and
-puts buffers back; nothing of this is asked of the policy. What torch itself cannot differentiate
+puts buffers back; nothing of this is asked of the policy. Under autocast a step of the MLP is that
+in single precision, but for rounding. What torch itself cannot differentiate
 twice is an error that says what to use instead (`nn.EmbeddingBag`, reentrant checkpointing,
 `torch.cdist`).
 

@@ -37,6 +37,7 @@ def test_a_run_in_progress_is_not_overwritten(tmp_path: Path) -> None:
     write(there, 0, [30])
     unpacked(archive, there)
     assert len((there / "A-v1__trpo__0.jsonl").read_text().splitlines()) == 1
+    assert [line["steps"] for line in packed(there, 2, archive)] == [10, 20]
 
 
 def test_without_an_archive_there_is_nothing(tmp_path: Path) -> None:

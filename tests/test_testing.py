@@ -426,7 +426,14 @@ class TestMyPolicy(PolicyTests):  # in pytest: one test per check
     observations = torch.randn(256, 17)
 
 
-print(check_closure(closure, policy.parameters()))  # where step() would be called
+print(  # where step() would be called
+    check_closure(
+        closure,
+        policy.parameters(),
+        log_prob=lambda: log_prob(policy(observations), actions),
+        advantages=advantages,
+    )
+)
 ```
 
 ```sh

@@ -25,7 +25,7 @@ __all__ = ["NoClosedFormError", "kl_of_family"]
 
 _WITHOUT_CLOSED_FORM = (
     "Use sampled_kl(old_log_prob, new_log_prob) on the batch's own actions instead, and return the "
-    "new log-probabilities as the closure's third value."
+    "new log-probabilities as the closure's third value; with policy_closure(), set sampled=True."
 )
 
 

@@ -34,8 +34,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
     ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors; or,
     for the mean, the KL of every sample, shape (N,). It may return as a third value the new
-    policy's distribution, or the tensors that parametrise it: that changes no result and nearly
-    halves the price. It never calls ``backward()``.
+    policy's distribution, or the tensors that parametrise it: that changes no result (but a Laplace
+    policy needs it) and nearly halves the price. It never calls ``backward()``.
 
     =========== ================== ==================================== =========================
     mode        direction          length                               accepted if

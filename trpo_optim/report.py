@@ -62,8 +62,9 @@ class Outcome(enum.Enum):
     NON_POSITIVE_CURVATURE = (
         "The KL does not curve upwards along the gradient, so no step length follows from the "
         "radius; the parameters are unchanged. Check that the second value is KL(old || new), not "
-        "its negative nor a mean of log-probabilities (sampled_kl has the right derivatives), and "
-        "that the policy has not become deterministic; or raise damping."
+        "its negative nor a mean of log-probabilities (sampled_kl has the right derivatives), that "
+        "the distribution is the third value where it is a Laplace, whose KL has a kink, and that "
+        "the policy has not become deterministic; or raise damping."
     )
     KL_ABOVE_RADIUS = (
         "The line search ended with the KL still above max_kl; the step was withdrawn. Check that "
@@ -103,7 +104,7 @@ class StepReport:
         largest_kl: The largest KL of a sample there, in nats; NaN where the closure gives the mean.
         predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
         step_scale: The multiple of the full step that was taken: 1 without a line search; with
-            one, √0.97 unless it shortened or lengthened the step.
+            one, √0.97 at ``lr=1``, unless it shortened or lengthened the step.
         step_norm: L2 length of the move in parameter space.
         gradient_norm: L2 length of the gradient of the loss.
         curvature: xᵀFx, with x the (unscaled) direction and F undamped.

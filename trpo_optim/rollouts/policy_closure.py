@@ -54,7 +54,8 @@ def policy_closure(
             form; it is then a mean.
         curvature: The share of the rows (or environments, with a recurrent state) that
             Fisher-vector products are taken on, in (0, 1). None: all.
-        micro_batch: Evaluate at most so many rows (or environments) at once. None: all.
+        micro_batch: Evaluate at most so many rows (or environments) at once, but for the
+            curvature's share, which is evaluated whole. None: all.
         generator: Draws the curvature's share; None: torch's global one.
 
     Returns:

@@ -59,7 +59,7 @@ def single_path(
             reset.
         state: The initial recurrent state of a policy that has one: a tensor, or a dict or tuple
             of such, with the environments as second dimension.
-        seed: Of the reset.
+        seed: Of the reset; the i-th environment's is ``seed + i``.
         device: Where the policy lives.
         before_step: Called before every step with its number and where the rollout stands.
 

@@ -90,7 +90,7 @@ def vine(
             emulator's, goes on as it was captured.
         after: The vine or the rollout that this trunk goes on from, or its ``end``. None: the
             environments are reset.
-        seed: Of the reset.
+        seed: Of the reset; the i-th environment's is ``seed + i``.
         device: Where policy and critic live.
 
     Returns:

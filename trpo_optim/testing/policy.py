@@ -89,8 +89,8 @@ def check_policy(
             where that has no closed form ``sampled_kl`` on drawn actions.
         parameters: What is trained; needed where ``policy`` is neither a module nor its method.
         skip: Names of checks that are left out.
-        draws: Actions per observation in averages. These are compared within what normal noise
-            explains but once in ten million.
+        draws: Actions per observation in averages. These may differ by what normal noise explains
+            but once in ten million times.
         seed: Of the draws.
 
     Returns:
