@@ -127,7 +127,7 @@ SB3: dict[str, dict[str, Any]] = {
         "n_critic_updates": 15,
     },
 }
-"""What it gives for each task that it has; the other three tasks it does not have."""
+"""What it gives for each task that it has an entry for; it has none for the other three."""
 
 EPISODES = 20
 """Episodes of an evaluation, of each kind."""

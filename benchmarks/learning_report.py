@@ -59,7 +59,6 @@ class Runs:
     """
 
     def __init__(self, lines: list[dict[str, Any]]) -> None:
-        self.lines = lines
         runs: dict[tuple[str, str], dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
         for line in lines:
             runs[line["environment"], line["algorithm"]][line["seed"]].append(line)
@@ -84,22 +83,25 @@ class Runs:
             if all(len(self.final(env_id, each)) for each in algorithms)
         ]
 
-    def normalised(self, algorithm: str, env_ids: list[str]) -> Array:
-        """Return scores, 0 for random actions and 1 for the target, (seeds, tasks)."""
+    def normalised(self, algorithm: str, env_ids: list[str], kind: str) -> Array:
+        """Return scores, 0 for random actions and 1 for the target, (seeds, tasks).
+
+        Of every task as many seeds as the one with the fewest has.
+        """
         columns = []
         for env_id in env_ids:
-            floor = self.final(env_id, "random").mean()
-            columns.append((self.final(env_id, algorithm) - floor) / (TARGETS[env_id][0] - floor))
+            floor, scores = self.final(env_id, "random").mean(), self.final(env_id, algorithm, kind)
+            columns.append((scores - floor) / (TARGETS[env_id][0] - floor))
         seeds = min(map(len, columns))
         return np.stack([column[:seeds] for column in columns], axis=1)
 
-    def pairs(self) -> dict[str, dict[str, Array]]:
+    def pairs(self, kind: str = "deterministic") -> dict[str, dict[str, Array]]:
         """Return normalised scores of TRPO and of each other algorithm, on the tasks of both."""
         found = {}
         for other in ALGORITHMS[1:]:
             if env_ids := self.common("trpo", other, "random"):
                 names = ("trpo", other)
-                found[other] = {name: self.normalised(name, env_ids) for name in names}
+                found[other] = {name: self.normalised(name, env_ids, kind) for name in names}
         return found
 
 
@@ -107,33 +109,31 @@ def interval(
     scores: Mapping[str, Any], measure: Callable[..., Any], reps: int
 ) -> dict[str, tuple[float, float, float]]:
     """Return a measure of each entry with its 95 % stratified bootstrap interval."""
-    points, bounds = library.get_interval_estimates(
-        dict(scores), measure, reps=reps, random_state=np.random.RandomState(0)
-    )
+    np.random.seed(0)  # noqa: NPY002 (what rliable draws by)
+    points, bounds = library.get_interval_estimates(dict(scores), measure, reps=reps)
     return {
         name: (float(points[name]), float(bounds[name][0, 0]), float(bounds[name][1, 0]))
         for name in scores
     }
 
 
+def cell(scores: Array, measure: Callable[..., Any], reps: int) -> str:
+    """Return a measure of one task's seeds with its interval, in words."""
+    middle, low, high = interval({"": scores[:, None]}, measure, reps)[""]
+    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+
+
 def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
     """Return the table of one set of tasks."""
-    head = ["task", "steps", "algorithm", "seeds", "mean", "median", "IQM", "sampled actions"]
+    head = ["task", "steps", "algorithm", "seeds", "mean", "median", "IQM", "mean, sampled"]
     rows = [[*head, "to reach"]]
     for env_id in env_ids:
         for algorithm in ALGORITHMS:
             scores = runs.final(env_id, algorithm)
             if not len(scores):
                 continue
-            cells = []
-            for measure in (
-                metrics.aggregate_mean,
-                metrics.aggregate_median,
-                metrics.aggregate_iqm,
-            ):
-                middle, low, high = interval({"": scores[:, None]}, measure, reps)[""]
-                cells.append(f"{middle:.4g} ({low:.4g} to {high:.4g})")
-            sampled = runs.final(env_id, algorithm, "sampled").mean()
+            quarters = len(scores) >= 4  # of fewer, nothing is outside the middle half
+            sampled = runs.final(env_id, algorithm, "sampled")
             target, source = TARGETS[env_id]
             rows.append(
                 [
@@ -141,8 +141,10 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
                     f"{SETTINGS[env_id].total_steps:,}".replace(",", " "),
                     algorithm,
                     str(len(scores)),
-                    *cells,
-                    f"{sampled:.4g}",
+                    cell(scores, np.mean, reps),
+                    cell(scores, np.median, reps),
+                    cell(scores, metrics.aggregate_iqm, reps) if quarters else "–",
+                    cell(sampled, np.mean, reps),
                     f"{target} ({source})",
                 ]
             )
@@ -151,17 +153,20 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
 
 def across(runs: Runs, reps: int) -> str:
     """Return the tables over all tasks that two algorithms share."""
-    rows = [["", "tasks", "IQM of normalised scores", "the other's", "probability of improvement"]]
-    for other, pair in runs.pairs().items():
-        iqms = interval(pair, metrics.aggregate_iqm, reps)
-        better = interval(
-            {"": (pair["trpo"], pair[other])}, metrics.probability_of_improvement, reps
-        )
-        found = [
-            f"{middle:.2f} ({low:.2f} to {high:.2f})"
-            for middle, low, high in (iqms["trpo"], iqms[other], better[""])
-        ]
-        rows.append([f"trpo over {other}", str(pair[other].shape[1]), *found])
+    head = ["", "actions", "tasks", "runs of each", "IQM of normalised scores", "the other's"]
+    rows = [[*head, "probability of improvement"]]
+    for kind in ("deterministic", "sampled"):
+        for other, pair in runs.pairs(kind).items():
+            iqms = interval(pair, metrics.aggregate_iqm, reps)
+            better = interval(
+                {"": (pair["trpo"], pair[other])}, metrics.probability_of_improvement, reps
+            )
+            found = [
+                f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                for middle, low, high in (iqms["trpo"], iqms[other], better[""])
+            ]
+            counts = f"{len(pair['trpo'])} and {len(pair[other])}"
+            rows.append([f"trpo over {other}", kind, str(pair[other].shape[1]), counts, *found])
     return table(*rows)
 
 
@@ -192,6 +197,7 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
     pairs = runs.pairs()
     figure = Figure(figsize=(4.2 * max(1, len(pairs)), 3.4), layout="constrained")
     marks = np.linspace(0, 2, 81)
+    np.random.seed(0)  # noqa: NPY002 (what rliable draws by)
     for index, (other, pair) in enumerate(pairs.items()):
         shares, bounds = library.create_performance_profile(pair, marks, reps=reps)
         axes = figure.add_subplot(1, len(pairs), index + 1)
@@ -199,7 +205,8 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
             axes.plot(marks, shares[name], color=COLORS[name], label=name)
             axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)
         axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-        axes.set_title(f"{pair[other].shape[1]} tasks", fontsize=10)
+        counts = f"{len(pair['trpo'])} and {len(pair[other])}"
+        axes.set_title(f"{pair[other].shape[1]} tasks, {counts} runs of each", fontsize=10)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -213,20 +220,22 @@ def radius_of(env_id: str) -> str:
 
 def pong_table(runs: list[dict[str, Any]]) -> str:
     """Return the table of Pong's runs."""
-    head = ["scheme", "seed", "simulator steps", "minutes", "episodes"]
-    rows = [[*head, "mean return of the last 20", "standard error"]]
+    rows = [["scheme", "seed", "simulator steps", "minutes", "episodes", "sampled", "likeliest"]]
     for line in runs:
-        returns = np.array([value for _, value in line["episodes"]])
-        last = returns if line["scheme"] == "random" else returns[-20:]
+        learned = line["scheme"] != "random"
+        kinds = [np.array(line[kind]) for kind in ("sampled", "deterministic") if line[kind]]
         rows.append(
             [
                 line["scheme"],
                 str(line["seed"]),
-                "" if line["scheme"] == "random" else f"{line['settings']['total_steps']:,}",
-                f"{line['seconds'] / 60:.0f}",
-                str(len(returns)),
-                f"{last.mean():.1f}",
-                f"{last.std(ddof=1) / len(last) ** 0.5:.1f}",
+                f"{line['settings']['total_steps']:,}".replace(",", " ") if learned else "–",
+                f"{line['seconds'] / 60:.0f}" if learned else "–",
+                str(len(line["episodes"])) if learned else "–",
+                *(
+                    f"{each.mean():.1f} ± {each.std(ddof=1) / len(each) ** 0.5:.1f}"
+                    for each in kinds
+                ),
+                *["–"] * (2 - len(kinds)),
             ]
         )
     return table(*rows)
@@ -237,14 +246,19 @@ def draw_pong(runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     colors = {"single-path": COLORS["trpo"], "vine": COLORS["sb3-contrib"]}
+    floor = [value for line in runs if line["scheme"] == "random" for value in line["sampled"]]
+    axes.axhline(np.mean(floor), color="gray", lw=0.8, label="random")
     for line in runs:
-        if line["scheme"] == "random":
-            axes.axhline(np.mean([value for _, value in line["episodes"]]), color="gray", lw=0.8)
-            continue
-        steps, returns = np.array(line["episodes"]).T
-        smooth = np.convolve(returns, np.ones(20) / 20, mode="valid")
-        label = f"{line['scheme']}, seed {line['seed']}"
-        axes.plot(steps[19:], smooth, color=colors[line["scheme"]], label=label)
+        if line["scheme"] in colors:
+            steps, returns = np.array(line["episodes"]).T
+            smooth = np.convolve(returns, np.ones(20) / 20, mode="valid")
+            axes.plot(
+                steps[19:],
+                smooth,
+                color=colors[line["scheme"]],
+                linestyle=("-", "--", ":")[line["seed"] % 3],
+                label=f"{line['scheme']}, seed {line['seed']}",
+            )
     axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
@@ -255,8 +269,9 @@ PAGE = """# Learning, beside the peers
 Written by `make bench-learning`, whose finished runs are in [`results.jsonl.xz`](results.jsonl.xz),
 one line of JSON an evaluation; runs that it holds are not made again. Final policies, not the best
 of the curve, on separate environments, {episodes} episodes each, deterministic actions (sampled
-ones in a column of their own). Means over seeds with 95 % stratified bootstrap intervals by
-rliable.
+ones in a column of their own). In brackets 95 % stratified bootstrap intervals by rliable, the
+seeds drawn again; with three or five that is little more than their range, and covers less than its
+name says. Of fewer than four the interquartile mean would be the mean.
 
 **Settings.** One set for all MuJoCo tasks: `examples/train.py` with max_kl {mujoco.max_kl} and an
 initial standard deviation of e^{mujoco.log_std} over the number of action dimensions d, 1 at most
@@ -268,12 +283,19 @@ falls linearly to zero; the critic is fitted to the last {mujoco.critic_batches}
 {swimmer.gamma} and {swimmer.gae_lambda}, by one rule: λ = 1 − 5(1 − γ). One for classic control:
 max_kl {classic.max_kl}, {classic.batch_size} steps from {classic.num_envs} environments, log_std
 {classic.log_std}, gamma {classic.gamma}, gae_lambda {classic.gae_lambda}, the same critic.
-sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes, for eleven of these tasks; its
-KL is a mean over action dimensions. Vanilla's learning rate is {vanilla}.
+Vanilla's learning rate is {vanilla} at the start, and falls linearly, too.
+
+sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes for it, on the eleven tasks
+with an entry of their own; its KL is a mean over action dimensions. They were made for the v4 of
+the MuJoCo tasks (Ant-v5 also observes contact forces) and for LunarLander-v2, and for 2 million
+steps on Humanoid. Its runs go on from saved models after each evaluation, in new episodes, most of
+them with the random numbers of the start.
 
 {study}
 
 ![Learning curves](learning.png)
+
+Deterministic actions, mean over the seeds and their range; dashed, what is to be reached.
 
 ## MuJoCo
 
@@ -289,8 +311,10 @@ From frames, with the paper's network of {weights} weights, by both of its sampl
 `examples/vine.py` with max_kl {pong.max_kl}, trunks of {pong.num_envs} environments and
 {pong.trunk_steps} steps, products on {pong.curvature:.0%} of the states; vine tries all six actions
 in {pong.states} states of every trunk, for {pong.horizon} steps each. A simulator step is four
-frames; steps of branches count. Sticky actions, as ALE recommends. Vine's episodes are those of its
-trunks.
+frames, in which one action is held, with probability 0.25 that of the step before; steps of
+branches count. Returns of the final policy, sampled and likeliest actions, in {episodes} episodes
+on separate environments, with the standard error of these; the picture has the episodes of training
+(vine's are those of its trunks), means of twenty.
 
 {pong_table}
 
@@ -310,6 +334,7 @@ Budgets of the size of the paper's, 500 updates of 100 000 simulator steps by si
 
 Scores are 0 for random actions and 1 for the target of the last column above. The probability of
 improvement is that of a random run on a random task being better than one of the other algorithm.
+Of trpo's seeds, 0 to 3 had a part in the search for settings.
 
 {across}
 

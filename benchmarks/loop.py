@@ -17,7 +17,7 @@ BATCH = 2048
 
 
 def ours(env_id: str, count: int) -> dict[str, Job]:
-    """Return the example's loop in parts: collecting, the policy's step, the critic's fit."""
+    """Return the example's loop in parts: collecting, the policy's step, critic and scaling."""
     run = train.new_run(train.Args(env_id=env_id, num_envs=count, batch_size=BATCH, max_kl=0.05))
     last: list[SinglePathBatch] = []
     targets: list[torch.Tensor] = []
@@ -30,6 +30,7 @@ def ours(env_id: str, count: int) -> dict[str, Job]:
 
     def fit() -> None:
         train.fit_critic(run, last[0], targets[0])
+        train.follow(run, last[0].flat(last[0].observations))
         run.update += 1
 
     return {"collect": Job(collect), "policy": Job(step), "critic": Job(fit)}

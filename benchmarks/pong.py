@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any
 
 import tyro
 import vine
-from random_actions import returns_at_random
+from random_actions import first_start, returns_at_random
 from results import lines_of
 from tqdm import tqdm
+
+from trpo_optim.rollouts import single_path
 
 ARCHIVE = Path("docs/pong.jsonl.xz")
 
@@ -37,7 +38,8 @@ SETTINGS = vine.Args(
 
 SCHEMES = ("single-path", "vine", "random")
 
-RANDOM_EPISODES = 30
+EPISODES = 20
+"""Episodes of an evaluation, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,29 @@ def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
 
     Returns:
         Its line: for every episode of the trajectories the simulator steps by its end, and its
-        return.
+        return; and the final policy's returns.
     """
     args = replace(SETTINGS, seed=seed)
+    line = {"scheme": scheme, "seed": seed}
     if scheme == "random":
-        start = time.perf_counter()
-        episodes, seconds = at_random(args), time.perf_counter() - start
-    else:
-        args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
-        run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
-        episodes, seconds = run.episodes, run.seconds
-    return {
-        "scheme": scheme,
-        "seed": seed,
-        "settings": asdict(args),
-        "seconds": round(seconds),
-        "episodes": episodes,
+        returns = returns_at_random(vine.make_envs(args), EPISODES, seed)
+        return {**line, "sampled": returns, "deterministic": []}
+    args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
+    run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
+    envs = vine.make_envs(args)
+    policies = {"sampled": run.agent.act, "deterministic": lambda seen: run.agent.act(seen).mode}
+    finals = {
+        name: single_path(envs, policy, episodes=EPISODES, seed=first_start(seed)).episode_returns
+        for name, policy in policies.items()
     }
-
-
-def at_random(args: vine.Args) -> list[tuple[int, float]]:
-    """Return the episodes of actions drawn alike."""
-    returns = returns_at_random(vine.make_envs(args), RANDOM_EPISODES, args.seed)
-    return [(0, value) for value in returns]
+    envs.close()
+    return {
+        **line,
+        "settings": asdict(args),
+        "seconds": round(run.seconds),
+        "episodes": run.episodes,
+        **finals,
+    }
 
 
 def main(settings: Settings) -> None:
