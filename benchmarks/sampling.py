@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import gymnasium as gym
@@ -82,6 +83,7 @@ def variances(repeats: int) -> str:
     """Return the table of variances: of differences of Q, and of gradients."""
     head = ["environment", "differences of Q: apart", "common random numbers", "ratio"]
     head += ["gradient: single path", "with a critic as baseline", "vine", "ratio"]
+    head += ["simulator steps: single path", "vine"]
     rows = [head]
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
         torch.manual_seed(0)
@@ -99,6 +101,7 @@ def variances(repeats: int) -> str:
         )
         differences: dict[bool, list[Tensor]] = {True: [], False: []}
         gradients: dict[str, list[Tensor]] = {"vine": [], "path": [], "baseline": []}
+        prices = []
         for seed in range(repeats):
             for common, found in differences.items():
                 batch = rollouts.vine(
@@ -116,6 +119,7 @@ def variances(repeats: int) -> str:
                 if common:
                     closure = rollouts.vine_closure(agent.act, batch)
                     gradients["vine"].append(gradient(agent, closure))
+                    prices.append(batch.steps)
             path = rollouts.single_path(envs, agent.act, steps=16 + 30, seed=1000 + seed)
             path.valid[16:] = False  # 128 rows, each with 30 steps of what follows or more
             q = returns_of(path)
@@ -136,6 +140,8 @@ def variances(repeats: int) -> str:
                 f"{spread['baseline']:.3g}",
                 f"{spread['vine']:.3g}",
                 f"{spread['path'] / spread['vine']:.1f}",
+                str(path.rewards.numel()),
+                f"{fmean(prices):.0f}",
             ]
         )
     return table(*rows)
@@ -205,8 +211,8 @@ quartiles of the rounds' own ratios.
 Untrained policies. Left: the variance of Q(s, a) − Q(s, b) of two actions tried from one state
 (all of CartPole's, two of the policy's elsewhere), with independent and with common random
 numbers. Right: the trace of the covariance of the surrogate's gradient, {samples} values of Q in
-each, over {repeats} repeats: the paper's claim is per value of Q; vine pays for its values with
-simulator steps.
+each, over {repeats} repeats, and the simulator steps that these take: the paper's claim is per
+value of Q, and vine pays for its values with steps.
 
 {variances}
 
