@@ -1,7 +1,4 @@
-"""One thread for every test, since on problems this small more of them only wait for each other.
-
-And one test more at a time than there are cores, since many wait for processes of their own.
-"""
+"""One thread for every test, since on problems this small more of them only wait for each other."""
 
 from __future__ import annotations
 
@@ -12,13 +9,7 @@ import torch
 import torch._dynamo
 from torch.distributions import Distribution
 
-CORES = torch.get_num_threads()
 torch.set_num_threads(1)
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Return how many tests run at a time."""
-    return CORES + 1
 
 
 @pytest.fixture
