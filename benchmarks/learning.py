@@ -24,15 +24,13 @@ import torch
 import train
 import tyro
 from checkpoint import comparable, require_same
-from random_actions import first_start, returns_at_random
+from evaluation import EPISODES, first_start, returns_at_random, returns_of
 from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
-
-from trpo_optim.rollouts import single_path
 
 MUJOCO = train.Args(
     total_steps=1_000_000,
@@ -129,9 +127,6 @@ SB3: dict[str, dict[str, Any]] = {
 }
 """What it gives for each task that it has an entry for; it has none for the other three."""
 
-EPISODES = 20
-"""Episodes of an evaluation, of each kind."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -215,7 +210,7 @@ def advance(job: Job, piece: int) -> None:
 
 def _random(job: Job, steps: int) -> dict[str, Any]:
     envs = train.make_envs(replace(job.args(steps), num_envs=EPISODES))
-    returns = returns_at_random(envs, EPISODES, job.seed)
+    returns = returns_at_random(envs, job.seed)
     return {"steps": steps, "sampled": returns, "deterministic": returns}
 
 
@@ -223,15 +218,7 @@ def _ours(job: Job, steps: int) -> dict[str, Any]:
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         run = train.train(job.args(steps))
     envs = train.make_envs(replace(run.args, num_envs=EPISODES))
-    policies = {"sampled": run.act, "deterministic": lambda seen: run.act(seen).mode}
-    returns = {
-        name: single_path(
-            envs, policy, episodes=EPISODES, seed=first_start(job.seed)
-        ).episode_returns
-        for name, policy in policies.items()
-    }
-    envs.close()
-    return {"steps": run.step, **returns}
+    return {"steps": run.step, **returns_of(envs, run.act, job.seed)}
 
 
 def _sb3(job: Job, steps: int) -> dict[str, Any]:

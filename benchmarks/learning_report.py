@@ -19,7 +19,8 @@ import pong
 import train
 import tyro
 import vine
-from learning import CLASSIC, EPISODES, MUJOCO, SETTINGS, SWIMMER, VANILLA_LR
+from evaluation import EPISODES
+from learning import CLASSIC, MUJOCO, SETTINGS, SWIMMER, VANILLA_LR
 from loop import loop_table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -117,6 +118,16 @@ def interval(
     }
 
 
+def runs_of_each(pair: Mapping[str, Array]) -> str:
+    """Return how many runs of a task two algorithms have, in words."""
+    return " and ".join(str(len(scores)) for scores in pair.values())
+
+
+def steps_of(number: int) -> str:
+    """Return a number of steps with its thousands apart."""
+    return f"{number:,}".replace(",", " ")
+
+
 def cell(scores: Array, measure: Callable[..., Any], reps: int) -> str:
     """Return a measure of one task's seeds with its interval, in words."""
     middle, low, high = interval({"": scores[:, None]}, measure, reps)[""]
@@ -138,7 +149,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
             rows.append(
                 [
                     env_id,
-                    f"{SETTINGS[env_id].total_steps:,}".replace(",", " "),
+                    steps_of(SETTINGS[env_id].total_steps),
                     algorithm,
                     str(len(scores)),
                     cell(scores, np.mean, reps),
@@ -165,8 +176,8 @@ def across(runs: Runs, reps: int) -> str:
                 f"{middle:.2f} ({low:.2f} to {high:.2f})"
                 for middle, low, high in (iqms["trpo"], iqms[other], better[""])
             ]
-            counts = f"{len(pair['trpo'])} and {len(pair[other])}"
-            rows.append([f"trpo over {other}", kind, str(pair[other].shape[1]), counts, *found])
+            tasks = str(pair[other].shape[1])
+            rows.append([f"trpo over {other}", kind, tasks, runs_of_each(pair), *found])
     return table(*rows)
 
 
@@ -205,8 +216,8 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
             axes.plot(marks, shares[name], color=COLORS[name], label=name)
             axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)
         axes.set(xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-        counts = f"{len(pair['trpo'])} and {len(pair[other])}"
-        axes.set_title(f"{pair[other].shape[1]} tasks, {counts} runs of each", fontsize=10)
+        title = f"{pair[other].shape[1]} tasks, {runs_of_each(pair)} runs of each"
+        axes.set_title(title, fontsize=10)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -228,7 +239,7 @@ def pong_table(runs: list[dict[str, Any]]) -> str:
             [
                 line["scheme"],
                 str(line["seed"]),
-                f"{line['settings']['total_steps']:,}".replace(",", " ") if learned else "–",
+                steps_of(line["settings"]["total_steps"]) if learned else "–",
                 f"{line['seconds'] / 60:.0f}" if learned else "–",
                 str(len(line["episodes"])) if learned else "–",
                 *(

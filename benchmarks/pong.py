@@ -18,11 +18,9 @@ from typing import Any
 
 import tyro
 import vine
-from random_actions import first_start, returns_at_random
+from evaluation import returns_at_random, returns_of
 from results import lines_of
 from tqdm import tqdm
-
-from trpo_optim.rollouts import single_path
 
 ARCHIVE = Path("docs/pong.jsonl.xz")
 
@@ -37,9 +35,6 @@ SETTINGS = vine.Args(
 """Of both schemes; the rest are the example's defaults."""
 
 SCHEMES = ("single-path", "vine", "random")
-
-EPISODES = 20
-"""Episodes of an evaluation, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +66,16 @@ def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
     args = replace(SETTINGS, seed=seed)
     line = {"scheme": scheme, "seed": seed}
     if scheme == "random":
-        returns = returns_at_random(vine.make_envs(args), EPISODES, seed)
+        returns = returns_at_random(vine.make_envs(args), seed)
         return {**line, "sampled": returns, "deterministic": []}
     args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
     run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
-    envs = vine.make_envs(args)
-    policies = {"sampled": run.agent.act, "deterministic": lambda seen: run.agent.act(seen).mode}
-    finals = {
-        name: single_path(envs, policy, episodes=EPISODES, seed=first_start(seed)).episode_returns
-        for name, policy in policies.items()
-    }
-    envs.close()
     return {
         **line,
         "settings": asdict(args),
         "seconds": round(run.seconds),
         "episodes": run.episodes,
-        **finals,
+        **returns_of(vine.make_envs(args), run.agent.act, seed),
     }
 
 

@@ -1,0 +1,63 @@
+"""How runs are judged: whole episodes, in environments and from starts of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gymnasium.vector import SyncVectorEnv
+from torch import Tensor
+
+from trpo_optim.rollouts import single_path
+
+EPISODES = 20
+"""Episodes of an evaluation, of each kind."""
+
+
+def first_start(seed: int) -> int:
+    """Return the seed of the first environment that a run is judged in; the next has one more.
+
+    Far enough apart that runs of other seeds are judged from other starts.
+    """
+    return 10_000 + 1_000 * seed
+
+
+def returns_of(
+    envs: SyncVectorEnv, act: Callable[[Tensor], Any], seed: int
+) -> dict[str, list[float]]:
+    """Return a policy's returns, sampled and by its likeliest actions; the environments are closed.
+
+    Args:
+        envs: The environments.
+        act: From observations to the distribution over actions.
+        seed: Of the run.
+
+    Returns:
+        One number an episode, for each kind.
+    """
+    policies = {"sampled": act, "deterministic": lambda seen: act(seen).mode}
+    returns = {name: _returns(envs, policy, seed) for name, policy in policies.items()}
+    envs.close()
+    return returns
+
+
+def returns_at_random(envs: SyncVectorEnv, seed: int) -> list[float]:
+    """Return what actions drawn alike come to, the floor; the environments are closed.
+
+    Args:
+        envs: The environments.
+        seed: Of the run.
+
+    Returns:
+        One number an episode.
+    """
+    envs.action_space.seed(seed)
+    returns = _returns(envs, lambda _: torch.as_tensor(envs.action_space.sample()), seed)
+    envs.close()
+    return returns
+
+
+def _returns(envs: SyncVectorEnv, policy: Callable[[Tensor], Any], seed: int) -> list[float]:
+    batch = single_path(envs, policy, episodes=EPISODES, seed=first_start(seed))
+    return batch.episode_returns
