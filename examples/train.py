@@ -111,6 +111,14 @@ class Args:
         return self.run_dir or Path("runs") / f"{self.env_id}__{self.mode}__{self.seed}"
 
 
+class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
+    """Leaves out what is not read here; vector environments would gather it at every step."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step, of which only the info is another."""
+        return *self.env.step(action)[:4], {}
+
+
 def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode.
 
@@ -123,7 +131,7 @@ def make_envs(args: Args) -> SyncVectorEnv:
         if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return env if flat else gym.wrappers.FlattenObservation(env)
+        return WithoutInfo(env if flat else gym.wrappers.FlattenObservation(env))
 
     return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 

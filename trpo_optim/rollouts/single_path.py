@@ -194,29 +194,32 @@ class _Path:
         )
         done = (terminated | truncated) & ~cursor.resetting
         valid = ~cursor.resetting if self.quotas is None else ~cursor.resetting & (self.quotas > 0)
+        ended = done & valid
+        returns, lengths = cursor.returns + rewards, cursor.lengths + 1
         lasts = info.get("final_obs") if self.mode is AutoresetMode.SAME_STEP else following
-        for index in np.flatnonzero(done & valid & ~terminated):
-            self.cuts.append((len(self.rewards), int(index), one_of(lasts, int(index))))
+        for index in map(int, ended.nonzero()[0]):
+            self.episodes.append((float(returns[index]), int(lengths[index])))
+            if not terminated[index]:
+                self.cuts.append((len(self.rewards), index, one_of(lasts, index)))
         self.observations.append(seen)
         self.actions.append(actions)
         self.rewards.append(np.array(rewards))
-        self.terminated.append(done & valid & terminated)
-        self.truncated.append(done & valid & ~terminated)
+        self.terminated.append(ended & terminated)
+        self.truncated.append(ended & ~terminated)
         self.starts.append(cursor.starts & valid)
         self.valid.append(valid)
-        returns, lengths = cursor.returns + rewards, cursor.lengths + 1
-        for index in np.flatnonzero(done & valid):
-            self.episodes.append((float(returns[index]), int(lengths[index])))
         if self.quotas is not None:
-            self.quotas -= done & valid
+            self.quotas -= ended
+        returns[done | cursor.resetting] = 0.0
+        lengths[done | cursor.resetting] = 0
         later = self.mode is AutoresetMode.NEXT_STEP
         self.cursor = Cursor(
             observations=following,
             state=state,
             starts=cursor.resetting if later else done,
-            resetting=done if later else np.zeros_like(done),
-            returns=np.where(done | cursor.resetting, 0.0, returns),
-            lengths=np.where(done | cursor.resetting, 0, lengths),
+            resetting=done if later else cursor.resetting,
+            returns=returns,
+            lengths=lengths,
         )
         if self.mode is AutoresetMode.DISABLED and done.any():
             self.cursor.observations, _ = envs.reset(options={"reset_mask": done})

@@ -66,9 +66,9 @@ def tensors_of(observations: Any, device: torch.device | str) -> Any:
     """Return observations as tensors: real numbers in torch's default type, others in their own."""
 
     def tensor(value: Any) -> Tensor:
-        made = torch.as_tensor(np.asarray(value))
+        made = torch.from_numpy(np.array(value))  # a copy: environments may reuse their memory
         kind = torch.get_default_dtype() if made.is_floating_point() else made.dtype
-        return made.to(device=device, dtype=kind, copy=True)  # environments may reuse their memory
+        return made.to(device=device, dtype=kind)
 
     return mapped(tensor, observations)
 
