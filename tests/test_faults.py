@@ -12,6 +12,7 @@ from problems import MODES, CategoricalPolicy, Problem, Snapshot, gaussian, give
 from torch import Tensor, nn
 
 from trpo_optim import Outcome, StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim.testing import Verdict, check_closure
 
 Change = Callable[[Tensor, Tensor], object]
 
@@ -202,6 +203,47 @@ def test_a_step_too_small_for_the_kl_to_show_is_not_taken_for_misuse() -> None:
     report = problem.optimizer(mode="vanilla", lr=1e-4).step(problem.closure)
     assert report.accepted
     assert abs(report.kl) < 1e-6
+
+
+class Wide(nn.Module):
+    """A Gaussian whose scale is fixed, and large beside what its mean may reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Linear(4, 2)
+
+    def forward(self, observation: Tensor) -> torch.distributions.Distribution:
+        return torch.distributions.Independent(
+            torch.distributions.Normal(self.mean(observation), 1e4), 1
+        )
+
+
+class Saturated(nn.Module):
+    """A policy that has all but settled on one action."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
+        with torch.no_grad():
+            self.network[2].weight.mul_(0.1)  # type: ignore[operator]
+            self.network[2].bias.copy_(torch.tensor([8.0, -8.0]))  # type: ignore[operator]
+
+    def forward(self, observation: Tensor) -> torch.distributions.Distribution:
+        return torch.distributions.Categorical(logits=self.network(observation))
+
+
+@modes
+@pytest.mark.parametrize("policy", [Wide, Saturated])
+def test_a_policy_that_hardly_answers_to_its_parameters_is_not_taken_for_misuse(
+    policy: type[nn.Module], mode: str
+) -> None:
+    torch.manual_seed(0)
+    problem = Problem(policy(), torch.randn(64, 4))
+    settings = {"lr": 0.1} if mode == "vanilla" else {}
+    report = problem.optimizer(mode=mode, **settings).step(problem.closure)
+    assert isinstance(report, StepReport)
+    findings = check_closure(problem.closure, problem.parameters()).findings
+    assert [each.verdict for each in findings if each.check == "moving kl"] == [Verdict.PASSED]
 
 
 @modes

@@ -11,7 +11,7 @@ import torch
 from devices import each_device
 from problems import MODES, PROBLEMS, GaussianPolicy, Problem, categorical, gaussian
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from trpo_optim import Outcome, TrustRegionOptimizer
 
@@ -90,6 +90,39 @@ def test_vanilla_with_max_norm_fills_the_ball(make: Callable[[], Problem]) -> No
     move, report = taken(problem, mode="vanilla", max_norm=0.2)
     torch.testing.assert_close(move, -0.2 * gradient / gradient.norm(), rtol=1e-10, atol=1e-14)
     assert report.step_norm == pytest.approx(0.2)
+
+
+def test_a_step_too_small_for_bfloat16_is_said_to_have_the_length_zero() -> None:
+    policy = gaussian(dtype=torch.float32).policy.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(torch.ones_like(parameter))
+    problem = Problem(policy, torch.randn(64, 4, dtype=torch.bfloat16))
+    move, report = taken(problem, mode="vanilla", max_norm=1e-3)
+    assert report.accepted
+    assert report.step_norm == float(move.norm()) == 0
+
+
+class Tabular(nn.Module):
+    """Logits by state, of which few are seen."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 3, sparse=sparse)
+
+    def forward(self, states: Tensor) -> Categorical:
+        return Categorical(logits=self.table(states))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_gradients_give_the_same_step(mode: str) -> None:
+    steps = []
+    for sparse in (False, True):
+        policy = Tabular(sparse=sparse)
+        steps.append(taken(Problem(policy, torch.arange(20)), mode=mode)[0])
+    assert steps[0].norm() > 0
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("mode", MODES)

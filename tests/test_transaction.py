@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
 
 import trpo_optim
-from trpo_optim import StepReport, second_order
+from trpo_optim import StepReport, TrustRegionOptimizer, second_order
 
 PACKAGE = str(Path(trpo_optim.__file__).parent)
 
@@ -146,6 +148,53 @@ def test_buffers_are_put_back_however_they_were_written(rejected: bool) -> None:
     assert not replaced.any()
 
 
+@torch.library.custom_op("trpo_optim_tests::bump", mutates_args={"x"})
+def bump(x: Tensor) -> None:
+    """Add one, in a way that the operator's name does not tell."""
+    x += 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        bump,
+        lambda buffer: torch.ops.aten.add_.Tensor(buffer, other=torch.ones(3)),
+        lambda buffer: torch.ops.aten.add.out(buffer, torch.ones(3), out=buffer),
+        lambda buffer: nn.functional.hardtanh(buffer, 0.25, 0.5, inplace=True),
+        lambda buffer: nn.ELU(inplace=True)(buffer),
+    ],
+    ids=["custom_op", "overload", "overload with out", "inplace=True", "an inplace module"],
+)
+def test_buffers_are_put_back_whatever_operator_wrote_them(write: Callable[[Tensor], Any]) -> None:
+    problem = small_problem()
+    buffer = torch.tensor([-1.0, 2.0, 3.0])
+    seen = []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        seen.append(buffer.tolist())
+        write(buffer)
+        return problem.closure()
+
+    assert problem.optimizer(damping=1e-3).step(closure).accepted
+    assert len(seen) > 1
+    assert [*seen, buffer.tolist()] == [[-1.0, 2.0, 3.0]] * (len(seen) + 1)
+
+
+def test_what_a_closure_made_and_wrote_is_not_kept_when_it_has_gone() -> None:
+    problem = small_problem()
+    made: list[weakref.ref[Any]] = []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        assert not any(each() for each in made)
+        scratch = torch.zeros(100).add_(1)
+        made.append(weakref.ref(scratch.untyped_storage()))
+        return problem.closure()
+
+    report = problem.optimizer(damping=1e-3).step([closure, closure])
+    assert report.accepted
+    assert len(made) == report.closure_evaluations > 4
+
+
 def test_every_evaluation_sees_the_buffers_that_the_step_began_with() -> None:
     problem = small_problem()
     seen = []
@@ -157,6 +206,25 @@ def test_every_evaluation_sees_the_buffers_that_the_step_began_with() -> None:
     report = take_a_step(problem)
     assert len(seen) == report.closure_evaluations >= 2
     assert set(seen) == {(0.0, 0.0)}
+
+
+def draws_other_numbers(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """Compile as inductor does, in that dropout draws another mask than uncompiled."""
+
+    def compiled(*args: Any) -> Any:
+        torch.rand(7)
+        return graph(*args)
+
+    return compiled
+
+
+@pytest.mark.usefixtures("compiler")
+def test_every_evaluation_of_a_compiled_policy_sees_one_dropout_mask() -> None:
+    plain, compiled = small_problem(), small_problem()
+    compiled.policy.compile(backend=draws_other_numbers)
+    report, expected = take_a_step(compiled), take_a_step(plain)
+    assert report == expected
+    assert torch.equal(compiled.vector(), plain.vector())
 
 
 def test_buffers_of_modules_that_other_threads_use_are_left_alone() -> None:
@@ -201,6 +269,20 @@ def test_the_callers_grad_mode_changes_nothing(context: Callable[[], Any], mode:
         take_a_step(other, mode=mode)
         assert torch.is_grad_enabled() == enabled
     assert torch.equal(plain.vector(), other.vector())
+
+
+def test_parameters_that_the_loss_does_not_reach_are_not_even_written() -> None:
+    problem = small_problem()
+    critic = nn.Linear(2, 1)
+    value = critic(problem.observations).square().mean()
+    versions = [each._version for each in critic.parameters()]
+    optimizer = TrustRegionOptimizer([*problem.parameters(), *critic.parameters()], damping=1e-3)
+    assert optimizer.step(problem.closure).accepted
+    problem = Problem(problem.policy, problem.observations)
+    report = optimizer.step(lambda: (problem.closure()[0] * math.nan, problem.closure()[1]))
+    assert not report.accepted
+    assert [each._version for each in critic.parameters()] == versions
+    value.backward()  # its graph was made before the step
 
 
 def test_parameters_are_written_in_place() -> None:

@@ -60,7 +60,8 @@ class Objective:
         self.evaluations = 0
         self._closure = closure
         self._transaction = transaction
-        self._recurrent = False  # until seen; then every evaluation draws the same dropout masks
+        # Until seen; then every evaluation runs what draws the same dropout masks.
+        self._recurrent = self._random = False
 
     def at(self, *twins: Tensor) -> Values:
         """Evaluate with each parameter replaced by its twin, wherever it is used.
@@ -81,7 +82,9 @@ class Objective:
         """Evaluate at the parameters themselves, recording the graph."""
         self.rewind()
         with torch.enable_grad():
-            return self._watched({})
+            values = self._watched({})
+        self._random |= self.drew_random_numbers()
+        return values
 
     def rewind(self) -> None:
         """Return buffers and random state to where the step found them."""
@@ -105,7 +108,8 @@ class Objective:
         """
         self.rewind()
         try:
-            values = self._evaluate(*([without_cudnn()] if self._recurrent else []))
+            seen = {without_cudnn: self._recurrent, uncompiled: self._random}
+            values = self._evaluate(*(context() for context, needed in seen.items() if needed))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
             return Numbers(math.nan, math.nan)
         except ValueError as error:

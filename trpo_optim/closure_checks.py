@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,22 +188,29 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
         )
 
 
-def require_moving_kl(kl_before: float, far: Numbers, resolution: float) -> None:
+def require_moving_kl(kl_before: float, elsewhere: Iterable[Numbers], resolution: float) -> None:
     """Check that the KL answers to the parameters.
 
     A KL that stays zero compares the new policy with itself: the trust region would never bind.
 
     Args:
         kl_before: The closure's KL at the current parameters, in nats.
-        far: The closure's values at parameters far from these.
+        elsewhere: The closure's values at other parameters, made as far as they are looked at.
         resolution: KLs closer than this cannot be told apart, in nats.
 
     Raises:
-        TrustRegionError: If the KL does not change there, and the loss is a number.
+        TrustRegionError: If the KL changes nowhere, and both are numbers somewhere.
     """
-    if abs(far.kl - kl_before) <= resolution and math.isfinite(far.loss):
+    same = []
+    for loss, kl, _ in elsewhere:
+        if not math.isfinite(loss) or math.isnan(kl):
+            continue
+        if abs(kl - kl_before) > resolution:
+            return
+        same.append(kl)
+    if same:
         raise TrustRegionError(
-            f"The closure's KL stays at {far.kl:g} however far the parameters move: the trust "
+            f"The closure's KL stays at {same[0]:g} however far the parameters move: the trust "
             "region would never bind. Compute the old distribution and the old log-probabilities "
             "once, outside the closure and detached, and return KL(old || new) of the policy that "
             "the loss uses."

@@ -120,7 +120,7 @@ def backtrack(
         promised = settings.improvement_ratio * scale * prediction.improvement
         accepted = Search(Outcome.ACCEPTED, trial, scale, backtracks)
         if not trial.finite:
-            if short is not None and beyond is None:
+            if short is not None:
                 break  # only a longer step was not
             return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
         held = trial.kl if settings.constraint == "mean" else trial.largest_kl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from itertools import compress, repeat
 
 import torch
 from torch import Tensor
@@ -64,10 +65,11 @@ class ParameterVector:
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return tensors shaped like the parameters as one vector; None counts as zeros."""
         pieces = [
-            whole(torch.zeros_like(parameter) if tensor is None else tensor).reshape(-1)
+            whole(torch.zeros_like(parameter) if tensor is None else tensor)
             for tensor, parameter in zip(tensors, self.parameters, strict=True)
         ]
-        return torch.cat(pieces).to(self.dtype)
+        dense = [each.to_dense() if each.is_sparse else each for each in pieces]
+        return torch.cat([each.reshape(-1) for each in dense]).to(self.dtype)
 
     def scatter(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's pieces in the parameters' shapes and dtypes."""
@@ -78,7 +80,15 @@ class ParameterVector:
             )
         ]
 
-    def write(self, values: Sequence[Tensor]) -> None:
-        """Copy values into the parameters, in place and in one call that nothing interrupts."""
-        with torch.no_grad():
-            torch._foreach_copy_(tuple(map(local, self.parameters)), tuple(map(local, values)))
+    def reached(self, vector: Tensor) -> list[bool]:
+        """Return of every parameter whether a vector is anything but zero there."""
+        norms = torch._foreach_norm(torch.split(vector, self._sizes), 1)
+        return torch.stack(norms).ne(0).tolist()
+
+    def write(self, values: Sequence[Tensor], chosen: Iterable[bool] = repeat(True)) -> None:
+        """Copy values into chosen parameters, in place and in one call that nothing interrupts."""
+        pairs = list(compress(zip(self.parameters, values, strict=True), chosen))
+        targets, sources = ([local(pair[side]) for pair in pairs] for side in (0, 1))
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources)

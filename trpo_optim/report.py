@@ -94,7 +94,7 @@ class StepReport:
 
     Attributes:
         outcome: How the step ended.
-        accepted: Whether the parameters moved; true exactly for ``Outcome.ACCEPTED``.
+        accepted: Whether the step was taken; true exactly for ``Outcome.ACCEPTED``.
         loss_before: The closure's first value at the old parameters.
         loss_after: The closure's first value at the parameters that the step leaves.
         improvement: How much better the first value became: its fall, or its rise with
@@ -105,7 +105,8 @@ class StepReport:
         predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
         step_scale: The multiple of the full step that was taken: 1 without a line search; with
             one, √0.97 at ``lr=1``, unless it shortened or lengthened the step.
-        step_norm: L2 length of the move in parameter space.
+        step_norm: L2 length of the move in parameter space, as the parameters' precision kept it:
+            0 where a step is too small for bfloat16 to show.
         gradient_norm: L2 length of the gradient of the loss.
         curvature: xᵀFx, with x the (unscaled) direction and F undamped.
         cg_iterations: Iterations of conjugate gradient behind the direction.

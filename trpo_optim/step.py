@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from trpo_optim.batch import Batch
 from trpo_optim.closure_checks import (
+    Numbers,
     blaming,
     require_largest_kl,
     require_moving_kl,
@@ -93,7 +95,7 @@ def take_step(
         _require_moving_kl(batch, transaction, model)
     if search.outcome is Outcome.ACCEPTED:
         transaction.move(step, search.scale)  # the last trial may have lain elsewhere
-        figures["step_norm"] = search.scale * step_norm
+        figures["step_norm"] = transaction.moved()
     return search.outcome
 
 
@@ -160,12 +162,16 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
 def _require_moving_kl(
     batch: Batch | SharedBatch, transaction: Transaction, model: LocalModel
 ) -> None:
-    """Check the KL far away in every parameter, beyond any rounding and whatever the step moves."""
-    transaction.move(transaction.far_away(), 1.0)
-    try:
-        far = batch.values()
-    except Exception as error:  # what a sound closure makes of a point that no step goes to
-        if isinstance(error, RankError) and error.lost:
-            raise
-        return
-    require_moving_kl(model.kl, far, model.kl_resolution)
+    """Check the KL at places far from here in every parameter, whatever the step moves."""
+
+    def elsewhere() -> Iterator[Numbers]:
+        for step in transaction.elsewhere():
+            transaction.move(step, 1.0)
+            try:
+                yield batch.values()
+            except Exception as error:  # what a sound closure makes of a point no step goes to
+                if isinstance(error, RankError) and error.lost:
+                    raise
+                return
+
+    require_moving_kl(model.kl, elsewhere(), model.kl_resolution)

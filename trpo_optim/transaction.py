@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trpo_optim.parameter_vector import ParameterVector
+from trpo_optim.sharded import local
 
 __all__ = ["Transaction"]
+
+_Place = tuple[()] | tuple[int, torch.Size, tuple[int, ...]]
+"""Of a tensor in its storage: offset, shape and strides."""
 
 
 class Transaction:
@@ -41,7 +47,8 @@ class Transaction:
         self.origin = vector.current()
         self._grads = [parameter.grad for parameter in vector.parameters]
         self._random = [(each, each.get_state()) for each in _generators(vector.device)]
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: MutableMapping[Any, dict[_Place, Tensor]] = WeakIdKeyDictionary()
+        self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
         self._ended = False
@@ -68,18 +75,28 @@ class Transaction:
             parameter.grad = None
 
     def remember_written(self, tensor: Tensor) -> None:
-        """Keep the content of a tensor that is about to be written in place."""
-        transient = tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor)
-        if not transient and id(tensor) not in self._written:
+        """Keep the content of a tensor about to be written in place, for as long as it lives."""
+        if tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor):
+            return
+        tensor = local(tensor)
+        owner: Any = tensor
+        place: _Place = ()
+        if tensor.layout == torch.strided:  # the memory outlives this view of it
+            owner = tensor.untyped_storage()
+            place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        contents = self._written.setdefault(owner, {})
+        if place not in contents:
             with torch._C._DisableFuncTorch():  # a copy made at a transform's level dies with it
-                self._written[id(tensor)] = (tensor, tensor.detach().clone())
+                contents[place] = tensor.detach().clone()
 
     def rewind(self) -> None:
         """Return buffers and random state to where they were before the step."""
         for module, name, value in self._replaced.values():
             module._buffers[name] = value
-        for tensor, content in reversed(self._written.values()):  # the first of two aliases wins
-            tensor.detach().copy_(content)
+        for owner, contents in self._written.items():
+            for place, content in reversed(contents.items()):  # the first of two aliases wins
+                target = content.new_empty(0).set_(owner, *place) if place else owner.detach()
+                target.copy_(content)
         for generator, state in self._random:
             generator.set_state(state)
         torch.clear_autocast_cache()  # it does not see parameters that are written in place
@@ -95,27 +112,43 @@ class Transaction:
             step: Shape (n,).
             scale: The share of it to take.
         """
-        self._vector.write(self._vector.scatter(torch.add(self.origin, step, alpha=scale)))
+        reached = self._vector.reached(step)
+        self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
+        self._put(torch.add(self.origin, step, alpha=scale))
+
+    def moved(self) -> float:
+        """Return how far the parameters are from the origin, as their precision has it."""
+        return float((self._vector.current() - self.origin).norm())
+
+    def elsewhere(self) -> Iterator[Tensor]:
+        """Yield moves to points where every parameter has one length and lies along no axis."""
+        for length in (1.0, 1e3, 1e6):
+            yield length * self._waves() - self.origin
 
     def far_away(self) -> Tensor:
         """Return a move of a tenth of each parameter's length, fixed and along no axis."""
-        waves = torch.arange(1.0, len(self.origin) + 1, device=self._vector.device).sin()
-        pieces = (self._vector.scatter(each) for each in (self.origin, waves))
+        pieces = (self._vector.scatter(each) for each in (self.origin, self._waves()))
         return self._vector.gather(
-            [
-                0.1 * max(1.0, float(here.norm())) * wave / wave.norm()
-                for here, wave in zip(*pieces, strict=True)
-            ]
+            [0.1 * max(1.0, float(here.norm())) * wave for here, wave in zip(*pieces, strict=True)]
         )
+
+    def _waves(self) -> Tensor:
+        """Return a fixed vector along no axis, in every parameter of length 1."""
+        waves = torch.arange(1.0, len(self.origin) + 1, device=self._vector.device).sin()
+        return self._vector.gather([each / each.norm() for each in self._vector.scatter(waves)])
 
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
-        self._vector.write(self._vector.scatter(self.origin))
+        self._put(self.origin)
         self._settle()
 
     def commit(self) -> None:
         """Keep the parameters as they are now; put back everything else."""
         self._settle()
+
+    def _put(self, vector: Tensor) -> None:
+        """Have the parameters that any move reached take their values from a vector."""
+        self._vector.write(self._vector.scatter(vector), self._moved)
 
     def _settle(self) -> None:
         self.rewind()

@@ -146,6 +146,12 @@ def written_by(
             "in place instead, with copy_()."
         )
     targets: list[Any] = [kwargs.get("out")]
+    if kwargs.get("inplace"):  # as torch.nn.functional passes it on
+        targets += args[:1]
+    if isinstance(func, torch._ops.OpOverload):  # torch.ops, and a custom_op that says what it
+        arguments = func._schema.arguments  # mutates
+        given = dict(zip((each.name for each in arguments), args, strict=False)) | dict(kwargs)
+        targets += [given.get(each.name) for each in arguments if each.is_write]
     if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
         targets += [*args[1:], *kwargs.values()]
     elif (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class _Subject:
 
     def kl(self, step: Tensor | None = None) -> float:
         """Return the KL at a step away from the parameters, or at them."""
-        nowhere = torch.zeros((), device=self.vector.device)
+        nowhere = torch.zeros_like(self.transaction.origin)
         self.transaction.move(nowhere if step is None else step, 1.0)
         try:
             return self.objective.values().kl
@@ -103,9 +103,15 @@ def _zero_kl(subject: _Subject) -> Finding:
 
 def _moving_kl(subject: _Subject) -> Finding:
     """The KL answers to the parameters: the old policy is not made inside."""
-    here, far = subject.kl(), subject.kl(subject.direction())
-    require_moving_kl(here, Numbers(0.0, far), 1e-7)
-    return Finding("moving kl", Verdict.PASSED, {"kl far away": far})
+    here, kls = subject.kl(), [math.nan]
+
+    def elsewhere() -> Iterator[Numbers]:
+        for step in subject.transaction.elsewhere():
+            kls.append(subject.kl(step))
+            yield Numbers(0.0, kls[-1])
+
+    require_moving_kl(here, elsewhere(), 1e-7)
+    return Finding("moving kl", Verdict.PASSED, {"kl far away": kls[-1]})
 
 
 def _shape(subject: _Subject) -> Finding:
