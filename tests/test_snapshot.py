@@ -7,7 +7,9 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium as gym
@@ -16,6 +18,7 @@ import pytest
 import torch
 from gymnasium import wrappers
 from gymnasium.vector import SyncVectorEnv
+from torch import nn
 
 from trpo_optim import TrustRegionError
 from trpo_optim.rollouts import (
@@ -162,6 +165,13 @@ class Holding(gym.Wrapper[Any, Any, Any, Any]):
         self.held = held
 
 
+class Point(NamedTuple):
+    """A tuple with names."""
+
+    x: int
+    y: list[int]
+
+
 class Plain:
     """An object whose state is in its attributes, one of them itself."""
 
@@ -171,7 +181,7 @@ class Plain:
 
 
 def test_what_is_one_object_stays_one_and_what_was_not_there_goes_away() -> None:
-    shared = [1, 2, 3]
+    shared, agent, network = [1, 2, 3], Plain(), nn.Linear(1, 1)
     everything: dict[str, Any] = {
         "shared": (shared, shared),
         "plain": Plain(),
@@ -180,6 +190,11 @@ def test_what_is_one_object_stays_one_and_what_was_not_there_goes_away() -> None
         "tensor": torch.arange(3.0, requires_grad=True),
         "set": {1, 2},
         "objects": np.array([[1], None], dtype=object),
+        "agents": [agent],
+        "places": {agent: [0]},
+        "point": Point(1, [2]),
+        "unchanging": [Path(), range(3), np.dtype(float), torch.device("cpu"), timedelta(1)],
+        "network": network,
     }
     env: Any = Holding(gym.make("CartPole-v1"), everything)
     env.reset(seed=0)
@@ -194,7 +209,11 @@ def test_what_is_one_object_stays_one_and_what_was_not_there_goes_away() -> None
     restore(env, snapshot)
     held = env.held
     assert not hasattr(env, "later")
-    assert held.keys() == {"shared", "plain", "random", "legacy", "tensor", "set", "objects"}
+    assert held.keys() == everything.keys() - {"later"}
+    assert held["places"] == {held["agents"][0]: [0]}
+    assert held["point"] == Point(1, [2])
+    assert held["unchanging"] == everything["unchanging"]
+    assert held["network"] is network
     assert held["shared"][0] == [1, 2, 3]
     assert held["shared"][0] is held["shared"][1]
     assert held["plain"].numbers == [1, 2]

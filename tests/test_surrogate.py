@@ -171,6 +171,18 @@ def test_curvature_is_taken_on_a_share_drawn_by_the_generator(device: str) -> No
     assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch": 64}, {"curvature": 0.2}, {"curvature": 0.2, "micro_batch": 64}]
+)
+def test_dropout_masks_are_those_of_the_step_that_follows(options: dict[str, Any]) -> None:
+    policy, batch, gains = feedforward()
+    policy.network.insert(2, nn.Dropout(0.3))
+    report = TrustRegionOptimizer(policy.parameters()).step(
+        policy_closure(policy, batch, gains, **options)
+    )
+    assert report.accepted
+
+
 def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
     torch.manual_seed(0)
     policy = Recurrent()
@@ -305,6 +317,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "an empty batch": (nothing_valid, "none of its rows is valid"),
     "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),
     "no micro-batch": (building(micro_batch=0), "micro_batch is 0"),
+    "half a row": (building(micro_batch=64.0), "micro_batch is 64.0; it must be a whole number"),
     "no bonus": (building(entropy_bonus=math.nan), "entropy_bonus is nan"),
     "another's actions for the KL": (
         building(sampled=True, sampling_log_prob=torch.zeros(50, 4)),

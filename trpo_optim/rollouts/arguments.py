@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from trpo_optim.report import TrustRegionError
 
 __all__ = ["require_counts", "require_shares"]
@@ -31,5 +33,5 @@ def require_counts(**values: int | None) -> None:
         TrustRegionError: If one is not; it is named.
     """
     for name, value in values.items():
-        if value is not None and (value != int(value) or value < 1):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
             raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")

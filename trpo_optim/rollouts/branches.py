@@ -21,7 +21,7 @@ __all__ = ["Branches"]
 
 @dataclass
 class Branches:
-    """Runs branches from as many states at once as there are environments."""
+    """Runs branches from states of different environments at once, each in its own."""
 
     envs: list[gym.Env[Any, Any]]
     policy: Callable[[Any], Any]
@@ -31,8 +31,18 @@ class Branches:
     device: torch.device | str
     steps: int = 0
 
-    def values(self, states: list[tuple[Snapshot, Any]], actions: Any, *, common: bool) -> Tensor:
-        """Return one estimate of Q for each state and action, (S, K)."""
+    def values(
+        self, states: list[tuple[int, Snapshot, Any]], actions: Any, *, common: bool
+    ) -> Tensor:
+        """Return one estimate of Q for each state and action, (S, K).
+
+        Args:
+            states: The number of the environment that each was taken from, itself, and its
+                observation.
+            actions: What to try there, (S, K, …).
+            common: Whether the branches of a state meet the same random numbers.
+        """
+        envs = [self.envs[number] for number, *_ in states]
         width = _width(actions)
         seeds = torch.randint(2**62, (width, len(states) + 1))
         if common:
@@ -42,17 +52,19 @@ class Branches:
             for index in range(width):
                 own, *noise = seeds[index].tolist()
                 torch.manual_seed(own)
-                for env, (snapshot, _), each in zip(self.envs, states, noise, strict=False):
+                for env, (_, snapshot, _), each in zip(envs, states, noise, strict=True):
                     restore(env, snapshot)
                     env.unwrapped.np_random = np.random.default_rng(each)
                 first = mapped(lambda each: each[:, index], actions)  # noqa: B023 (used at once)
-                result.append(self._returns([each for _, each in states], first))
+                result.append(self._returns(envs, [each for *_, each in states], first))
         return torch.stack(result, 1)
 
-    def _returns(self, observations: list[Any], actions: Any) -> Tensor:
+    def _returns(
+        self, envs: list[gym.Env[Any, Any]], observations: list[Any], actions: Any
+    ) -> Tensor:
         """Return the discounted return of one branch from each state, (S,)."""
         count = len(observations)
-        space = self.envs[0].action_space
+        space = envs[0].action_space
         returns, weights = np.zeros(count), np.ones(count)
         alive, open_ended = np.ones(count, dtype=bool), np.ones(count, dtype=bool)
         observations = list(observations)
@@ -63,7 +75,7 @@ class Branches:
             taken = actions_for(space, actions)
             for index in np.flatnonzero(alive):
                 own = mapped(lambda each: each[index], taken)  # noqa: B023 (used at once)
-                observation, reward, terminated, truncated, _ = self.envs[index].step(own)
+                observation, reward, terminated, truncated, _ = envs[index].step(own)
                 if not math.isfinite(reward):
                     raise ValueError(f"the reward was {reward}")
                 observations[index] = observation

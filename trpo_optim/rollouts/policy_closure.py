@@ -37,7 +37,8 @@ def policy_closure(
 ) -> Closures:
     """Return what ``optimizer.step`` takes for one step on a batch.
 
-    The old policy is the policy as it is at this call. The KL is one per sample, so that either
+    The old policy is the policy as it is at this call, which leaves the random state alone: a step
+    that follows at once sees the same dropout masks. The KL is one per sample, so that either
     ``constraint`` can be held; the distribution is the third value.
 
     Args:
@@ -216,7 +217,8 @@ def _closure(
     sampled: bool,
 ) -> Closure:
     """Return the closure on some rows, the policy as it is being the old one."""
-    with torch.no_grad():
+    accelerators = {gains.device} - {torch.device("cpu")}
+    with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=gains.device.type):
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions))
         if old_log_prob.shape != gains.shape:

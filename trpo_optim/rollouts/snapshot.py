@@ -54,11 +54,12 @@ def capture(env: Environment) -> Snapshot:
     """Take the state of an environment: simulator, clocks, random state, wrappers.
 
     All attributes of all layers are copied that are data; what the constructor makes and nobody
-    changes (spaces, specs, functions, models, renderers) is not. Known simulators are MuJoCo's and
-    the Arcade Learning Environment's; ``register_simulator`` adds others, and ``Replayed`` does
-    without. Out of sight is what lies outside the environment's attributes: the generators of its
-    spaces, NumPy's global one, attributes of classes, variables of closures and what methods of
-    other objects are bound to.
+    changes (spaces, specs, functions, models, networks, loggers, renderers) is not. What is shared
+    with objects outside, such as a list that both hold, no longer is after ``restore``. Known
+    simulators are MuJoCo's and the Arcade Learning Environment's; ``register_simulator`` adds
+    others, and ``Replayed`` does without. Out of sight is what lies outside the environment's
+    attributes: the generators of its spaces, NumPy's global one, attributes of classes, variables
+    of closures and what methods of other objects are bound to.
 
     Args:
         env: An environment, or vector environments that live in this process.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -29,6 +34,8 @@ _MADE_ONCE = (
     gym.Env,
     VectorEnv,
     gym.Space,
+    torch.nn.Module,
+    logging.Logger,
     EnvSpec,
     ModuleType,
     FunctionType,
@@ -38,7 +45,21 @@ _MADE_ONCE = (
     type,
 )
 
-_UNCHANGING = (np.generic, Enum, *_MADE_ONCE)
+_UNCHANGING = (
+    np.generic,
+    np.dtype,
+    torch.device,
+    torch.dtype,
+    Enum,
+    range,
+    Fraction,
+    Decimal,
+    date,
+    time,
+    timedelta,
+    PurePath,
+    *_MADE_ONCE,
+)
 
 _ARGUMENTS = {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "_cached_spec"}
 """Where Gymnasium keeps what the constructor was called with."""
@@ -55,8 +76,8 @@ def is_state(layer: object, name: str, value: object) -> bool:
         value: The attribute.
 
     Returns:
-        False for what the constructor makes and no step changes: spaces, models, functions,
-        renderers, inner environments, the transition tables of toy text.
+        False for what the constructor makes and no step changes: spaces, models, networks,
+        functions, loggers, renderers, inner environments, the transition tables of toy text.
     """
     if name in _ARGUMENTS:
         return False
@@ -116,6 +137,8 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         twin = make(value)
     elif isinstance(value, torch.Tensor):
         twin = value.detach().clone()
+    elif isinstance(value, tuple) and hasattr(kind, "_make"):  # a namedtuple
+        twin = kind._make(copied(each, memo, f"{place}[…]") for each in value)
     elif kind in {tuple, set, frozenset}:
         twin = kind(copied(each, memo, f"{place}[…]") for each in value)
     elif kind in {list, deque, dict, OrderedDict, defaultdict, Counter}:
@@ -135,8 +158,9 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         for index, each in enumerate(value):
             twin[index] = copied(each, memo, f"{place}[{index}]")
     elif isinstance(value, dict):
+        twin.clear()
         for key, each in value.items():
-            twin[key] = copied(each, memo, f"{place}[{key!r}]")
+            twin[copied(key, memo, f"{place}[…]")] = copied(each, memo, f"{place}[{key!r}]")
     elif _is_plain_object(kind):
         for name, each in vars(value).items():
             object.__setattr__(twin, name, copied(each, memo, f"{place}.{name}"))
@@ -177,6 +201,7 @@ def _generator_like(generator: np.random.Generator) -> np.random.Generator:
 
 
 _COPIES: dict[type, Callable[[Any], Any]] = {
+    bytearray: bytearray,
     np.ndarray: _array_like,
     np.random.Generator: _generator_like,
     np.random.RandomState: copy.deepcopy,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -110,7 +113,7 @@ def vine(
     require_shares(discount=discount)
     if isinstance(after, VineBatch):
         after = after.trunk
-    chosen: list[tuple[Snapshot, Any]] = []
+    chosen: list[tuple[int, Snapshot, Any]] = []
     rule = states if callable(states) else _uniform(states, steps, envs.num_envs)
 
     def keep(step: int, cursor: Cursor) -> None:
@@ -122,7 +125,7 @@ def vine(
             )
         for index in np.flatnonzero(wanted & ~cursor.resetting):
             observation = one_of(cursor.observations, int(index))
-            chosen.append((capture(envs.envs[index]), observation))
+            chosen.append((int(index), capture(envs.envs[index]), observation))
 
     trunk = single_path(
         envs, policy, steps=steps, after=after, seed=seed, device=device, before_step=keep
@@ -132,9 +135,15 @@ def vine(
             "No state of the trunk was taken: the rule chose none, or those drawn were rows that "
             "only reset. Take more of them."
         )
-    observations = tensors_of(stacked([each for _, each in chosen]), device)
+    rounds = _rounds(chosen)
+    observations = tensors_of(stacked([each for part in rounds for *_, each in part]), device)
     actions, sampling_log_prob = _branch_actions(
-        policy(observations), len(chosen), envs.single_action_space, branches, sampling, device
+        partial(policy, observations),
+        len(chosen),
+        envs.single_action_space,
+        branches,
+        sampling,
+        device,
     )
     branch = Branches(envs.envs, policy, critic, horizon, discount, device)
     ending = capture(envs)
@@ -152,10 +161,11 @@ def vine(
         )
 
     try:
-        for start in range(0, len(chosen), envs.num_envs):
-            rows = slice(start, start + envs.num_envs)
+        ends = accumulate(map(len, rounds))
+        for part, end in zip(rounds, ends, strict=True):
+            rows = slice(end - len(part), end)
             tried = mapped(lambda each: each[rows], actions)  # noqa: B023 (used at once)
-            q.append(branch.values(chosen[rows], tried, common=common_random_numbers))
+            q.append(branch.values(part, tried, common=common_random_numbers))
     except Exception as error:
         raise RolloutError(
             f"A branch failed ({type(error).__name__}: {error}). The states that were finished are "
@@ -167,8 +177,20 @@ def vine(
     return batch()
 
 
+def _rounds(chosen: list[tuple[int, Snapshot, Any]]) -> list[list[tuple[int, Snapshot, Any]]]:
+    """Return states in groups that hold one of an environment at most, to run side by side."""
+    rounds: list[list[tuple[int, Snapshot, Any]]] = []
+    seen = Counter[int]()
+    for state in chosen:
+        if seen[state[0]] == len(rounds):
+            rounds.append([])
+        rounds[seen[state[0]]].append(state)
+        seen[state[0]] += 1
+    return rounds
+
+
 def _branch_actions(
-    dist: Any,
+    policy: Callable[[], Any],
     count: int,
     space: gym.Space[Any],
     branches: int | None,
@@ -177,6 +199,7 @@ def _branch_actions(
 ) -> tuple[Any, Tensor | None]:
     """Return the actions to try, (S, K, …), and ln q of them."""
     if branches is not None and sampling == "policy":
+        dist = policy()
         drawn = [sample(dist) for _ in range(branches)]
         logs = torch.stack([log_prob(dist, each) for each in drawn], 1)
         return mapped(lambda *each: torch.stack(each, 1), *drawn), logs

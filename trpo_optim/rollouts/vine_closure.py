@@ -48,11 +48,17 @@ def vine_closure(
 
     Raises:
         TrustRegionError: If the batch is empty, a Q is not finite, the policy has other actions
-            than those that were all tried, or curvature is outside its range.
+            than those that were all tried, or rules out all that were, or curvature is outside its
+            range.
 
     Source:
         Schulman et al. (2015), equations 15 and 16.
     """
+    if not isinstance(batch, VineBatch):
+        raise TrustRegionError(
+            f"vine_closure() got a {type(batch).__name__}; it takes what vine() returned. For "
+            "trajectories there is policy_closure()."
+        )
     rows = curvature_rows(curvature, int(batch.trunk.valid.sum()), generator)
     if batch.q.numel() == 0:
         raise TrustRegionError("The vine is empty: no state has branches.")
@@ -67,6 +73,11 @@ def vine_closure(
         raise TrustRegionError(
             "The policy's probabilities of all actions of the space do not sum to 1: its "
             f"distribution has others than the {batch.q.shape[1]} that were tried."
+        )
+    if not bool(start.exp().any(1).all()):
+        raise TrustRegionError(
+            "In some states the policy rules out all the actions that were tried: none of their Q "
+            "can be weighed. Draw them by the policy (sampling='policy'), or try all of them."
         )
     base = start if batch.sampling_log_prob is None else batch.sampling_log_prob
     shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)

@@ -216,15 +216,21 @@ def check_finite(subject: Subject) -> Finding:
 
 
 def _corners(observations: Any) -> Iterator[tuple[str, Any]]:
-    """Yield observations at the edges of the range that was given, and zeros."""
+    """Yield observations at the edges of the range that was given, and zeros.
+
+    What is 0 or 1 throughout stays: masks and one-hot codes hold together.
+    """
+
+    def numbers(value: Tensor) -> Tensor:
+        return ~((value == 0) | (value == 1)).all(0) & value.is_floating_point()
 
     def zeros(value: Tensor) -> Tensor:
-        return torch.zeros_like(value) if value.is_floating_point() else value
+        return value.masked_fill(numbers(value), 0)
 
     def corners(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return torch.where(torch.rand_like(value) < 0.5, value.amin(0), value.amax(0))
+        low = torch.rand(value.shape).to(value.device) < 0.5
+        edges = torch.where(low, value.amin(0), value.amax(0))
+        return torch.where(numbers(value), edges, value)
 
     yield "observations of zeros", mapped(zeros, observations)
     yield "corners of the observations' range", mapped(corners, observations)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from trpo_optim.autograd_graph import now, require_attached
 from trpo_optim.closure import Closure, Objective
 from trpo_optim.closure_checks import Numbers, checked_values, require_moving_kl, require_zero_kl
 from trpo_optim.curvature import second_order
+from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, without
@@ -36,6 +38,7 @@ class _Subject:
     transaction: Transaction
     log_prob: Callable[[], Tensor] | None
     advantages: Tensor | None
+    maximize: bool
     objective: Objective = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,16 +154,29 @@ def _sign(subject: _Subject) -> Finding:
                 f"log_prob has shape {tuple(logs.shape)} and advantages "
                 f"{tuple(subject.advantages.shape)}: they broadcast. Make both (N,)."
             )
-        slopes = [
+        sign = 1.0 if subject.maximize else -1.0
+        values = (
+            subject.objective.with_graph().loss,
+            sign * (logs * subject.advantages).mean(),
+            logs.mean(),  # the way of a loss whose every ratio meets every advantage
+        )
+        loss, right, broadcast = (
             subject.vector.gather(
-                torch.autograd.grad(value, subject.vector.parameters, allow_unused=True)
+                torch.autograd.grad(
+                    value, subject.vector.parameters, allow_unused=True, retain_graph=True
+                )
             )
-            for value in (subject.objective.with_graph().loss, -(logs * subject.advantages).mean())
-        ]
-    cosine = float(torch.nn.functional.cosine_similarity(slopes[0], slopes[1], dim=0))
-    if cosine > 0.5:
+            for value in values
+        )
+    cosine, other = (
+        float(torch.nn.functional.cosine_similarity(loss, each, dim=0))
+        for each in (right, broadcast)
+    )
+    least = max(0.5, abs(other) - 1e-6)
+    if cosine > least:
         return Finding(name, Verdict.PASSED, {"cosine": cosine})
-    turned = cosine < -0.5
+    turned = cosine < -least
+    surrogate = "(ratio * advantages).mean()"
     return Finding(
         name,
         Verdict.FAILED,
@@ -169,7 +185,11 @@ def _sign(subject: _Subject) -> Finding:
         if turned
         else "The gradient of the loss has little to do with -mean(advantages * log_prob): shapes "
         "broadcast, or another term outweighs the surrogate.",
-        "Return -(ratio * advantages).mean(), or set maximize=True."
+        (
+            f"Return {surrogate}."
+            if subject.maximize
+            else f"Return -{surrogate}, or set maximize=True."
+        )
         if turned
         else "Give ratio and advantages the shape (N,), and weigh entropy and penalties lightly.",
     )
@@ -189,10 +209,11 @@ CLOSURE_CHECKS: dict[str, Callable[[_Subject], Finding]] = {
 
 def check_closure(
     closure: Closure,
-    params: Iterable[Tensor],
+    params: ParamsT,
     *,
     log_prob: Callable[[], Tensor] | None = None,
     advantages: Tensor | None = None,
+    maximize: bool = False,
     skip: Collection[str] = (),
 ) -> ClosureReport:
     """Find out whether a handwritten closure is one that ``step`` can work with.
@@ -201,9 +222,10 @@ def check_closure(
 
     Args:
         closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``.
-        params: The parameters that the optimizer is given.
+        params: The parameters that the optimizer is given, in any form that it takes.
         log_prob: Returns ln π of the batch's actions, (N,); with ``advantages``, for the loss.
         advantages: Of the same actions, (N,).
+        maximize: Whether the optimizer has it: the closure's first value is to be raised.
         skip: Names of checks that are left out.
 
     Returns:
@@ -213,14 +235,15 @@ def check_closure(
         TrustRegionError: If there is nothing to check, or ``skip`` names no check.
     """
     checks = without(CLOSURE_CHECKS, skip)
-    vector = ParameterVector(each for each in params if each.requires_grad)
+    groups = TrustRegionOptimizer(params).param_groups
+    vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
     findings = []
     with torch.no_grad():
         for name, check in checks.items():
             with Transaction(vector) as transaction:
                 transaction.begin()
                 try:
-                    subject = _Subject(closure, vector, transaction, log_prob, advantages)
+                    subject = _Subject(closure, vector, transaction, log_prob, advantages, maximize)
                     findings.append(check(subject))
                 except Exception as error:  # whatever a closure may raise
                     told = str(error)
@@ -230,7 +253,7 @@ def check_closure(
     return ClosureReport(tuple(findings))
 
 
-def assert_closure(closure: Closure, params: Iterable[Tensor], **options: Any) -> None:
+def assert_closure(closure: Closure, params: ParamsT, **options: Any) -> None:
     """Raise where ``check_closure`` finds a fault.
 
     Args:

@@ -19,6 +19,8 @@ __all__ = ["check_density", "check_entropy", "check_kl", "check_sampler", "check
 _SLACK = 0.002
 """What rounding and proposals may put between two averages beyond noise, relative."""
 
+_NO_PROPOSAL = "No proposal fits the density well enough to integrate by it."
+
 
 def check_shapes(subject: Subject) -> Finding:
     """There is one log-probability per observation."""
@@ -67,8 +69,8 @@ def check_density(subject: Subject) -> Finding:
         figures = {"integral": total, "noise": noise}
         if core > 1 + sigmas(2) * core_noise + _SLACK:
             figures["integral"], noise = core, core_noise  # of a part already
-        elif not noise <= 0.05:
-            return _undecided(name, "No proposal fits the density well enough to integrate it.")
+        elif not (noise <= 0.05 and each.serves):
+            return _undecided(name, _NO_PROPOSAL)
         if abs(figures["integral"] - 1) > sigmas(2) * noise + _SLACK:
             return _failed(
                 name,
@@ -95,6 +97,8 @@ def check_sampler(subject: Subject) -> Finding:
     for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
         if not each.decided:
             return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
+        if not each.serves:
+            return _undecided(name, _NO_PROPOSAL)
         worst = max(worst, _distance(each))
         if worst > 1:
             return _failed(
@@ -131,6 +135,8 @@ def check_entropy(subject: Subject) -> Finding:
             stated = float(leaf.entropy().double().reshape(subject.rows, -1).sum(-1).mean())
         except NotImplementedError:
             continue
+        if not each.serves:
+            return _undecided(name, _NO_PROPOSAL)
         per_row = math.prod(leaf.batch_shape) / subject.rows
         mean, error = average(-rows_of(leaf, each.actions), each.weights)
         mean, error = mean * per_row, error * per_row

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from trpo_optim.report import TrustRegionError
 
-__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "without"]
+__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "left_out", "without"]
 
 
 SubjectT = TypeVar("SubjectT")
@@ -98,6 +98,11 @@ class ClosureReport(_Report):
     """What ``check_closure`` found."""
 
 
+def left_out(skip: Collection[str]) -> set[str]:
+    """Return the names of the checks that are left out, of which one may be given as it is."""
+    return {skip} if isinstance(skip, str) else set(skip)
+
+
 def without(
     checks: Mapping[str, Callable[[SubjectT], Finding]], skip: Collection[str]
 ) -> dict[str, Callable[[SubjectT], Finding]]:
@@ -113,10 +118,10 @@ def without(
     Raises:
         TrustRegionError: If ``skip`` names no check.
     """
-    left_out = {skip} if isinstance(skip, str) else set(skip)
-    unknown = left_out - set(checks)
+    skipped = left_out(skip)
+    unknown = skipped - set(checks)
     if unknown:
         raise TrustRegionError(
             f"skip names {sorted(unknown)}, which are no checks. There are {list(checks)}."
         )
-    return {name: check for name, check in checks.items() if name not in left_out}
+    return {name: check for name, check in checks.items() if name not in skipped}

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, biject_to, constraints
 
-__all__ = ["Reference", "reference", "rows_of"]
+__all__ = ["Reference", "reference", "rows_of", "sampled_reference"]
 
 _FREEDOM = 4.0
 """Degrees of freedom of the proposal: tails heavier than a policy's."""
+
+_FEWEST = 16
+"""Draws of a row that must count."""
 
 _WIDEST = 64
 """Most values of a discrete action that are counted one by one."""
@@ -38,6 +41,12 @@ class Reference:
     features: tuple[Tensor, Tensor]
     decided: bool = True
 
+    @property
+    def serves(self) -> bool:
+        """Whether so many of the draws count, (Σw)² / Σw², that averages mean something."""
+        count = self.weights.sum(0).square() / self.weights.square().sum(0)
+        return float(count.median()) >= _FEWEST
+
 
 def reference(leaf: Distribution, draws: int) -> Reference:
     """Draw actions from a distribution by its log-density alone.
@@ -57,10 +66,20 @@ def reference(leaf: Distribution, draws: int) -> Reference:
             support: Any = leaf.support
             return _enumerated(leaf, draws) if support.is_discrete else _weighted(leaf, draws)
         except (NotImplementedError, ValueError):  # no support, or not all of its density
-            actions = leaf.sample((draws,))
-            ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
-            pair = ones[..., None], ones[..., None]
-            return Reference(actions, ones, ones.bool(), pair, decided=False)
+            return sampled_reference(leaf, draws)
+
+
+@torch.no_grad()
+def sampled_reference(leaf: Distribution, draws: int) -> Reference:
+    """Return the sampler's own actions for a reference.
+
+    Args:
+        leaf: The distribution.
+        draws: Actions per row.
+    """
+    ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
+    pair = ones[..., None], ones[..., None]
+    return Reference(leaf.sample((draws,)), ones, ones.bool(), pair, decided=False)
 
 
 def rows_of(leaf: Any, actions: Tensor) -> Tensor:

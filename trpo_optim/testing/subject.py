@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from trpo_optim.closure import Objective
 from trpo_optim.curvature import LocalModel, second_order
 from trpo_optim.distribution_parts import leaves
-from trpo_optim.distributions import frozen, log_prob, mean_kl, sample, sampled_kl
+from trpo_optim.distributions import frozen, log_prob, mean_kl, sample
 from trpo_optim.family_kl import NoClosedFormError
 from trpo_optim.parameter_vector import ParameterVector
 from trpo_optim.report import TrustRegionError
 from trpo_optim.testing.averages import average
 from trpo_optim.testing.observations import mapped, require_observations
-from trpo_optim.testing.reference import Reference, reference, rows_of
+from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
 from trpo_optim.transaction import Transaction
 
 __all__ = ["Subject", "module_of"]
@@ -119,8 +119,9 @@ class Subject:
         if self._closed_form:
             return mean_kl(self.old, new)
         logs = self.joint_log_prob(new)
-        estimate: Tensor = sampled_kl(self.old_joint_log_prob, logs, low_variance=True)
-        return estimate * self._actions_per_row
+        change, weights = logs - self.old_joint_log_prob, self._weights
+        excess = torch.where(weights > 0, torch.expm1(change) - change, 0.0)
+        return (weights * excess).sum() / weights.sum() * self._actions_per_row
 
     @functools.cached_property
     def _closed_form(self) -> bool:
@@ -141,7 +142,9 @@ class Subject:
     @functools.cached_property
     def actions(self) -> Any:
         """One action for each observation."""
-        return sample(self.old) if self._given is None else self._given
+        if self._given is not None:
+            return self._given
+        return mapped(torch.clone, sample(self.old))  # a transform would remember its own
 
     @functools.cached_property
     def old_log_prob(self) -> Tensor:
@@ -158,6 +161,14 @@ class Subject:
     def references(self) -> list[Reference]:
         """Reference actions of every part of the policy."""
         return [reference(leaf, self.draws) for leaf in leaves(self.old)]
+
+    @functools.cached_property
+    def _averaged(self) -> list[Reference]:
+        """What averages are taken over: the sampler's own where few of the others count."""
+        return [
+            each if each.serves else sampled_reference(leaf, self.draws)
+            for leaf, each in zip(leaves(self.old), self.references, strict=True)
+        ]
 
     def joint_log_prob(self, dist: Any) -> Tensor:
         """Return the log-probability of the reference actions, (draws, rows)."""
@@ -179,16 +190,21 @@ class Subject:
         Returns:
             The mean over observations, and its standard error.
         """
-        factors = [each.weights for each in self.references]
-        found, noise = average(values, math.prod(factors[1:], start=factors[0]))
+        found, noise = average(values, self._weights)
         return found * self._actions_per_row, noise * self._actions_per_row
+
+    @property
+    def _weights(self) -> Tensor:
+        """The reference actions', (draws, rows)."""
+        factors = [each.weights for each in self._averaged]
+        return math.prod(factors[1:], start=factors[0])
 
     @property
     def _actions_per_row(self) -> float:
         return self.old_joint_log_prob.shape[1] / self.rows
 
     def _parts(self, dist: Any) -> Iterator[tuple[Any, Reference]]:
-        return zip(leaves(dist), self.references, strict=True)
+        return zip(leaves(dist), self._averaged, strict=True)
 
     @functools.cached_property
     def vector(self) -> ParameterVector:
