@@ -414,6 +414,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mean_kl(frozen(learned_flow()), learned_flow()),
         "different or learned transforms.*sampled_kl",
     ),
+    "a family made of learned transforms": (
+        lambda: mean_kl(td.Weibull(one(4), one(4)), td.Weibull(one(4).requires_grad_(), one(4))),
+        "new Weibull have different or learned transforms.*sampled_kl",
+    ),
     "other transforms": (
         lambda: mean_kl(
             td.TransformedDistribution(td.Normal(one(4), 1.0), [AffineTransform(0.0, 2.0)]),

@@ -16,6 +16,7 @@ from torch.distributions import (
     TransformedDistribution,
     kl_divergence,
 )
+from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 from torch.nn.functional import softplus
 
 from trpo_optim.distribution_parts import name_of, tensors
@@ -78,7 +79,7 @@ def _kl(old: Any, new: Any) -> Tensor:
         out = old.probs == 0
         change: Tensor = old.logits.masked_fill(out, 0) - new.logits.masked_fill(out, 0)
         return old.probs.mul(change).sum(-1)
-    if type(old) is TransformedDistribution:  # subclasses have KLs of their own
+    if isinstance(old, TransformedDistribution) and not _has_own_kl(old):
         learned = (each.requires_grad for each in tensors(new.transforms, "_cached_x_y"))
         if old.transforms != new.transforms or any(learned):
             raise NoClosedFormError(
@@ -96,6 +97,11 @@ def _kl(old: Any, new: Any) -> Tensor:
             f"The KL of {name_of(old)} has no closed form. {_WITHOUT_CLOSED_FORM}"
         ) from error
     return kl
+
+
+def _has_own_kl(dist: Distribution) -> bool:
+    """Return whether a family has a closed form of its own, as Gumbel has and Weibull has not."""
+    return _dispatch_kl(type(dist), type(dist)) is not _kl_transformed_transformed
 
 
 def _bernoulli_kl(old: Tensor, new: Tensor) -> Tensor:
