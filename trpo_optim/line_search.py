@@ -93,7 +93,7 @@ def backtrack(
     asks for less than the radius, or its KL is negative, as a sampled one may be: it lies within
     the radius, but tells nothing of the length. A trial that improves too little is shortened by
     ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next to such a
-    point is not a safe one, unless only a longer step than an acceptable one met it.
+    point is not a safe one, unless only the lengthening of an acceptable one met it.
 
     Args:
         attempt: From a share of the step to the trial there.
@@ -120,7 +120,7 @@ def backtrack(
         promised = settings.improvement_ratio * scale * prediction.improvement
         accepted = Search(Outcome.ACCEPTED, trial, scale, backtracks)
         if not trial.finite:
-            if short is not None:
+            if short is not None and beyond is None:
                 break  # only a longer step was not
             return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
         held = trial.kl if settings.constraint == "mean" else trial.largest_kl
