@@ -24,7 +24,7 @@ def first_start(seed: int) -> int:
 
 
 def returns_of(
-    envs: SyncVectorEnv, act: Callable[[Tensor], Any], seed: int
+    envs: SyncVectorEnv, act: Callable[[Tensor], Any], seed: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Return a policy's returns, sampled and by its likeliest actions; the environments are closed.
 
@@ -32,12 +32,13 @@ def returns_of(
         envs: The environments.
         act: From observations to the distribution over actions.
         seed: Of the run.
+        device: Where the policy lives.
 
     Returns:
         One number an episode, for each kind.
     """
     policies = {"sampled": act, "deterministic": lambda seen: act(seen).mode}
-    returns = {name: _returns(envs, policy, seed) for name, policy in policies.items()}
+    returns = {name: _returns(envs, policy, seed, device) for name, policy in policies.items()}
     envs.close()
     return returns
 
@@ -58,6 +59,9 @@ def returns_at_random(envs: SyncVectorEnv, seed: int) -> list[float]:
     return returns
 
 
-def _returns(envs: SyncVectorEnv, policy: Callable[[Tensor], Any], seed: int) -> list[float]:
-    batch = single_path(envs, policy, episodes=EPISODES, seed=first_start(seed))
+def _returns(
+    envs: SyncVectorEnv, policy: Callable[[Tensor], Any], seed: int, device: str = "cpu"
+) -> list[float]:
+    start = first_start(seed)
+    batch = single_path(envs, policy, episodes=EPISODES, seed=start, device=device)
     return batch.episode_returns

@@ -47,23 +47,26 @@ class Settings:
     """runs of each"""
     workers: int = 2
     """runs side by side"""
+    device: str = "cpu"
+    """where the networks live: cpu, cuda, ..."""
     folder: Path = Path("runs/pong")
     """where runs are kept that are not finished"""
 
 
-def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
+def played(scheme: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Make one run, or the rest of it.
 
     Args:
         scheme: One of SCHEMES.
         seed: Of everything.
         folder: Where its checkpoint is.
+        device: Where its networks live.
 
     Returns:
         Its line: for every episode of the trajectories the simulator steps by its end, and its
         return; and the final policy's returns.
     """
-    args = replace(SETTINGS, seed=seed)
+    args = replace(SETTINGS, seed=seed, device=device)
     line = {"scheme": scheme, "seed": seed}
     if scheme == "random":
         returns = returns_at_random(vine.make_envs(args), seed)
@@ -75,7 +78,7 @@ def played(scheme: str, seed: int, folder: Path) -> dict[str, Any]:
         "settings": asdict(args),
         "seconds": round(run.seconds),
         "episodes": run.episodes,
-        **returns_of(vine.make_envs(args), run.agent.act, seed),
+        **returns_of(vine.make_envs(args), run.agent.act, seed, device),
     }
 
 
@@ -88,7 +91,7 @@ def main(settings: Settings) -> None:
     finished = {(line["scheme"], line["seed"]) for line in lines_of(ARCHIVE)}
     with ProcessPoolExecutor(settings.workers) as pool:
         waiting = [
-            pool.submit(played, scheme, seed, settings.folder)
+            pool.submit(played, scheme, seed, settings.folder, settings.device)
             for seed in range(settings.seeds)
             for scheme in settings.schemes
             if (scheme, seed) not in finished

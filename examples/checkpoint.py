@@ -28,8 +28,10 @@ __all__ = [
     "load",
     "pack",
     "prepare",
+    "random_state",
     "require_same",
     "save",
+    "set_random_state",
     "unpack",
     "write",
 ]
@@ -65,8 +67,7 @@ def save(run: Run) -> None:
         "discounted": run.discounted.cpu(),
         "fitted": [tuple(each.cpu() for each in pair) for pair in run.fitted],
         "environments": pack(run.envs, run.end),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
+        **random_state(),
     }
     processes = run.processes.all(own)
     if not run.processes.first:
@@ -126,9 +127,7 @@ def load(run: Run) -> None:
     run.end = unpack(own["environments"], run.envs, run.args.env_id)
     if run.end is not None:
         run.discounted = own["discounted"].to(run.args.device)
-    torch.set_rng_state(own["random"])
-    if own["random_cuda"]:
-        torch.cuda.set_rng_state_all(own["random_cuda"])
+    set_random_state(own)
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -195,6 +194,18 @@ def unpack(packed: Tensor, envs: VectorEnv[Any, Any, Any], env_id: str) -> Curso
         return None
     cursor: Cursor | None = end
     return cursor
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's generators, the CPU's and every GPU's."""
+    return {"random": torch.get_rng_state(), "random_cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(saved: dict[str, Any]) -> None:
+    """Take over what ``random_state`` returned, as far as there are as many GPUs."""
+    torch.set_rng_state(saved["random"])
+    for index, state in zip(range(torch.cuda.device_count()), saved["random_cuda"], strict=False):
+        torch.cuda.set_rng_state(state, index)
 
 
 def dump(stats: RunningMeanStd) -> dict[str, Tensor]:

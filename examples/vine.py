@@ -83,6 +83,8 @@ class Args:
     """the critic's learning rate (Adam)"""
     critic_epochs: int = 20
     """the critic's passes over each trunk"""
+    device: str = "cpu"
+    """where the networks live: cpu, cuda, ..."""
     checkpoint: Path | None = None
     """file that every update is kept in, and that the run goes on from; None: none"""
 
@@ -116,18 +118,19 @@ class Frames:
     Without it Pong's ball is lost in the field.
     """
 
-    def __init__(self, size: tuple[int, ...]) -> None:
+    def __init__(self, size: tuple[int, ...], device: str) -> None:
         self.stats = RunningMeanStd(shape=size)
+        self.device = device
         self.refresh()
 
     def refresh(self) -> None:
         """Take over the statistics."""
-        self.mean = torch.as_tensor(self.stats.mean, dtype=torch.float32)
+        self.mean = torch.as_tensor(self.stats.mean, dtype=torch.float32, device=self.device)
         self.scale = math.sqrt(self.stats.var.mean())
 
     def update(self, frames: Tensor) -> None:
         """Count further frames in, the latest of each stack, (B, K, H, W)."""
-        self.stats.update(frames[:, -1].numpy())
+        self.stats.update(frames[:, -1].cpu().numpy())
         self.refresh()
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ class Frames:
 class Agent(nn.Module):
     """Policy and critic, on observations as the environments give them."""
 
-    def __init__(self, envs: SyncVectorEnv) -> None:
+    def __init__(self, envs: SyncVectorEnv, device: str = "cpu") -> None:
         super().__init__()
         space, actions = envs.single_observation_space, envs.single_action_space
         self.discrete = isinstance(actions, gym.spaces.Discrete)
@@ -148,13 +151,14 @@ class Agent(nn.Module):
             outputs = int(actions.n)
         self.scaled: Frames | Normaliser
         if space.dtype == np.uint8:
-            self.scaled = Frames((space.shape or ())[1:])
+            self.scaled = Frames((space.shape or ())[1:], device)
             self.policy, self.critic = pixels(outputs, 0.01), pixels(1, 1.0)
         else:
             size = math.prod(space.shape or ())
-            self.scaled = Normaliser(size, "cpu")
+            self.scaled = Normaliser(size, device)
             self.policy, self.critic = mlp(size, 64, outputs, 0.01), mlp(size, 64, 1, 1.0)
         self.log_std = nn.Parameter(torch.zeros(outputs), requires_grad=not self.discrete)
+        self.to(device)
 
     def act(self, observations: Tensor) -> Distribution:
         """Return the distribution over actions."""
@@ -197,7 +201,7 @@ def new_run(args: Args) -> Run:
     """Build environments, networks and optimizers."""
     torch.manual_seed(args.seed)
     envs = make_envs(args)
-    agent = Agent(envs)
+    agent = Agent(envs, args.device)
     parameters = [*agent.policy.parameters(), agent.log_std]
     return Run(
         args=args,
@@ -221,7 +225,7 @@ def save(run: Run, path: Path) -> None:
         **{name: getattr(run, name).state_dict() for name in STATEFUL},
         "scaled": checkpoint.dump(run.agent.scaled.stats),
         "environments": checkpoint.pack(run.envs, run.end),
-        "random": torch.get_rng_state(),
+        **checkpoint.random_state(),
     }
     checkpoint.write(content, path)
 
@@ -238,7 +242,7 @@ def load(run: Run, path: Path) -> None:
     Raises:
         SystemExit: If it was made with other settings.
     """
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
     checkpoint.require_same(path, content["args"], checkpoint.comparable(run.args))
     for name in FIGURES:
         setattr(run, name, content[name])
@@ -247,7 +251,7 @@ def load(run: Run, path: Path) -> None:
     checkpoint.fill(run.agent.scaled.stats, content["scaled"])
     run.agent.scaled.refresh()
     run.end = checkpoint.unpack(content["environments"], run.envs, run.args.env_id)
-    torch.set_rng_state(content["random"])
+    checkpoint.set_random_state(content)
 
 
 def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], int]:
@@ -255,7 +259,14 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
     args, agent = run.args, run.agent
     seed = args.seed if run.end is None else None
     if args.sampling == "single-path":
-        path = single_path(run.envs, agent.act, steps=args.trunk_steps, after=run.end, seed=seed)
+        path = single_path(
+            run.envs,
+            agent.act,
+            steps=args.trunk_steps,
+            after=run.end,
+            seed=seed,
+            device=args.device,
+        )
         closures = partial(policy_closure, agent.act, path, curvature=args.curvature)
         return path, closures, int(path.valid.sum())
     batch = vine(
@@ -269,6 +280,7 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
         critic=agent.value,
         after=run.end,
         seed=seed,
+        device=args.device,
     )
     closures = partial(vine_closure, agent.act, batch, curvature=args.curvature)
     return batch.trunk, lambda _: closures(), batch.steps

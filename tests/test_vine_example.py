@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import vine as example
+from devices import each_device
 
 
 def last(args: example.Args) -> float:
@@ -22,13 +23,16 @@ def test_the_pole_stands_longer_after_a_few_updates(sampling: Any) -> None:
     assert last(args) > 100  # at random: 20
 
 
+@each_device
 @pytest.mark.parametrize("sampling", ["vine", "single-path"])
 @pytest.mark.parametrize("env_id", ["Swimmer-v5", "ALE/Pong-v5"])
 def test_it_runs_on_continuous_actions_and_on_frames(
-    env_id: str, sampling: Any, capsys: pytest.CaptureFixture[str]
+    env_id: str, sampling: Any, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = example.Args(env_id=env_id, sampling=sampling, num_envs=2, trunk_steps=8, states=4)
-    run = example.train(replace(args, horizon=2, critic_epochs=2, total_steps=100))
+    args = replace(args, horizon=2, critic_epochs=2, total_steps=100, device=device)
+    run = example.train(args)
+    assert all(each.device.type == device for each in run.agent.parameters())
     assert run.episodes == []  # they are longer
     said = capsys.readouterr().out
     assert f"{env_id} {sampling} seed 0" in said
@@ -47,10 +51,11 @@ def test_two_runs_of_one_seed_agree() -> None:
     assert same(example.train(args), example.train(args))
 
 
+@each_device
 @pytest.mark.parametrize("sampling", ["vine", "single-path"])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Swimmer-v5", "ALE/Pong-v5"])
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
-    env_id: str, sampling: Any, tmp_path: Path
+    env_id: str, sampling: Any, device: str, tmp_path: Path
 ) -> None:
     args = example.Args(
         env_id=env_id,
@@ -61,6 +66,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
         states=4,
         horizon=4,
         critic_epochs=2,
+        device=device,
     )
     kept = replace(args, checkpoint=tmp_path / "run.pt")
     half = example.train(replace(kept, total_steps=200))
