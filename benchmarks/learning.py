@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import train
 import tyro
-from checkpoint import comparable, require_same
+from checkpoint import comparable, complete, require_same
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
 from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
@@ -186,7 +186,8 @@ class Job:
         """
         lines = self.lines.read_text("utf-8").splitlines() if self.lines.exists() else []
         for line in lines[-1:]:
-            require_same(self.lines, json.loads(line)["settings"], self.settings())
+            saved = complete(json.loads(line)["settings"], train.Args())
+            require_same(self.lines, saved, self.settings())
         return len(lines)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "comparable",
+    "complete",
     "dump",
     "fill",
     "load",
@@ -106,7 +107,7 @@ def load(run: Run) -> None:
     if whole is None:
         return
     content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    require_same(path, content["args"], comparable(run.args))
+    require_same(path, complete(content["args"], run.args), comparable(run.args))
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
@@ -146,6 +147,16 @@ def comparable(args: Any) -> dict[str, Any]:
     free = {"total_steps", "run_dir", "resume", "checkpoint", "checkpoint_every"}
     free |= {"device", "threads"}
     return {key: value for key, value in asdict(args).items() if key not in free}
+
+
+def complete(saved: dict[str, Any], args: Any) -> dict[str, Any]:
+    """Return saved settings with those that there were not yet, which had what is now the default.
+
+    Args:
+        saved: What ``comparable`` returned.
+        args: Any settings of the same example.
+    """
+    return comparable(type(args)()) | saved
 
 
 def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -66,8 +66,10 @@ class Args:
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
-    """over how many environment steps the steps' length falls to zero: √max_kl, in mode vanilla lr;
+    """by which environment step the steps' length has fallen to zero: √max_kl, in mode vanilla lr;
     None: it stays"""
+    anneal_start: int = 0
+    """from which environment step on it falls, linearly"""
     per_dimension: bool = False
     """multiply max_kl by the number of action dimensions, and divide the initial standard
     deviation by it, which is then at most 1"""
@@ -397,7 +399,8 @@ def anneal(run: Run) -> None:
     """Set the length of the next step."""
     args = run.args
     if args.anneal_steps is not None:
-        left = max(1 - run.step / args.anneal_steps, 1e-3)  # a radius is positive
+        left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
+        left = min(max(left, 1e-3), 1.0)  # a radius is positive
         for group in run.optimizer.param_groups:
             # a step's length goes with the radius' root
             group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
@@ -470,6 +473,10 @@ def train(args: Args) -> Run:
         raise SystemExit(
             f"batch_size {args.batch_size} must be a multiple of num_envs {args.num_envs} and at "
             f"most total_steps {args.total_steps}."
+        )
+    if args.anneal_steps is not None and args.anneal_start >= args.anneal_steps:
+        raise SystemExit(
+            f"anneal_start {args.anneal_start} must be before anneal_steps {args.anneal_steps}."
         )
     torch.set_num_threads(args.threads)
     processes = Processes(args.device)

@@ -244,7 +244,8 @@ def load(run: Run, path: Path) -> None:
         SystemExit: If it was made with other settings.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    checkpoint.require_same(path, content["args"], checkpoint.comparable(run.args))
+    saved = checkpoint.complete(content["args"], run.args)
+    checkpoint.require_same(path, saved, checkpoint.comparable(run.args))
     for name in FIGURES:
         setattr(run, name, content[name])
     for name in STATEFUL:

@@ -137,6 +137,16 @@ def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
     assert kls[-1] > 0.5 * wanted[-1]
 
 
+def test_it_stays_until_the_fall_begins(tmp_path: Path) -> None:
+    args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=1280, anneal_start=768)
+    lengths = []
+    run = train.new_run(args)
+    for run.update in range(0, 13, 2):
+        train.anneal(run)
+        lengths.append(run.optimizer.param_groups[0]["lr"] / 0.1)
+    assert lengths == pytest.approx([1, 1, 1, 1, 0.5, 1e-3, 1e-3])
+
+
 def test_so_does_that_of_vanilla(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=2048)
     (group,) = train.train(args).optimizer.param_groups
@@ -317,11 +327,26 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path: Path) -> None
         train.train(small(tmp_path, resume=True, max_kl=0.5))
 
 
+def test_a_checkpoint_from_before_a_setting_goes_on_where_that_has_its_default(
+    tmp_path: Path,
+) -> None:
+    train.train(small(tmp_path, total_steps=256))
+    content = checkpoint(tmp_path)
+    del content["args"]["anneal_start"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert train.train(small(tmp_path, resume=True)).step == 1024
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="anneal_start 0 -> 128"):
+        train.train(small(tmp_path, resume=True, anneal_start=128))
+
+
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="batch_size 130 must be a multiple of num_envs 4"):
         train.train(replace(small(tmp_path), batch_size=130))
     with pytest.raises(SystemExit, match="at most total_steps 64"):
         train.train(small(tmp_path, total_steps=64))
+    with pytest.raises(SystemExit, match="anneal_start 512 must be before anneal_steps 512"):
+        train.train(small(tmp_path, anneal_start=512, anneal_steps=512))
 
 
 def test_an_action_space_that_the_loop_does_not_know_is_refused_by_name() -> None:
