@@ -137,6 +137,12 @@ def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
     assert kls[-1] > 0.5 * wanted[-1]
 
 
+def test_so_does_that_of_vanilla(tmp_path: Path) -> None:
+    args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=2048)
+    (group,) = train.train(args).optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.1 * (1 - 7 / 16))  # the eighth step's
+
+
 def test_it_stays_until_the_fall_begins(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=1280, anneal_start=768)
     lengths = []
@@ -145,12 +151,6 @@ def test_it_stays_until_the_fall_begins(tmp_path: Path) -> None:
         train.anneal(run)
         lengths.append(run.optimizer.param_groups[0]["lr"] / 0.1)
     assert lengths == pytest.approx([1, 1, 1, 1, 0.5, 1e-3, 1e-3])
-
-
-def test_so_does_that_of_vanilla(tmp_path: Path) -> None:
-    args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=2048)
-    (group,) = train.train(args).optimizer.param_groups
-    assert group["lr"] == pytest.approx(0.1 * (1 - 7 / 16))  # the eighth step's
 
 
 def test_radius_and_noise_can_go_by_the_number_of_action_dimensions(tmp_path: Path) -> None:
