@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 MUJOCO = train.Args(
     total_steps=1_000_000,
+    anneal_start=500_000,
     anneal_steps=1_000_000,
     num_envs=4,
     batch_size=2048,
     max_kl=0.007,
-    log_std=0.6,
+    log_std=0.8,
     per_dimension=True,
     gae_lambda=0.95,
     critic_batches=4,
