@@ -25,7 +25,7 @@ import train
 import tyro
 from checkpoint import comparable, complete, require_same
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from results import ARCHIVE, pieces_of, unpacked
+from results import ARCHIVE, name_of, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -143,7 +143,7 @@ class Job:
     @property
     def name(self) -> str:
         """What its files are called."""
-        return f"{self.env_id}__{self.algorithm}__{self.seed}"
+        return name_of(self.env_id, self.algorithm, self.seed)
 
     @property
     def lines(self) -> Path:

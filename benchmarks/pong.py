@@ -53,7 +53,7 @@ class Settings:
     """where runs are kept that are not finished"""
 
 
-def played(scheme: str, seed: int, folder: Path, device: str = "cpu") -> dict[str, Any]:
+def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
     """Make one run, or the rest of it.
 
     Args:

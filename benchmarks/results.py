@@ -11,6 +11,11 @@ from typing import Any
 ARCHIVE = Path("docs/results.jsonl.xz")
 
 
+def name_of(env_id: str, algorithm: str, seed: int) -> str:
+    """Return what a run is called."""
+    return f"{env_id}__{algorithm}__{seed}"
+
+
 def lines_of(archive: Path) -> list[dict[str, Any]]:
     """Return all lines of an archive; none where there is no such file."""
     if not archive.exists():
@@ -23,7 +28,7 @@ def _runs(archive: Path) -> dict[str, list[str]]:
     """Return the lines of an archive by the names of their runs."""
     runs: dict[str, list[str]] = defaultdict(list)
     for line in lines_of(archive):
-        name = f"{line['environment']}__{line['algorithm']}__{line['seed']}"
+        name = name_of(line["environment"], line["algorithm"], line["seed"])
         runs[name].append(json.dumps(line))
     return runs
 
