@@ -289,13 +289,13 @@ initial standard deviation of e^{mujoco.log_std} over the number of action dimen
 (`--per-dimension`); the radius, joint over the dimensions, is the mean KL {mujoco.max_kl} d:
 {radii}.
 {mujoco.batch_size} steps an update from {mujoco.num_envs} environments; the length of the steps
-stays for {mujoco.anneal_start} environment steps, then falls linearly to zero; the critic is fitted
-to the last {mujoco.critic_batches} batches in {mujoco.critic_epochs} passes; gamma {mujoco.gamma} and gae_lambda {mujoco.gae_lambda}, for Swimmer
-{swimmer.gamma} and {swimmer.gae_lambda}, by one rule: λ = 1 − 5(1 − γ). One for classic control:
-max_kl {classic.max_kl}, {classic.batch_size} steps from {classic.num_envs} environments, log_std
-{classic.log_std}, gamma {classic.gamma}, gae_lambda {classic.gae_lambda}, the same critic, a length
-that falls from the start. Vanilla's learning rate is {vanilla} at the start, and falls as the
-length does.
+stays for {whole_length} environment steps, then falls linearly to zero; the critic is fitted to the
+last {mujoco.critic_batches} batches in {mujoco.critic_epochs} passes; gamma {mujoco.gamma} and
+gae_lambda {mujoco.gae_lambda}, for Swimmer {swimmer.gamma} and {swimmer.gae_lambda}, by one rule:
+λ = 1 − 5(1 − γ). One for classic control: max_kl {classic.max_kl}, {classic.batch_size} steps from
+{classic.num_envs} environments, log_std {classic.log_std}, gamma {classic.gamma}, gae_lambda
+{classic.gae_lambda}, the same critic, a length that falls from the start. Vanilla's learning rate is
+{vanilla} at the start, and falls as the length does.
 
 sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes for it, on the eleven tasks
 with an entry of their own; its KL is a mean over action dimensions. They were made for the v4 of
@@ -389,6 +389,7 @@ def main(
         mujoco=MUJOCO,
         swimmer=SWIMMER,
         radii=", ".join(radius_of(env_id) for env_id in mujoco),
+        whole_length=steps_of(MUJOCO.anneal_start),
         classic=CLASSIC,
         vanilla=VANILLA_LR,
         study=STUDY.read_text("utf-8").strip(),
