@@ -294,8 +294,8 @@ last {mujoco.critic_batches} batches in {mujoco.critic_epochs} passes; gamma {mu
 gae_lambda {mujoco.gae_lambda}, for Swimmer {swimmer.gamma} and {swimmer.gae_lambda}, by one rule:
 λ = 1 − 5(1 − γ). One for classic control: max_kl {classic.max_kl}, {classic.batch_size} steps from
 {classic.num_envs} environments, log_std {classic.log_std}, gamma {classic.gamma}, gae_lambda
-{classic.gae_lambda}, the same critic, a length that falls from the start. Vanilla's learning rate is
-{vanilla} at the start, and falls as the length does.
+{classic.gae_lambda}, the same critic, a length that falls from the start. Vanilla's learning rate
+is {vanilla} at the start, and falls as the length does.
 
 sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes for it, on the eleven tasks
 with an entry of their own; its KL is a mean over action dimensions. They were made for the v4 of
