@@ -93,8 +93,9 @@ def load(run: Run) -> None:
     """Take up the run where its checkpoint left it, or at the beginning where there is none.
 
     The run goes on bit for bit as if it had never stopped. Environments that do not return to their
-    state start new episodes instead. A checkpoint holds pickled environments: load none that you do
-    not trust.
+    state start new episodes instead; on another number of processes all do, the critic forgets its
+    earlier batches, and random numbers start anew. A checkpoint holds pickled environments: load
+    none that you do not trust.
 
     Args:
         run: A new run.
@@ -107,7 +108,7 @@ def load(run: Run) -> None:
     if whole is None:
         return
     content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    require_same(path, complete(content["args"], run.args), comparable(run.args))
+    require_same(path, complete(content["args"], type(run.args)), comparable(run.args))
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
@@ -121,7 +122,10 @@ def load(run: Run) -> None:
     parts = content["processes"]
     if len(parts) != run.processes.size:
         if run.processes.first:
-            print(f"{path} is of {len(parts)} processes: the environments start new episodes.")
+            print(
+                f"{path} is of {len(parts)} processes: environments start new episodes, the critic "
+                "forgets its earlier batches, random numbers start anew."
+            )
         return
     own = parts[run.processes.rank]
     run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
@@ -149,14 +153,14 @@ def comparable(args: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(args).items() if key not in free}
 
 
-def complete(saved: dict[str, Any], args: Any) -> dict[str, Any]:
-    """Return saved settings with those that there were not yet, which had what is now the default.
+def complete(saved: dict[str, Any], args: type[Any]) -> dict[str, Any]:
+    """Return saved settings, with today's defaults for settings that did not exist then.
 
     Args:
         saved: What ``comparable`` returned.
-        args: Any settings of the same example.
+        args: The class of the example's settings.
     """
-    return comparable(type(args)()) | saved
+    return comparable(args()) | saved
 
 
 def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -170,9 +174,9 @@ def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> Non
     Raises:
         SystemExit: If one does.
     """
-    changed = [key for key in ours if ours[key] != saved.get(key)]
+    changed = [key for key in {**saved, **ours} if saved.get(key) != ours.get(key)]
     if changed:
-        differences = ", ".join(f"{key} {saved.get(key)!r} -> {ours[key]!r}" for key in changed)
+        differences = ", ".join(f"{key} {saved.get(key)!r} -> {ours.get(key)!r}" for key in changed)
         raise SystemExit(
             f"{path} was made with other settings ({differences}). Go on with the same ones, or "
             "keep this run at another place."

@@ -88,8 +88,12 @@ class Processes:
 
     def seed(self, seed: int, *more: int) -> int:
         """Return a seed of this process's own; the first's is that of a single process."""
-        own = [seed, *more] + [self.rank] * (self.rank > 0)
-        return int(np.random.SeedSequence(own).generate_state(1)[0])
+        return seed_of(seed, *more, *[self.rank] * (self.rank > 0))
+
+
+def seed_of(*parts: int) -> int:
+    """Return a seed made of several numbers, unlike that of any others."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def leave() -> None:

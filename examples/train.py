@@ -66,10 +66,10 @@ class Args:
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
-    """by which environment step the steps' length has fallen to zero: √max_kl, in mode vanilla lr;
-    None: it stays"""
+    """environment step at which the steps' length reaches zero (it goes with √max_kl; in mode
+    vanilla it is lr); None: it stays"""
     anneal_start: int = 0
-    """from which environment step on it falls, linearly"""
+    """environment step from which it falls, linearly"""
     per_dimension: bool = False
     """multiply max_kl by the number of action dimensions, and divide the initial standard
     deviation by it, which is then at most 1"""
@@ -117,7 +117,7 @@ class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
     """Leaves out what is not read here; vector environments would gather it at every step."""
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take a step, of which only the info is another."""
+        """Take a step and return it without its info."""
         return *self.env.step(action)[:4], {}
 
 
@@ -365,9 +365,9 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
 def follow(run: Run, observations: Tensor) -> None:
     """Let the scaling follow the statistics of observations, by a small part of the radius.
 
-    It moves the policy as a step does, unseen by any line search: to an agent that has learned to
-    balance, ever smaller deviations are scaled up ever more, and its reactions grow with them until
-    it falls.
+    New statistics change the policy as a step does, but no line search checks them. As an agent
+    learns to balance, its deviations shrink and are scaled up, and its reactions grow until it
+    falls.
 
     Args:
         run: The run.
@@ -449,7 +449,7 @@ def draw(run: Run) -> Path:
     bottom.plot(*np.array(run.kls).T, ".", markersize=3, label="KL of the update")
     if run.args.mode != "vanilla":
         radius = run.optimizer.defaults["max_kl"]
-        bottom.axhline(radius, color="black", linewidth=0.8, label="max_kl")
+        bottom.axhline(radius, color="black", linewidth=0.8, label="max_kl at the start")
     bottom.set(xlabel="environment steps", ylabel="KL (nats)", ylim=(0, None))
     bottom.legend()
     path = run.args.folder() / "training.png"
@@ -474,9 +474,10 @@ def train(args: Args) -> Run:
             f"batch_size {args.batch_size} must be a multiple of num_envs {args.num_envs} and at "
             f"most total_steps {args.total_steps}."
         )
-    if args.anneal_steps is not None and args.anneal_start >= args.anneal_steps:
+    if not 0 <= args.anneal_start < (args.anneal_steps or 1):
         raise SystemExit(
-            f"anneal_start {args.anneal_start} must be before anneal_steps {args.anneal_steps}."
+            f"anneal_start {args.anneal_start} must be at least 0 and before anneal_steps "
+            f"{args.anneal_steps}."
         )
     torch.set_num_threads(args.threads)
     processes = Processes(args.device)
@@ -492,11 +493,12 @@ def train(args: Args) -> Run:
         if processes.first
         else None
     )
+    bar: dict[str, Any] = {} if processes.first else {"disable": True}  # or as TQDM_DISABLE says
     with tqdm(
         total=updates * args.batch_size,
         initial=run.step,
         unit="step",
-        disable=not processes.first,
+        **bar,
     ) as progress:
         while run.update < updates:
             report, fit = improve(run, collect(run))

@@ -29,6 +29,7 @@ import torch
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
+from processes import seed_of
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
@@ -91,7 +92,7 @@ class Args:
 
 
 def make_envs(args: Args) -> SyncVectorEnv:
-    """Return environments that vine can return to a state of."""
+    """Return environments whose state vine can restore."""
 
     def make() -> gym.Env[Any, Any]:
         if not args.env_id.startswith("ALE/"):
@@ -114,7 +115,7 @@ def pixels(outputs: int, gain: float) -> nn.Sequential:
 
 
 class Frames:
-    """Subtracts what a pixel is on average, and divides by the deviation of all: what moves stays.
+    """Subtracts each pixel's mean, and divides by the standard deviation over all pixels.
 
     Without it Pong's ball is lost in the field.
     """
@@ -191,7 +192,8 @@ class Run:
     steps: int = 0
     seconds: float = 0.0
     episodes: list[tuple[int, float]] = field(default_factory=list)
-    """for every episode of the trajectories the simulator steps by its end, and its return"""
+    """for every episode of the trajectories the simulator steps by the end of its update, and its
+    return"""
 
     def recent_return(self) -> float:
         """Mean return of the last 20 episodes."""
@@ -244,7 +246,7 @@ def load(run: Run, path: Path) -> None:
         SystemExit: If it was made with other settings.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint.complete(content["args"], run.args)
+    saved = checkpoint.complete(content["args"], Args)
     checkpoint.require_same(path, saved, checkpoint.comparable(run.args))
     for name in FIGURES:
         setattr(run, name, content[name])
@@ -259,7 +261,7 @@ def load(run: Run, path: Path) -> None:
 def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], int]:
     """Return trajectories, what makes the step's closures of their advantages, and their price."""
     args, agent = run.args, run.agent
-    seed = args.seed if run.end is None else None
+    seed = seed_of(args.seed, run.steps) if run.end is None else None
     if args.sampling == "single-path":
         path = single_path(
             run.envs,

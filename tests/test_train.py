@@ -137,13 +137,13 @@ def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
     assert kls[-1] > 0.5 * wanted[-1]
 
 
-def test_so_does_that_of_vanilla(tmp_path: Path) -> None:
+def test_vanillas_learning_rate_falls_linearly(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=2048)
     (group,) = train.train(args).optimizer.param_groups
     assert group["lr"] == pytest.approx(0.1 * (1 - 7 / 16))  # the eighth step's
 
 
-def test_it_stays_until_the_fall_begins(tmp_path: Path) -> None:
+def test_the_steps_length_stays_until_anneal_start(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=1280, anneal_start=768)
     lengths = []
     run = train.new_run(args)
@@ -332,12 +332,12 @@ def test_a_checkpoint_from_before_a_setting_goes_on_where_that_has_its_default(
 ) -> None:
     train.train(small(tmp_path, total_steps=256))
     content = checkpoint(tmp_path)
-    del content["args"]["anneal_start"]
+    del content["args"]["critic_batches"]
     torch.save(content, tmp_path / "checkpoint.pt")
     assert train.train(small(tmp_path, resume=True)).step == 1024
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="anneal_start 0 -> 128"):
-        train.train(small(tmp_path, resume=True, anneal_start=128))
+    with pytest.raises(SystemExit, match="critic_batches 1 -> 2"):
+        train.train(small(tmp_path, resume=True, critic_batches=2))
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -345,8 +345,10 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train.train(replace(small(tmp_path), batch_size=130))
     with pytest.raises(SystemExit, match="at most total_steps 64"):
         train.train(small(tmp_path, total_steps=64))
-    with pytest.raises(SystemExit, match="anneal_start 512 must be before anneal_steps 512"):
-        train.train(small(tmp_path, anneal_start=512, anneal_steps=512))
+    for start, steps in ((512, 512), (512, None), (-1, 512)):
+        message = f"anneal_start {start} must be at least 0 and before anneal_steps {steps}"
+        with pytest.raises(SystemExit, match=message):
+            train.train(small(tmp_path, anneal_start=start, anneal_steps=steps))
 
 
 def test_an_action_space_that_the_loop_does_not_know_is_refused_by_name() -> None:
