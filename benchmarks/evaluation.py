@@ -44,7 +44,7 @@ def returns_of(
 
 
 def returns_at_random(envs: SyncVectorEnv, seed: int) -> list[float]:
-    """Return what actions drawn alike come to, the floor; the environments are closed.
+    """Return the returns of uniformly random actions, which score 0; the environments are closed.
 
     Args:
         envs: The environments.

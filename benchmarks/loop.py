@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import train
 from sb3_contrib import TRPO
@@ -39,7 +41,7 @@ def ours(env_id: str, count: int) -> dict[str, Job]:
 def theirs(env_id: str, count: int) -> dict[str, Job]:
     """Return sb3-contrib's in two: collecting, and policy and critic together."""
     envs = VecNormalize(make_vec_env(env_id, count))
-    actions = max(1, sum(envs.action_space.shape or ()))
+    actions = math.prod(envs.action_space.shape or ())
     model = TRPO(
         "MlpPolicy",
         envs,
@@ -68,7 +70,7 @@ def loop_table(rounds: int) -> str:
         Markdown.
     """
     torch.set_num_threads(1)
-    head = ["environment", "side by side", "collect (ms)", "policy (ms)", "critic (ms)"]
+    head = ["task", "environments", "collect (ms)", "policy (ms)", "critic and scaling (ms)"]
     head += ["sb3-contrib: collect (ms)", "policy and critic (ms)"]
     rows = [[*head, "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]]
     for env_id in ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1"):

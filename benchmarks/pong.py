@@ -9,17 +9,18 @@ benchmarks/learning_report.py makes its part of docs/results.md of them.
 
 from __future__ import annotations
 
-import json
-import lzma
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import tyro
 import vine
+from checkpoint import comparable, require_same
 from evaluation import returns_at_random, returns_of
-from results import lines_of
+from results import lines_of, written
 from tqdm import tqdm
 
 ARCHIVE = Path("docs/pong.jsonl.xz")
@@ -53,6 +54,27 @@ class Settings:
     """where runs are kept that are not finished"""
 
 
+def settings_of(scheme: str, seed: int) -> vine.Args:
+    """Return the settings of a run."""
+    if scheme == "random":
+        return replace(SETTINGS, seed=seed)
+    return replace(SETTINGS, seed=seed, sampling=scheme)  # type: ignore[arg-type]  # one of two
+
+
+def finished() -> list[dict[str, Any]]:
+    """Return the lines of the finished runs.
+
+    Raises:
+        SystemExit: If they were run with other settings.
+    """
+    lines = lines_of(ARCHIVE)
+    for line in lines:
+        if "settings" in line:
+            saved = comparable(vine.Args(**line["settings"]))
+            require_same(ARCHIVE, saved, comparable(settings_of(line["scheme"], line["seed"])))
+    return lines
+
+
 def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
     """Make one run, or the rest of it.
 
@@ -63,15 +85,14 @@ def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
         device: Where its networks live.
 
     Returns:
-        Its line: for every episode of the trajectories the simulator steps by its end, and its
-        return; and the final policy's returns.
+        Its line: for every episode of the trajectories the simulator steps by the end of its
+        update, and its return; and the final policy's returns.
     """
-    args = replace(SETTINGS, seed=seed, device=device)
+    args = replace(settings_of(scheme, seed), device=device)
     line = {"scheme": scheme, "seed": seed}
     if scheme == "random":
         returns = returns_at_random(vine.make_envs(args), seed)
         return {**line, "sampled": returns, "deterministic": []}
-    args = replace(args, sampling=scheme)  # type: ignore[arg-type]  # one of two
     run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
     return {
         **line,
@@ -87,18 +108,22 @@ def main(settings: Settings) -> None:
 
     Args:
         settings: Which.
+
+    Raises:
+        SystemExit: If finished ones were run with other settings.
     """
-    finished = {(line["scheme"], line["seed"]) for line in lines_of(ARCHIVE)}
-    with ProcessPoolExecutor(settings.workers) as pool:
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
+    there = {(line["scheme"], line["seed"]) for line in finished()}
+    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
         waiting = [
             pool.submit(played, scheme, seed, settings.folder, settings.device)
             for seed in range(settings.seeds)
             for scheme in settings.schemes
-            if (scheme, seed) not in finished
+            if (scheme, seed) not in there
         ]
-        for future in tqdm(as_completed(waiting), total=len(waiting), unit="run"):
-            with lzma.open(ARCHIVE, "at", encoding="utf-8") as file:
-                file.write(json.dumps(future.result()) + "\n")
+        done = as_completed(waiting)
+        for future in tqdm(done, total=len(waiting), unit="run", disable=False):
+            written([*finished(), future.result()], ARCHIVE)
 
 
 if __name__ == "__main__":

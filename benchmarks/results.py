@@ -24,6 +24,14 @@ def lines_of(archive: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def written(lines: list[dict[str, Any]], archive: Path) -> None:
+    """Write an archive of lines; whatever happens, there is a whole one, the old or the new."""
+    whole = archive.with_name(f"{archive.name}.new")
+    with lzma.open(whole, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    whole.replace(archive)
+
+
 def _runs(archive: Path) -> dict[str, list[str]]:
     """Return the lines of an archive by the names of their runs."""
     runs: dict[str, list[str]] = defaultdict(list)
@@ -39,7 +47,9 @@ def unpacked(archive: Path, folder: Path) -> None:
     for name, lines in _runs(archive).items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            whole = path.with_suffix(".new")
+            whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            whole.replace(path)
 
 
 def pieces_of(algorithm: str, pieces: int) -> int:
@@ -63,8 +73,5 @@ def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
         run = path.read_text("utf-8").splitlines()
         if len(run) >= pieces_of(path.stem.split("__")[1], pieces):
             runs[path.stem] = run
-    whole = archive.with_name(f"{archive.name}.new")
-    with lzma.open(whole, "wt", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for _, run in sorted(runs.items()) for line in run)
-    whole.replace(archive)
+    written([json.loads(line) for _, run in sorted(runs.items()) for line in run], archive)
     return lines_of(archive)

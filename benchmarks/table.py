@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and numbers in them."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ def table(*rows: Sequence[object]) -> str:
     """Return rows as a Markdown table, the first as its head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
+
+
+def steps_of(number: int) -> str:
+    """Return a number of steps with its thousands apart."""
+    return f"{number:,}".replace(",", " ")

@@ -1,0 +1,114 @@
+"""Pong's part of docs/results.md: its text, table and picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pong
+import vine
+from evaluation import EPISODES
+from matplotlib.figure import Figure
+from table import steps_of, table
+
+COLORS = {"single-path": "#1f5fbf", "vine": "#e8872a"}
+
+WINDOW = 20
+"""Episodes in a point of the picture."""
+
+PART = """## Pong
+
+From frames, with a network of the paper's shape, {weights} parameters, by both of its sampling
+schemes: `examples/vine.py` with max_kl {pong.max_kl}, trunks of {pong.num_envs} environments and
+{pong.trunk_steps} steps, products on {pong.curvature:.0%} of the states; vine tries all six actions
+in {pong.states} states of every trunk, for {pong.horizon} steps each. A simulator step is four
+frames, in which one action is held, with probability 0.25 that of the step before; steps of
+branches count. Returns of the final policy, sampled and likeliest actions, in {episodes} episodes
+on separate environments, with their standard errors; the picture has the episodes of training
+(vine's are those of its trunks), means of {window}. The minutes are those of the machine that made
+the run: {machines}.
+
+{table}
+
+![Pong](pong.png)
+
+Not run here: commands for budgets of the size of the paper's, 500 updates of 100 000 simulator
+steps by single path and of 390 000 by vine:
+
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
+        --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000 \\
+        --checkpoint single-path.pt
+    python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \\
+        --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \\
+        --total-steps 193000000 --checkpoint vine.pt
+"""
+
+MACHINES = "the first three quarters by an H200, the rest by one core of a small server"
+"""What the archived runs were made on, kept by hand."""
+
+
+def pong_part(picture: Path) -> str:
+    """Draw the picture, and return the part's text.
+
+    Args:
+        picture: Where to draw.
+
+    Returns:
+        Markdown.
+    """
+    runs = pong.finished()
+    draw(runs, picture)
+    return PART.format(
+        weights=steps_of(sum(each.numel() for each in vine.pixels(6, 1.0).parameters())),
+        pong=pong.SETTINGS,
+        episodes=EPISODES,
+        window=WINDOW,
+        machines=MACHINES,
+        table=runs_table(runs),
+    )
+
+
+def runs_table(runs: list[dict[str, Any]]) -> str:
+    """Return the table of the runs."""
+    rows = [["scheme", "seed", "simulator steps", "minutes", "episodes", "sampled", "likeliest"]]
+    for line in runs:
+        learned = line["scheme"] != "random"
+        kinds = [np.array(line[kind]) for kind in ("sampled", "deterministic") if line[kind]]
+        rows.append(
+            [
+                line["scheme"],
+                str(line["seed"]),
+                steps_of(line["settings"]["total_steps"]) if learned else "–",
+                f"{line['seconds'] / 60:.0f}" if learned else "–",
+                str(len(line["episodes"])) if learned else "–",
+                *(
+                    f"{each.mean():.1f} ± {each.std(ddof=1) / len(each) ** 0.5:.1f}"
+                    for each in kinds
+                ),
+                *["–"] * (2 - len(kinds)),
+            ]
+        )
+    return table(*rows)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the returns of the trajectories by simulator steps, running means."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    floor = [value for line in runs if line["scheme"] == "random" for value in line["sampled"]]
+    if floor:
+        axes.axhline(np.mean(floor), color="gray", lw=0.8, label="random")
+    for line in runs:
+        if line["scheme"] in COLORS and len(line["episodes"]) >= WINDOW:
+            steps, returns = np.array(line["episodes"]).T
+            axes.plot(
+                steps[WINDOW - 1 :],
+                np.convolve(returns, np.ones(WINDOW) / WINDOW, mode="valid"),
+                color=COLORS[line["scheme"]],
+                linestyle=("-", "--", ":")[line["seed"] % 3],
+                label=f"{line['scheme']}, seed {line['seed']}",
+            )
+    axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)

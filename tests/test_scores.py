@@ -1,0 +1,53 @@
+"""Scores of learning runs: final policies, 0 for random actions and 1 for the target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scores import TARGETS, Runs
+
+
+def line(
+    env_id: str, algorithm: str, seed: int, steps: int, value: float, spread: float = 1.0
+) -> dict[str, Any]:
+    return {
+        "environment": env_id,
+        "algorithm": algorithm,
+        "seed": seed,
+        "steps": steps,
+        "deterministic": [value - spread, value + spread],
+        "sampled": [value / 2],
+    }
+
+
+def test_the_final_policy_counts_and_not_the_best_of_the_curve() -> None:
+    lines = [
+        line("Hopper-v5", "trpo", seed, steps, value)
+        for seed, values in enumerate([(900, 3000, 2500), (100, 200, 3600)])
+        for steps, value in zip((10, 20, 30), values, strict=True)
+    ]
+    runs = Runs(lines)
+    np.testing.assert_allclose(runs.final("Hopper-v5", "trpo"), [2500, 3600])
+    np.testing.assert_allclose(runs.final("Hopper-v5", "trpo", "sampled"), [1250, 1800])
+    steps, returns = runs.curves("Hopper-v5", "trpo")
+    np.testing.assert_allclose(steps, [10, 20, 30])
+    np.testing.assert_allclose(returns, [[900, 3000, 2500], [100, 200, 3600]])
+
+
+def test_scores_go_from_random_actions_to_the_target() -> None:
+    target = TARGETS["Reacher-v5"][0]
+    lines = [line("Reacher-v5", "random", seed, 1, -44 + seed) for seed in (0, 2)]  # mean -43
+    lines += [line("Reacher-v5", "trpo", 0, 1, -43), line("Reacher-v5", "trpo", 1, 1, target)]
+    scores = Runs(lines).normalised("trpo", ["Reacher-v5"], "deterministic")
+    np.testing.assert_allclose(scores, [[0], [1]])
+
+
+def test_two_algorithms_are_compared_on_the_tasks_of_both() -> None:
+    lines = [line(env_id, "random", 0, 1, 0) for env_id in ("Hopper-v5", "Ant-v5")]
+    lines += [line(env_id, "trpo", 0, 1, 100) for env_id in ("Hopper-v5", "Ant-v5")]
+    lines += [line("Ant-v5", "sb3-contrib", seed, 1, 50) for seed in range(3)]
+    pairs = Runs(lines).pairs()
+    assert list(pairs) == ["sb3-contrib"]
+    assert pairs["sb3-contrib"]["trpo"].shape == (1, 1)
+    assert pairs["sb3-contrib"]["sb3-contrib"].shape == (3, 1)
