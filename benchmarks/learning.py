@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import agent
 import torch
 import train
 import tyro
@@ -50,7 +51,7 @@ def advance(job: Job, piece: int) -> None:
 
 
 def _random(job: Job, steps: int) -> dict[str, Any]:
-    envs = train.make_envs(replace(job.args(steps), num_envs=EPISODES))
+    envs = agent.make_envs(replace(job.args(steps), num_envs=EPISODES))
     returns = returns_at_random(envs, job.seed)
     return {"steps": steps, "sampled": returns, "deterministic": returns}
 
@@ -58,7 +59,7 @@ def _random(job: Job, steps: int) -> dict[str, Any]:
 def _ours(job: Job, steps: int) -> dict[str, Any]:
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         run = train.train(job.args(steps))
-    envs = train.make_envs(replace(run.args, num_envs=EPISODES))
+    envs = agent.make_envs(replace(run.args, num_envs=EPISODES))
     return {"steps": run.step, **returns_of(envs, run.act, job.seed)}
 
 

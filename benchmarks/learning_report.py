@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import agent
 import numpy as np
 import train
 import tyro
@@ -150,7 +151,7 @@ def draw_profiles(runs: Runs, reps: int, path: Path) -> None:
 
 def radius_of(env_id: str) -> str:
     """Return a task's radius, in words."""
-    envs = train.make_envs(SETTINGS[env_id])
+    envs = agent.make_envs(SETTINGS[env_id])
     envs.close()
     return f"{train.joint_radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import normaliser
 import torch
 import train
 from sb3_contrib import TRPO
@@ -32,7 +33,7 @@ def ours(env_id: str, count: int) -> dict[str, Job]:
 
     def fit() -> None:
         train.fit_critic(run, last[0], targets[0])
-        train.follow(run, last[0].flat(last[0].observations))
+        normaliser.follow(run, last[0].flat(last[0].observations))
         run.update += 1
 
     return {"collect": Job(collect), "policy": Job(step), "critic": Job(fit)}

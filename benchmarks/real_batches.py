@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import agent
 import gymnasium as gym
 import torch
 import train
@@ -46,7 +47,7 @@ class Pool:
 
     env_id: str
     updates: int  # of the policy, before the pool was collected
-    policy: train.Policy  # the one that acted: deepcopy it before you take a step
+    policy: agent.Policy  # the one that acted: deepcopy it before you take a step
     observations: Tensor  # (R, T, D), normalised by the statistics of training
     actions: Tensor  # (R, T) or (R, T, A)
     advantages: Tensor  # (R, T), as GAE gives them
@@ -142,7 +143,7 @@ def load(path: Path, env_id: str, updates: int) -> Pool:
     outputs = len(weights["network.4.bias"])
     box = gym.spaces.Box(-math.inf, math.inf, (outputs,))
     space = box if "log_std" in weights else gym.spaces.Discrete(outputs)
-    policy = train.Policy(content["observations"].shape[-1], space, train.Args())
+    policy = agent.Policy(content["observations"].shape[-1], space, train.Args())
     policy.load_state_dict(weights)
     return Pool(env_id=env_id, updates=updates, policy=policy, **content)
 

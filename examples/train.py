@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -27,18 +26,20 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from agent import Policy, make_envs, mlp
+from charts import draw, log
 from checkpoint import load, prepare, save
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
-from matplotlib.figure import Figure
+from normaliser import Normaliser, follow
 from processes import Processes, leave, moments
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from trpo_optim import StepReport, TrustRegionOptimizer, frozen, mean_kl
+from trpo_optim import StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (
     Cursor,
     SinglePathBatch,
@@ -46,7 +47,6 @@ from trpo_optim.rollouts import (
     fit_value,
     gae,
     policy_closure,
-    restorable,
     single_path,
 )
 
@@ -111,107 +111,6 @@ class Args:
     def folder(self) -> Path:
         """Return the folder that the run writes to."""
         return self.run_dir or Path("runs") / f"{self.env_id}__{self.mode}__{self.seed}"
-
-
-class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
-    """Leaves out what is not read here; vector environments would gather it at every step."""
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take a step and return it without its info."""
-        return *self.env.step(action)[:4], {}
-
-
-def make_envs(args: Args) -> SyncVectorEnv:
-    """Return vector environments that restart within the step that ends an episode.
-
-    Observations are flat; bounded actions go from −1 to 1.
-    """
-
-    def make() -> gym.Env[Any, Any]:
-        env = restorable(partial(gym.make, args.env_id))
-        space, actions = env.observation_space, env.action_space
-        if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
-            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return WithoutInfo(env if flat else gym.wrappers.FlattenObservation(env))
-
-    return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-SCALING_SHARE = 0.1
-"""Which share of the radius a change of the observations' scaling may take in an update."""
-
-SCALING_START = 10
-"""From which update on; before, the statistics are those of a few episodes."""
-
-
-def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
-    """Return a network of two tanh layers, orthogonally initialised."""
-
-    def layer(fan_in: int, fan_out: int, scale: float) -> nn.Linear:
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(linear.weight, scale)
-        nn.init.zeros_(linear.bias)
-        return linear
-
-    first, second = layer(inputs, hidden, math.sqrt(2)), layer(hidden, hidden, math.sqrt(2))
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), layer(hidden, outputs, gain))
-
-
-class Policy(nn.Module):
-    """Maps normalised observations to a distribution over actions."""
-
-    def __init__(self, observations: int, actions: gym.Space[Any], args: Args) -> None:
-        super().__init__()
-        self.discrete = isinstance(actions, gym.spaces.Discrete)
-        if isinstance(actions, gym.spaces.Discrete):
-            outputs = int(actions.n)
-        elif isinstance(actions, gym.spaces.Box):
-            outputs = math.prod(actions.shape)
-            log_std = (
-                min(args.log_std - math.log(outputs), 0.0) if args.per_dimension else args.log_std
-            )
-            self.log_std = nn.Parameter(torch.full((outputs,), log_std))
-        else:
-            raise SystemExit(
-                f"{args.env_id} has the action space {actions}; this loop knows Box and Discrete."
-            )
-        self.network = mlp(observations, args.hidden, outputs, gain=0.01)
-
-    def forward(self, observation: Tensor) -> Distribution:
-        """Return the distribution over actions, joint over their dimensions."""
-        output = self.network(observation)
-        if self.discrete:
-            return Categorical(logits=output)
-        normal = Normal(output, self.log_std.exp(), validate_args=False)  # which takes time
-        return Independent(normal, 1, validate_args=False)
-
-
-class Normaliser:
-    """Brings observations to zero mean and unit variance, clipped at 10."""
-
-    def __init__(self, size: int, device: str) -> None:
-        self.stats = RunningMeanStd(shape=(size,))
-        self.device = device
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take over the statistics."""
-        mean, scale = self.stats.mean, np.sqrt(self.stats.var + 1e-8)
-        self.mean, self.scale = (
-            torch.as_tensor(each, dtype=torch.float32, device=self.device) for each in (mean, scale)
-        )
-
-    def update(self, observations: Tensor, processes: Processes | None = None) -> None:
-        """Count further observations in, shape (B, D), and those of the other processes."""
-        own = moments(observations)
-        for each in [own] if processes is None else processes.all(own):
-            self.stats.update_from_moments(*each)
-        self.refresh()
-
-    def __call__(self, observations: Tensor) -> Tensor:
-        """Return them scaled."""
-        return ((observations - self.mean) / self.scale).clamp_(-10, 10)
 
 
 def mean_of_last(episodes: Sequence[tuple[float, float]]) -> float:
@@ -361,35 +260,6 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     return report, fit
 
 
-@torch.no_grad()
-def follow(run: Run, observations: Tensor) -> None:
-    """Let the scaling follow the statistics of observations, by a small part of the radius.
-
-    New statistics change the policy as a step does, but no line search checks them. As an agent
-    learns to balance, its deviations shrink and are scaled up, and its reactions grow until it
-    falls.
-
-    Args:
-        run: The run.
-        observations: Those of the last batch, shape (B, D).
-    """
-    scaling, limit = run.normalise, SCALING_SHARE * run.optimizer.param_groups[0]["max_kl"]
-    old, mean, scale = frozen(run.act(observations)), scaling.mean, scaling.scale
-    scaling.update(observations, run.processes)
-    if run.update < SCALING_START:
-        return
-    new_mean, new_scale, share = scaling.mean, scaling.scale, 1.0
-    while (kl := _moved(run, old, observations)) > limit:
-        share *= 0.95 * math.sqrt(limit / kl)  # it goes with the square of what moves
-        scaling.mean = torch.lerp(mean, new_mean, share)
-        scaling.scale = torch.lerp(scale, new_scale, share)
-
-
-def _moved(run: Run, old: Distribution, observations: Tensor) -> float:
-    """Return the mean KL from an old policy to today's over the observations of all processes."""
-    return float(np.mean(run.processes.all(float(mean_kl(old, run.act(observations))))))
-
-
 def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
     """Return the trust-region radius, before any falling: joint over the action's dimensions."""
     return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
@@ -421,40 +291,6 @@ def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
         epochs=run.args.critic_epochs,
         minibatch=max(1, run.args.critic_minibatch // run.processes.size),
     )
-
-
-def log(run: Run, writer: SummaryWriter, report: StepReport, fit: ValueFit) -> None:
-    """Write every field of report and fit, and the run's own figures, to TensorBoard."""
-    for name, value in report.as_dict().items():
-        if isinstance(value, str):
-            writer.add_text(f"report/{name}", value, run.step)
-        else:
-            writer.add_scalar(f"report/{name}", value, run.step)
-    writer.add_scalar("charts/recent_return", run.recent_return(), run.step)
-    for name, value in asdict(fit).items():
-        writer.add_scalar(f"critic/{name}", value, run.step)
-
-
-def draw(run: Run) -> Path:
-    """Draw return and KL against environment steps; return the picture's path."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    steps, returns = np.array(run.episodes or [(math.nan, math.nan)]).T
-    window = min(20, len(returns))
-    smooth = np.convolve(returns, np.ones(window) / window, mode="valid")
-    top.plot(steps, returns, ".", markersize=2, alpha=0.3, label="episode")
-    top.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
-    top.set(ylabel="return", title=f"{run.args.env_id}, {run.args.mode}, seed {run.args.seed}")
-    top.legend()
-    bottom.plot(*np.array(run.kls).T, ".", markersize=3, label="KL of the update")
-    if run.args.mode != "vanilla":
-        radius = run.optimizer.defaults["max_kl"]
-        bottom.axhline(radius, color="black", linewidth=0.8, label="max_kl at the start")
-    bottom.set(xlabel="environment steps", ylabel="KL (nats)", ylim=(0, None))
-    bottom.legend()
-    path = run.args.folder() / "training.png"
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def train(args: Args) -> Run:

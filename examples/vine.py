@@ -27,13 +27,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from agent import mlp
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import RunningMeanStd
+from normaliser import Normaliser
 from processes import seed_of
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
-from train import Normaliser, mean_of_last, mlp
+from train import mean_of_last
 
 from trpo_optim import Closures, StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (

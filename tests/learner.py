@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import normaliser
 import numpy as np
 import torch
 import train
@@ -193,7 +194,7 @@ def learn_environment(
         critic_of_all=critic,
         optimizer=learner.optimizer,
         critic_optimizer=torch.optim.Adam(critic.parameters(), lr=critic_lr),
-        normalise=train.Normaliser(size, "cpu"),  # never updated: observations are used as they are
+        normalise=normaliser.Normaliser(size, "cpu"),  # never updated: observations stay
         discounted=torch.zeros(args.num_envs),
     )
     for _ in range(updates):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import agent
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import train
 from gymnasium.envs.toy_text.taxi import TaxiEnv
 from learner import (
     Bandit,
@@ -113,7 +113,7 @@ class MemorylessPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = train.mlp(SYMBOLS + 1, 32, SYMBOLS, gain=0.01)
+        self.network = agent.mlp(SYMBOLS + 1, 32, SYMBOLS, gain=0.01)
 
     def forward(self, observations: Tensor) -> Distribution:
         return Categorical(logits=self.network(at_end(observations, observations)))
@@ -252,7 +252,7 @@ class MultiDiscretePolicy(nn.Module):
     def __init__(self, space: gym.spaces.MultiDiscrete) -> None:
         super().__init__()
         self.sizes = space.nvec.tolist()
-        self.network = train.mlp(4, 32, sum(self.sizes), gain=0.01)
+        self.network = agent.mlp(4, 32, sum(self.sizes), gain=0.01)
 
     def forward(self, observations: Tensor) -> tuple[Distribution, ...]:
         heads = self.network(observations).split(self.sizes, -1)
@@ -280,7 +280,7 @@ class CarPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = train.mlp(2, 32, 4, gain=0.01)
+        self.network = agent.mlp(2, 32, 4, gain=0.01)
         self.log_std = nn.Parameter(torch.zeros(1))
 
     def forward(self, observations: Tensor) -> dict[str, Distribution]:
@@ -331,7 +331,7 @@ class BetaPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = train.mlp(3, 64, 2, gain=0.01)
+        self.network = agent.mlp(3, 64, 2, gain=0.01)
 
     def forward(self, observations: Tensor) -> Distribution:
         return Independent(Beta(*(1 + softplus(self.network(observations))).split(1, -1)), 1)
@@ -342,7 +342,7 @@ class SquashedPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = train.mlp(3, 64, 1, gain=0.01)
+        self.network = agent.mlp(3, 64, 1, gain=0.01)
         self.log_std = nn.Parameter(torch.full((1,), -0.5))
 
     def forward(self, observations: Tensor) -> Distribution:
@@ -360,7 +360,7 @@ def swing_up(learner: Learner, lowest: float) -> float:
         )
         return gym.wrappers.RescaleAction(env, np.float32(lowest), np.float32(1))
 
-    critic = train.mlp(3, 64, 1, gain=1.0)
+    critic = agent.mlp(3, 64, 1, gain=1.0)
     return learn_environment(
         make, learner, critic, seed=SEED, gamma=0.9, critic_lr=3e-3, updates=50
     )
@@ -381,7 +381,7 @@ class MixturePolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = train.mlp(2, 32, 6, gain=1.0)
+        self.network = agent.mlp(2, 32, 6, gain=1.0)
         self.log_std = nn.Parameter(torch.zeros(2, 2))
 
     def forward(self, observations: Tensor) -> Distribution:

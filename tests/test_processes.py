@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoint import prepare
+from normaliser import Normaliser
 from processes import Processes
 from ranks import on_ranks, values_of
 from torch import Tensor
-from train import Normaliser
 
 SHARES = [slice(0, 50), slice(50, 60)]
 

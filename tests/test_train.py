@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import agent
 import demo
 import gymnasium as gym
+import normaliser
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_radius_and_noise_can_go_by_the_number_of_action_dimensions(tmp_path: Pa
 
 
 def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
-    envs = train.make_envs(small(tmp_path, env_id="Pendulum-v1"))
+    envs = agent.make_envs(small(tmp_path, env_id="Pendulum-v1"))
     assert envs.single_action_space == gym.spaces.Box(-1, 1, (1,), np.float32)
     plain = gym.make("Pendulum-v1")
     envs.reset(seed=3)
@@ -190,7 +192,7 @@ def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -
     torch.manual_seed(0)
     observations = 5 + 3 * torch.randn(512, 3)
     run.update, mean, old = 20, run.normalise.mean, frozen(run.act(observations))
-    train.follow(run, observations)
+    normaliser.follow(run, observations)
     kl = float(mean_kl(old, run.act(observations)).detach())
     assert 0.5e-3 < kl <= 1e-3  # of max_kl, 0.01
     behind = torch.linalg.norm(run.normalise.mean - torch.as_tensor(run.normalise.stats.mean))
@@ -201,7 +203,7 @@ def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -
     assert torch.equal(again.normalise.mean, run.normalise.mean)
     assert torch.equal(again.normalise.scale, run.normalise.scale)
     run.update = 0
-    train.follow(run, observations)
+    normaliser.follow(run, observations)
     torch.testing.assert_close(
         run.normalise.mean.double(), torch.as_tensor(run.normalise.stats.mean), rtol=1e-6, atol=1e-6
     )
@@ -258,7 +260,7 @@ def test_a_new_run_keeps_the_earlier_one(tmp_path: Path) -> None:
 def test_actions_reach_the_environments_in_their_spaces_form(
     space: gym.Space[Any],
 ) -> None:
-    policy = train.Policy(4, space, train.Args())
+    policy = agent.Policy(4, space, train.Args())
     actions = actions_for(space, policy(torch.zeros(200, 4)).sample())
     assert all(space.contains(each) for each in actions)
 
@@ -354,12 +356,12 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_an_action_space_that_the_loop_does_not_know_is_refused_by_name() -> None:
     space = gym.spaces.MultiDiscrete([2, 3])
     with pytest.raises(SystemExit, match=r"MultiDiscrete\(\[2 3\]\)"):
-        train.Policy(4, space, train.Args())
+        agent.Policy(4, space, train.Args())
 
 
 def test_continuous_actions_are_one_joint_distribution() -> None:
     space = gym.spaces.Box(-1, 1, (17,), np.float32)
-    dist = train.Policy(4, space, train.Args())(torch.zeros(5, 4))
+    dist = agent.Policy(4, space, train.Args())(torch.zeros(5, 4))
     assert isinstance(dist, Independent)
     assert torch.distributions.kl_divergence(dist, dist).shape == (5,)
 
