@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "comparable",
-    "complete",
     "dump",
     "fill",
     "load",
     "pack",
     "prepare",
     "random_state",
+    "require_own",
     "require_same",
     "save",
     "set_random_state",
@@ -108,7 +108,7 @@ def load(run: Run) -> None:
     if whole is None:
         return
     content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    require_same(path, complete(content["args"], type(run.args)), comparable(run.args))
+    require_own(path, content["args"], run.args)
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])
     run.critic.load_state_dict(content["critic"])
@@ -153,14 +153,18 @@ def comparable(args: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(args).items() if key not in free}
 
 
-def complete(saved: dict[str, Any], args: type[Any]) -> dict[str, Any]:
-    """Return saved settings, with today's defaults for settings that did not exist then.
+def require_own(path: Path, saved: dict[str, Any], args: Any) -> None:
+    """Refuse what was made with other settings of an example.
 
     Args:
-        saved: What ``comparable`` returned.
-        args: The class of the example's settings.
+        path: Where it is.
+        saved: What ``comparable`` returned then; settings that did not exist had today's defaults.
+        args: The settings now.
+
+    Raises:
+        SystemExit: If one differs that must not change in mid-run.
     """
-    return comparable(args()) | saved
+    require_same(path, comparable(type(args)()) | saved, comparable(args))
 
 
 def require_same(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:

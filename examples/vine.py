@@ -248,8 +248,7 @@ def load(run: Run, path: Path) -> None:
         SystemExit: If it was made with other settings.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint.complete(content["args"], Args)
-    checkpoint.require_same(path, saved, checkpoint.comparable(run.args))
+    checkpoint.require_own(path, content["args"], run.args)
     for name in FIGURES:
         setattr(run, name, content[name])
     for name in STATEFUL:
