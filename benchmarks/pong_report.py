@@ -51,8 +51,8 @@ steps by single path and of 390 000 by vine:
 """
 
 MACHINES = (
-    "single path's to beyond 660 000 steps an H200, from there, and vine's, a core of a small server, "
-    "which other runs had a part of"
+    "single path's to beyond 660 000 steps an H200; from there, and vine's, a core of a small "
+    "server, which other runs had a part of"
 )
 """What the archived runs were made on, kept by hand."""
 
