@@ -20,6 +20,7 @@ from evaluation import EPISODES
 from jobs import CLASSIC, CLASSIC_TASKS, MUJOCO, MUJOCO_TASKS, SETTINGS, SWIMMER, VANILLA_LR, Job
 from loop import loop_table
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from pong_report import pong_part
 from results import ARCHIVE, packed, pieces_of, unpacked
 from rliable import library, metrics
@@ -135,7 +136,8 @@ def draw_curves(runs: Runs, path: Path) -> None:
         axes.axhline(TARGETS[env_id][0], color="black", linewidth=0.8, linestyle="--")
         axes.set_title(env_id, fontsize=10)
         axes.tick_params(labelsize=8)
-    figure.supxlabel("environment steps", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
@@ -199,7 +201,8 @@ their first random seed then.
 
 ![Learning curves](learning.png)
 
-Deterministic actions, mean over the seeds and their range; dashed, what is to be reached.
+Returns by environment steps: deterministic actions, mean over the seeds and their range; dashed,
+what is to be reached.
 
 ## MuJoCo
 

@@ -10,6 +10,7 @@ import pong
 import vine
 from evaluation import EPISODES
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from table import steps_of, table
 
 COLORS = {"single-path": "#1f5fbf", "vine": "#e8872a"}
@@ -119,6 +120,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 linestyle=("-", "--", ":")[line["seed"] % 3],
                 label=f"{line['scheme']}, seed {line['seed']}",
             )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
