@@ -32,7 +32,7 @@ MUJOCO = train.Args(
 SWIMMER = replace(MUJOCO, env_id="Swimmer-v5", gamma=0.998, gae_lambda=0.99)
 """By the same rule λ = 1 − 5(1 − γ): GAE looks a fifth as far as the discount does."""
 
-CLASSIC = train.Args(max_kl=0.03, log_std=1.0, gae_lambda=0.98, critic_batches=4, critic_epochs=5)
+CLASSIC = train.Args(max_kl=0.03, log_std=1.0, gae_lambda=0.95, critic_batches=4, critic_epochs=5)
 """One set of settings for classic control."""
 
 BUDGETS = {
