@@ -255,8 +255,8 @@ TRIED = {
     "Ant-v5": "less noise with a length that falls from the start (3238, mean of three); more "
     "noise; γ 0.995; λ 0.98; the critic on one batch",
     "Swimmer-v5": "γ 0.9999 with λ 0.95, 0.98 and 0.9995; less noise; other radii; a length that "
-    "falls from the start (mean 328)",
-    "Humanoid-v5": "actions as they are; less noise; a length that falls from the start (mean 762)",
+    "falls from the start",
+    "Humanoid-v5": "actions as they are; less noise; a length that falls from the start",
     "InvertedPendulum-v5": "statistics of observations that stop, that only grow, that the first "
     "layer takes back, that are held to a tenth and a hundredth of the radius",
     "InvertedDoublePendulum-v5": "a length, and a radius, that fall from the start; less and more "

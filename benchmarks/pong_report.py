@@ -33,8 +33,7 @@ errors; the picture has the episodes of training (vine's are those of its trunks
 A branch that is cut early leaves it to the critic to tell actions apart, and one critic's mistakes
 are the same in every update: with 192 states and branches of one and two steps the returns fell
 to −20.8 and −20.7 within 100 000 simulator steps. Long branches leave room for few states: 64 with
-branches of ten steps were at −21.0 and −20.5 after 675 000 and 611 000. One run each, but two of
-the last.
+branches of ten steps were at −21.0 and −20.5 after 675 000 and 611 000, two runs.
 
 {table}
 
