@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,19 @@ def finished() -> list[dict[str, Any]]:
     """Return the lines of the finished runs.
 
     Raises:
-        SystemExit: If they were run with other settings.
+        SystemExit: If they were run with other settings, or are of another length.
     """
     lines = lines_of(ARCHIVE)
     for line in lines:
         if "settings" in line:
-            saved = comparable(vine.Args(**line["settings"]))
-            require_same(ARCHIVE, saved, comparable(settings_of(line["scheme"], line["seed"])))
+            saved = comparable(vine.Args()) | line["settings"]
+            require_same(ARCHIVE, saved, recorded(settings_of(line["scheme"], line["seed"])))
     return lines
+
+
+def recorded(args: vine.Args) -> dict[str, Any]:
+    """Return the settings that a run's line says it was made with."""
+    return {**comparable(args), "total_steps": args.total_steps}
 
 
 def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
     run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
     return {
         **line,
-        "settings": asdict(args),
+        "settings": recorded(args),
         "seconds": round(run.seconds),
         "episodes": run.episodes,
         **returns_of(vine.make_envs(args), run.agent.act, seed, device),
@@ -108,7 +113,7 @@ def main(settings: Settings) -> None:
         settings: Which.
 
     Raises:
-        SystemExit: If finished ones were run with other settings.
+        SystemExit: If finished ones were run with other settings, or are of another length.
     """
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     there = {(line["scheme"], line["seed"]) for line in finished()}

@@ -51,6 +51,15 @@ class Runs:
         runs = self.runs.get((env_id, algorithm), {})
         return np.array([fmean(run[-1][kind]) for run in runs.values()])
 
+    def missed(self) -> dict[str, tuple[float, float | None]]:
+        """Return trpo's mean and sb3-contrib's, if any, where trpo's is below the target."""
+        missed = {}
+        for env_id, (target, _) in TARGETS.items():
+            own, peer = (self.final(env_id, algorithm) for algorithm in ("trpo", "sb3-contrib"))
+            if len(own) and own.mean() < target:
+                missed[env_id] = (float(own.mean()), float(peer.mean()) if len(peer) else None)
+        return missed
+
     def curves(self, env_id: str, algorithm: str) -> tuple[Array, Array]:
         """Return steps, (P,), and every seed's mean returns, (S, P)."""
         runs = self.runs[env_id, algorithm].values()

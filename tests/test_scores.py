@@ -51,3 +51,12 @@ def test_two_algorithms_are_compared_on_the_tasks_of_both() -> None:
     assert list(pairs) == ["sb3-contrib"]
     assert pairs["sb3-contrib"]["trpo"].shape == (1, 1)
     assert pairs["sb3-contrib"]["sb3-contrib"].shape == (3, 1)
+
+
+def test_a_task_is_missed_where_the_mean_is_below_the_target() -> None:
+    target = TARGETS["Ant-v5"][0]
+    lines = [line("Ant-v5", "trpo", seed, 1, target - 20 + 10 * seed) for seed in range(4)]
+    lines += [line("Ant-v5", "sb3-contrib", seed, 1, 600 + 20 * seed) for seed in range(2)]
+    lines += [line("Reacher-v5", "trpo", 0, 1, -7)]  # sb3-contrib has none of it
+    lines += [line("Hopper-v5", "trpo", 0, 1, TARGETS["Hopper-v5"][0])]
+    assert Runs(lines).missed() == {"Ant-v5": (target - 5, 610), "Reacher-v5": (-7, None)}
