@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,30 @@ class Job:
                 f"pieces of {self.total_steps} steps make {wanted:.0f}. Go on with the same "
                 "--pieces, or give --folder another."
             )
+
+
+def changes_of(
+    wanted: Mapping[str, float], algorithms: Collection[str]
+) -> tuple[tuple[str, float], ...]:
+    """Return changes of the example's settings, whole numbers as such.
+
+    Args:
+        wanted: Numbers by the names of settings.
+        algorithms: Of the runs that they are for.
+
+    Raises:
+        SystemExit: If a setting is no number, or its number is not whole, or some runs would not
+            heed it.
+    """
+    settings = asdict(SETTINGS["HalfCheetah-v5"])
+    changes = []
+    for name, value in wanted.items():
+        now = settings.get(name)
+        if not isinstance(now, int | float):
+            raise SystemExit(f"--changes {name}: no number of examples/train.py is called that.")
+        if isinstance(now, int) and value != int(value):
+            raise SystemExit(f"--changes {name} {value}: it is a whole number.")
+        changes.append((name, value if isinstance(now, float) else int(value)))
+    if changes and (others := sorted(set(algorithms) - set(MODES))):
+        raise SystemExit(f"--changes are of examples/train.py: leave out {', '.join(others)}.")
+    return tuple(changes)

@@ -16,38 +16,37 @@ import json
 import os
 import time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import agent
-import torch
 import train
 import tyro
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from jobs import SB3, SETTINGS, Job
-from results import ARCHIVE, pieces_of, unpacked
+from jobs import SB3, SETTINGS, Job, changes_of
+from results import ARCHIVE, pieces_of, rewritten, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
+from workers import pool
 
 
 def advance(job: Job, piece: int) -> None:
     """Train one piece further, evaluate, and append a line."""
     steps = job.total_steps * (piece + 1) // job.pieces
     start = time.perf_counter()
-    train_and_judge = {"sb3-contrib": _sb3, "random": _random}.get(job.algorithm, _ours)
-    result = train_and_judge(job, steps)
+    if job.algorithm == "sb3-contrib":
+        result = _sb3(job, steps, piece)
+    else:
+        result = _random(job, steps) if job.algorithm == "random" else _ours(job, steps)
     line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
     line |= {"seconds": round(time.perf_counter() - start, 1), "settings": job.settings()}
-    with job.lines.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    before = job.lines.read_text("utf-8").splitlines()[:piece] if piece else []
+    rewritten(job.lines, [*before, json.dumps(line)])
 
 
 def _random(job: Job, steps: int) -> dict[str, Any]:
@@ -63,13 +62,13 @@ def _ours(job: Job, steps: int) -> dict[str, Any]:
     return {"steps": run.step, **returns_of(envs, run.act, job.seed)}
 
 
-def _sb3(job: Job, steps: int) -> dict[str, Any]:
+def _sb3(job: Job, steps: int, done: int) -> dict[str, Any]:
     folder = job.folder / job.name
     folder.mkdir(parents=True, exist_ok=True)
     envs = make_vec_env(job.env_id, n_envs=2, seed=job.seed)
     settings = {"normalize": False, "gamma": 0.99} | SB3[job.env_id]
     scaled = settings.pop("normalize")
-    if done := job.done():
+    if done:
         normalised = VecNormalize.load(str(folder / f"{done}.pkl"), envs)
         model = TRPO.load(folder / f"{done}.zip", normalised, device="cpu")
         model.set_random_seed(job.seed + 1000 * done)  # loading set that of the start again
@@ -136,7 +135,7 @@ def main(settings: Settings) -> None:
         settings: Which.
 
     Raises:
-        SystemExit: If runs of other settings would get into the archive.
+        SystemExit: If runs of other settings would get into the archive, or changes cannot be made.
     """
     if settings.changes is not None and settings.folder == Settings().folder:
         raise SystemExit(
@@ -146,11 +145,7 @@ def main(settings: Settings) -> None:
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.changes is None:
         unpacked(ARCHIVE, settings.folder)
-    defaults = asdict(train.Args())
-    changes = tuple(
-        (name, value if isinstance(defaults[name], float) else int(value))
-        for name, value in (settings.changes or {}).items()
-    )
+    changes = changes_of(settings.changes or {}, settings.algorithms)
     jobs = [
         Job(
             env_id, algorithm, seed, settings.folder, pieces_of(algorithm, settings.pieces), changes
@@ -165,15 +160,13 @@ def main(settings: Settings) -> None:
     total = sum(job.pieces for job in jobs)
     finished = sum(min(job.done(), job.pieces) for job in jobs)
     with (
-        ProcessPoolExecutor(
-            settings.workers, get_context("spawn"), torch.set_num_threads, (1,)
-        ) as pool,
+        pool(settings.workers) as workers,
         tqdm(total=total, initial=finished, unit="piece", disable=False) as progress,
     ):
         while waiting or running:
             while waiting and len(running) < settings.workers:
                 job, piece = waiting.popleft()
-                running[pool.submit(advance, job, piece)] = job, piece
+                running[workers.submit(advance, job, piece)] = job, piece
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 job, piece = running.pop(future)

@@ -22,7 +22,7 @@ from loop import loop_table
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from pong_report import pong_part
-from results import ARCHIVE, packed, pieces_of, unpacked
+from results import ARCHIVE, gathered, pieces_of, written
 from rliable import library, metrics
 from scores import ALGORITHMS, TARGETS, Array, Runs
 from table import steps_of, table
@@ -276,14 +276,16 @@ def main(
         rounds: Timed updates of the whole loop.
 
     Raises:
-        SystemExit: If a run was made with other settings than the page says.
+        SystemExit: If a run was made with other settings than the page says, or is not the
+            archive's of that name; the archive then stays as it is.
     """
-    unpacked(ARCHIVE, folder)
-    runs = Runs(packed(folder, pieces, ARCHIVE))
+    lines = gathered(folder, pieces, ARCHIVE)
+    runs = Runs(lines)
     for (env_id, algorithm), seeds in runs.runs.items():
-        for seed, lines in seeds.items():
+        for seed, run in seeds.items():
             job = Job(env_id, algorithm, seed, folder, pieces_of(algorithm, pieces))
-            job.require_own(lines[-1], len(lines))
+            job.require_own(run[-1], len(run))
+    written(lines, ARCHIVE)
     draw_curves(runs, Path("docs/learning.png"))
     draw_profiles(runs, reps, Path("docs/profiles.png"))
     page = PAGE.format(

@@ -10,9 +10,8 @@ benchmarks/learning_report.py makes its part of docs/results.md of them.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from checkpoint import comparable, require_same
 from evaluation import returns_at_random, returns_of
 from results import lines_of, written
 from tqdm import tqdm
+from workers import pool
 
 ARCHIVE = Path("docs/pong.jsonl.xz")
 
@@ -117,9 +117,9 @@ def main(settings: Settings) -> None:
     """
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     there = {(line["scheme"], line["seed"]) for line in finished()}
-    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
+    with pool(settings.workers) as workers:
         waiting = [
-            pool.submit(played, scheme, seed, settings.folder, settings.device)
+            workers.submit(played, scheme, seed, settings.folder, settings.device)
             for seed in range(settings.seeds)
             for scheme in settings.schemes
             if (scheme, seed) not in there

@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from checkpoint import whole
+
 ARCHIVE = Path("docs/results.jsonl.xz")
 
 
@@ -26,10 +28,9 @@ def lines_of(archive: Path) -> list[dict[str, Any]]:
 
 def written(lines: list[dict[str, Any]], archive: Path) -> None:
     """Write an archive of lines; whatever happens, there is a whole one, the old or the new."""
-    whole = archive.with_name(f"{archive.name}.new")
-    with lzma.open(whole, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    whole.replace(archive)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with whole(archive) as file:
+        file.write(lzma.compress(text.encode()))
 
 
 def _runs(archive: Path) -> dict[str, list[str]]:
@@ -47,9 +48,13 @@ def unpacked(archive: Path, folder: Path) -> None:
     for name, lines in _runs(archive).items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            whole = path.with_suffix(".new")
-            whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            whole.replace(path)
+            rewritten(path, lines)
+
+
+def rewritten(path: Path, lines: list[str]) -> None:
+    """Write a run's file; whatever happens, there is a whole one, the old or the new."""
+    with whole(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def pieces_of(algorithm: str, pieces: int) -> int:
@@ -57,8 +62,8 @@ def pieces_of(algorithm: str, pieces: int) -> int:
     return 1 if algorithm == "random" else pieces
 
 
-def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
-    """Write the finished runs of a folder into an archive, beside those that it has.
+def gathered(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
+    """Return the finished runs of a folder and an archive's.
 
     Args:
         folder: Of the runs' files, one a run.
@@ -66,12 +71,19 @@ def packed(folder: Path, pieces: int, archive: Path) -> list[dict[str, Any]]:
         archive: The file.
 
     Returns:
-        All its lines, run by run.
+        All lines, run by run.
+
+    Raises:
+        SystemExit: If both have a run, and not the same.
     """
     runs = _runs(archive)
     for path in folder.glob("*.jsonl"):
         run = path.read_text("utf-8").splitlines()
-        if len(run) >= pieces_of(path.stem.split("__")[1], pieces):
-            runs[path.stem] = run
-    written([json.loads(line) for _, run in sorted(runs.items()) for line in run], archive)
-    return lines_of(archive)
+        if len(run) < pieces_of(path.stem.split("__")[1], pieces):
+            continue
+        if runs.setdefault(path.stem, run) != run:
+            raise SystemExit(
+                f"{path} is not the run that {archive} has of this name. Move the one away that is "
+                "not wanted."
+            )
+    return [json.loads(line) for _, run in sorted(runs.items()) for line in run]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -34,6 +36,7 @@ __all__ = [
     "save",
     "set_random_state",
     "unpack",
+    "whole",
     "write",
 ]
 
@@ -137,10 +140,17 @@ def load(run: Run) -> None:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; whatever happens, there is a whole one, the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp")
-    with half.open("wb") as file:
+    with whole(path) as file:
         torch.save(content, file)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of the one at ``path`` when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f"{path.name}.half")
+    with half.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CLASSIC_TASKS, MUJOCO_TASKS, SB3, SETTINGS, Job
+from jobs import CLASSIC_TASKS, MUJOCO_TASKS, SB3, SETTINGS, Job, changes_of
 
 
 def job(folder: Path, algorithm: str = "trpo", env_id: str = "CartPole-v1") -> Job:
@@ -60,3 +60,25 @@ def test_every_task_of_the_peer_is_one_of_ours_and_none_is_in_both_sets() -> Non
     assert not MUJOCO_TASKS.keys() & CLASSIC_TASKS.keys()
     assert SB3.keys() <= SETTINGS.keys()
     assert all(args.env_id == env_id for env_id, args in SETTINGS.items())
+
+
+def test_changes_are_whole_where_settings_are() -> None:
+    changes = changes_of({"max_kl": 1.0, "anneal_steps": 5e5, "per_dimension": 0}, ["natural"])
+    assert changes == (("max_kl", 1.0), ("anneal_steps", 500_000), ("per_dimension", 0))
+    assert [type(value) for _, value in changes] == [float, int, int]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "algorithm", "words"),
+    [
+        ("max_lk", 0.01, "trpo", "max_lk: no number"),
+        ("mode", 1.0, "trpo", "mode: no number"),
+        ("num_envs", 0.5, "trpo", "num_envs 0.5: it is a whole number"),
+        ("max_kl", 0.01, "sb3-contrib", "leave out sb3-contrib"),
+    ],
+)
+def test_changes_that_no_run_would_heed_are_refused(
+    name: str, value: float, algorithm: str, words: str
+) -> None:
+    with pytest.raises(SystemExit, match=words):
+        changes_of({name: value}, ["trpo", algorithm])

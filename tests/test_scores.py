@@ -53,6 +53,19 @@ def test_two_algorithms_are_compared_on_the_tasks_of_both() -> None:
     assert pairs["sb3-contrib"]["sb3-contrib"].shape == (3, 1)
 
 
+def test_of_every_task_as_many_seeds_count_as_the_one_with_the_fewest_has() -> None:
+    tasks = ("Hopper-v5", "Ant-v5")
+    lines = [line(env_id, "random", 0, 1, 0) for env_id in tasks]
+    lines += [line("Hopper-v5", "trpo", seed, 1, 100 * seed) for seed in range(5)]
+    lines += [line("Ant-v5", "trpo", seed, 1, 10 * seed) for seed in range(3)]
+    scores = Runs(lines).normalised("trpo", list(tasks), "deterministic")
+    wanted = [
+        [100 * seed / TARGETS["Hopper-v5"][0], 10 * seed / TARGETS["Ant-v5"][0]]
+        for seed in range(3)
+    ]
+    np.testing.assert_allclose(scores, wanted)
+
+
 def test_a_task_is_missed_where_the_mean_is_below_the_target() -> None:
     target = TARGETS["Ant-v5"][0]
     lines = [line("Ant-v5", "trpo", seed, 1, target - 20 + 10 * seed) for seed in range(4)]
