@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from pong_report import pong_part
 from results import ARCHIVE, gathered, pieces_of, written
+from results_page import MACHINES, PAGE, TRIED
 from rliable import library, metrics
 from scores import ALGORITHMS, TARGETS, Array, Runs
 from table import steps_of, table
@@ -168,100 +169,8 @@ def radius_of(env_id: str) -> str:
     return f"{train.joint_radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
 
 
-PAGE = """# Learning, beside the peers
-
-Written by `make bench-learning`, whose finished runs are in [`results.jsonl.xz`](results.jsonl.xz),
-one line of JSON an evaluation; runs that it holds are not made again. Final policies, not the best
-of the curve, on separate environments, {episodes} episodes each, deterministic actions (sampled
-ones in a column of their own). In brackets 95 % stratified bootstrap intervals over the seeds, by
-rliable; with three to five seeds such an interval is little wider than the range of the runs, and
-covers less than 95 %. With fewer than four seeds the IQM equals the mean, and is left out.
-{machines}
-
-**Settings.** One set for all MuJoCo tasks. With d action dimensions the initial standard deviation
-is min(1, e^{mujoco.log_std}/d), and the trust-region radius, on the batch mean of the KL summed
-over dimensions, is {mujoco.max_kl}·d (`examples/train.py --per-dimension`): {radii}.
-{mujoco.batch_size} steps an update from {mujoco.num_envs} environments. The length of the steps is
-constant for the first {whole_length} environment steps, and then falls linearly to zero. The critic
-is fitted to the last {mujoco.critic_batches} batches in {mujoco.critic_epochs} passes. γ is
-{mujoco.gamma} and λ {mujoco.gae_lambda}, for Swimmer {swimmer.gamma} and {swimmer.gae_lambda}, by
-one rule: λ = 1 − 5(1 − γ). One set for classic control: max_kl {classic.max_kl},
-{classic.batch_size} steps from {classic.num_envs} environments, log_std {classic.log_std}, γ
-{classic.gamma}, λ {classic.gae_lambda}, the same critic, a length that falls from the start.
-Vanilla's learning rate is {vanilla}, and falls as the length does.
-
-sb3-contrib's TRPO has the settings that rl-baselines3-zoo publishes for it, on the eleven tasks
-with an entry of their own; its KL is a mean over action dimensions. For MuJoCo they were made for
-the v4 of the tasks (Ant-v5 also observes contact forces), and for 2 million steps on Humanoid.
-After each evaluation a run is reloaded and starts new episodes; most runs also started again from
-their first random seed then.
-
-{study}
-
-![Learning curves](learning.png)
-
-Returns by environment steps: deterministic actions, mean over the seeds and their range; dashed,
-what is to be reached.
-
-## MuJoCo
-
-{mujoco_table}
-
-## Classic control
-
-{classic_table}
-
-## Not reached
-
-Means of final policies, deterministic actions. What was tried is told, with figures, under *How
-they were found*.
-
-{shortfalls}
-
-{pong}
-## Across tasks
-
-Scores are 0 for uniformly random actions and 1 for the target of the last column above. The
-probability of improvement is that of a random run of trpo beating a random run of the other
-algorithm on the same task, averaged over tasks; ties count half. MuJoCo's settings were fixed
-before any run above was made; tasks and seeds, though, are those of the search. λ of classic
-control was chosen by the very runs above.
-
-{across}
-
-![Performance profiles](profiles.png)
-
-## The whole loop
-
-Milliseconds of an update of 2048 environment steps on one core, in parts: collecting with
-normalised observations; the policy's step with advantages; twenty passes of the critic in
-minibatches of 128, and the scaling of observations. sb3-contrib at equal settings: KL, products,
-passes and minibatches.
-
-{loop}
-"""
-
 STUDY = Path("benchmarks/settings_study.md")
 """What was tried for the settings, and on which tasks: kept by hand beside its commands."""
-
-MACHINES = """Torch 2.13 on two cores made the runs; torch 2.11 on sixteen made or began these:
-trpo's seeds 3 and 4 of MuJoCo, natural's and vanilla's, and sb3-contrib's seed 2 of CartPole,
-Acrobot and LunarLander."""
-"""What the archived runs were made on: kept by hand."""
-
-TRIED = {
-    "Hopper-v5": "γ 0.995; a length that falls from the start, and from a quarter on; less noise",
-    "Ant-v5": "less noise with a length that falls from the start (3238, mean of three); more "
-    "noise; γ 0.995; λ 0.98; the critic on one batch",
-    "Swimmer-v5": "γ 0.9999 with λ 0.95, 0.98 and 0.9995; less noise; other radii; a length that "
-    "falls from the start",
-    "Humanoid-v5": "actions as they are; less noise; a length that falls from the start",
-    "InvertedPendulum-v5": "statistics of observations that stop, that only grow, that the first "
-    "layer takes back, that are held to a tenth and a hundredth of the radius",
-    "InvertedDoublePendulum-v5": "a length, and a radius, that fall from the start; less and more "
-    "noise",
-}
-"""What was tried where the target was missed: kept by hand, figures in STUDY."""
 
 
 def main(

@@ -25,14 +25,20 @@ from workers import pool
 
 ARCHIVE = Path("docs/pong.jsonl.xz")
 
-COMMON = vine.Args(env_id="ALE/Pong-v5", total_steps=700_000, max_kl=0.02)
+COMMON = vine.Args(env_id="ALE/Pong-v5")
 """Of both schemes; what neither changes is the example's default."""
 
 SETTINGS = {
     "single-path": replace(
-        COMMON, sampling="single-path", trunk_steps=128, curvature=0.1, critic_epochs=3
+        COMMON,
+        sampling="single-path",
+        total_steps=700_000,
+        max_kl=0.02,
+        trunk_steps=128,
+        curvature=0.1,
+        critic_epochs=3,
     ),
-    "vine": replace(COMMON, states=128, horizon=5, critic_epochs=8),
+    "vine": replace(COMMON, total_steps=1_400_000, max_kl=0.005, horizon=5, critic_epochs=8),
 }
 
 SCHEMES = (*SETTINGS, "random")
