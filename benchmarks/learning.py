@@ -41,8 +41,10 @@ def advance(job: Job, piece: int) -> None:
     start = time.perf_counter()
     if job.algorithm == "sb3-contrib":
         result = _sb3(job, steps, piece)
+    elif job.algorithm == "random":
+        result = _random(job, steps)
     else:
-        result = _random(job, steps) if job.algorithm == "random" else _ours(job, steps)
+        result = _ours(job, steps)
     line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
     line |= {"seconds": round(time.perf_counter() - start, 1), "settings": job.settings()}
     before = job.lines.read_text("utf-8").splitlines()[:piece] if piece else []
