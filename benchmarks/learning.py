@@ -120,6 +120,8 @@ class Settings:
     """trpo, natural, vanilla, sb3-contrib, random"""
     seeds: int = 5
     """runs of each"""
+    first_seed: int = 0
+    """the first of their seeds"""
     pieces: int = 10
     """evaluations of each run"""
     workers: int = 2
@@ -137,11 +139,13 @@ def main(settings: Settings) -> None:
         settings: Which.
 
     Raises:
-        SystemExit: If runs of other settings would get into the archive, or changes cannot be made.
+        SystemExit: If a study's runs would get into the archive, or changes cannot be made.
     """
-    if settings.changes is not None and settings.folder == Settings().folder:
+    study = settings.changes is not None or settings.first_seed != Settings().first_seed
+    if study and settings.folder == Settings().folder:
         raise SystemExit(
-            f"--changes in {settings.folder}, whose runs go into {ARCHIVE}: give --folder another."
+            "--changes and --first-seed make a study's runs, and those of "
+            f"{settings.folder} go into {ARCHIVE}: give --folder another."
         )
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ def main(settings: Settings) -> None:
         Job(
             env_id, algorithm, seed, settings.folder, pieces_of(algorithm, settings.pieces), changes
         )
-        for seed in range(settings.seeds)
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
         for algorithm in settings.algorithms
         for env_id in settings.environments
         if algorithm != "sb3-contrib" or env_id in SB3
