@@ -83,8 +83,8 @@ passes and minibatches.
 """
 
 MACHINES = """Torch 2.13 on two cores made the runs; torch 2.11 on sixteen made or began these:
-trpo's seeds 3 and 4 of MuJoCo, natural's and vanilla's, and sb3-contrib's seed 2 of CartPole,
-Acrobot and LunarLander."""
+trpo's seeds 3 and 4 of MuJoCo, seed 0 of natural and of vanilla, and sb3-contrib's seed 2 of
+CartPole, Acrobot and LunarLander."""
 """What the archived runs were made on: kept by hand."""
 
 TRIED = {
