@@ -149,7 +149,7 @@ def main(settings: Settings) -> None:
         )
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     settings.folder.mkdir(parents=True, exist_ok=True)
-    if settings.changes is None:
+    if not study:
         unpacked(ARCHIVE, settings.folder)
     changes = changes_of(settings.changes or {}, settings.algorithms)
     jobs = [
