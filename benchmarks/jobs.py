@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import train
 from checkpoint import comparable, require_own, require_same
-from results import name_of
+from results import name_of, write_run
 
 MODES = ("trpo", "natural", "vanilla")
 """The algorithms that are this package's."""
@@ -77,7 +78,7 @@ CLASSIC_TASKS: dict[str, train.Args] = {
 SETTINGS = MUJOCO_TASKS | CLASSIC_TASKS
 
 VANILLA_LR = 0.01
-"""Learning rate of vanilla policy gradient; no one value fits all tasks."""
+"""Learning rate of vanilla policy gradient, on all tasks; not tuned."""
 
 SB3_MUJOCO: dict[str, Any] = {
     "normalize": True,
@@ -205,8 +206,25 @@ class Job:
             raise SystemExit(
                 f"{self.lines} has {line['steps']} steps in {count} pieces, where {self.pieces} "
                 f"pieces of {self.total_steps} steps make {wanted:.0f}. Go on with the same "
-                "--pieces, or give --folder another."
+                "--pieces, or give --folder another; if its lines are lost, move away the folder "
+                f"{self.name}, which is further than they are."
             )
+
+    def record(self, piece: int, result: dict[str, Any]) -> None:
+        """Write the line of a finished piece.
+
+        Args:
+            piece: How many are finished before it.
+            result: Steps, returns and seconds.
+
+        Raises:
+            SystemExit: If the run is not where this piece ends.
+        """
+        line = {"environment": self.env_id, "algorithm": self.algorithm, "seed": self.seed}
+        line |= {**result, "settings": self.settings()}
+        self.require_own(line, piece + 1)
+        before = self.lines.read_text("utf-8").splitlines()[:piece] if piece else []
+        write_run([*before, json.dumps(line)], self.lines)
 
 
 def changes_of(
@@ -219,15 +237,20 @@ def changes_of(
         algorithms: Of the runs that they are for.
 
     Raises:
-        SystemExit: If a setting is no number, or its number is not whole, or some runs would not
-            heed it.
+        SystemExit: If a setting is no number that can be changed, or its number is not whole, or
+            some runs would not heed it.
     """
+    own = {"seed", "resume", "checkpoint_every"}
     settings = asdict(SETTINGS["HalfCheetah-v5"])
     changes = []
     for name, value in wanted.items():
         now = settings.get(name)
+        if name in own:
+            raise SystemExit(f"--changes {name}: every run has its own.")
         if not isinstance(now, int | float):
             raise SystemExit(f"--changes {name}: no number of examples/train.py is called that.")
+        if not math.isfinite(value):
+            raise SystemExit(f"--changes {name} {value}: it is a finite number.")
         if isinstance(now, int) and value != int(value):
             raise SystemExit(f"--changes {name} {value}: it is a whole number.")
         changes.append((name, value if isinstance(now, float) else int(value)))

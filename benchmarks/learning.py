@@ -12,7 +12,6 @@ the lines.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections import deque
@@ -26,7 +25,7 @@ import train
 import tyro
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
 from jobs import SB3, SETTINGS, Job, changes_of
-from results import ARCHIVE, pieces_of, rewritten, unpacked
+from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -34,9 +33,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 from workers import pool
 
+RESTART = 1_000_000
+"""How far apart the random seeds of a run's pieces are; evaluations have those in between."""
+
 
 def advance(job: Job, piece: int) -> None:
-    """Train one piece further, evaluate, and append a line."""
+    """Train one piece further, evaluate, and write the line of it."""
     steps = job.total_steps * (piece + 1) // job.pieces
     start = time.perf_counter()
     if job.algorithm == "sb3-contrib":
@@ -45,10 +47,7 @@ def advance(job: Job, piece: int) -> None:
         result = _random(job, steps)
     else:
         result = _ours(job, steps)
-    line = {"environment": job.env_id, "algorithm": job.algorithm, "seed": job.seed, **result}
-    line |= {"seconds": round(time.perf_counter() - start, 1), "settings": job.settings()}
-    before = job.lines.read_text("utf-8").splitlines()[:piece] if piece else []
-    rewritten(job.lines, [*before, json.dumps(line)])
+    job.record(piece, {**result, "seconds": round(time.perf_counter() - start, 1)})
 
 
 def _random(job: Job, steps: int) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def _sb3(job: Job, steps: int, done: int) -> dict[str, Any]:
     if done:
         normalised = VecNormalize.load(str(folder / f"{done}.pkl"), envs)
         model = TRPO.load(folder / f"{done}.zip", normalised, device="cpu")
-        model.set_random_seed(job.seed + 1000 * done)  # loading set that of the start again
+        model.set_random_seed(RESTART * done + job.seed)  # loading set that of the start again
     else:
         normalised = VecNormalize(
             envs, norm_obs=scaled, norm_reward=scaled, gamma=settings["gamma"]
@@ -142,7 +141,7 @@ def main(settings: Settings) -> None:
         SystemExit: If a study's runs would get into the archive, or changes cannot be made.
     """
     study = settings.changes is not None or settings.first_seed != Settings().first_seed
-    if study and settings.folder == Settings().folder:
+    if study and settings.folder.resolve() == Settings().folder.resolve():
         raise SystemExit(
             "--changes and --first-seed make a study's runs, and those of "
             f"{settings.folder} go into {ARCHIVE}: give --folder another."
@@ -161,10 +160,11 @@ def main(settings: Settings) -> None:
         for env_id in settings.environments
         if algorithm != "sb3-contrib" or env_id in SB3
     ]
-    waiting = deque((job, job.done()) for job in jobs if job.done() < job.pieces)
+    begun = [(job, job.done()) for job in jobs]
+    waiting = deque((job, done) for job, done in begun if done < job.pieces)
     running: dict[Future[None], tuple[Job, int]] = {}
     total = sum(job.pieces for job in jobs)
-    finished = sum(min(job.done(), job.pieces) for job in jobs)
+    finished = sum(done for _, done in begun)
     with (
         pool(settings.workers) as workers,
         tqdm(total=total, initial=finished, unit="piece", disable=False) as progress,

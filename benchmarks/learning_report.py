@@ -22,7 +22,7 @@ from loop import loop_table
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from pong_report import pong_part
-from results import ARCHIVE, gathered, pieces_of, written
+from results import ARCHIVE, gathered, pieces_of, write_archive
 from results_page import MACHINES, PAGE, TRIED
 from rliable import library, metrics
 from scores import ALGORITHMS, TARGETS, Array, Runs
@@ -194,7 +194,7 @@ def main(
         for seed, run in seeds.items():
             job = Job(env_id, algorithm, seed, folder, pieces_of(algorithm, pieces))
             job.require_own(run[-1], len(run))
-    written(lines, ARCHIVE)
+    write_archive(lines, ARCHIVE)
     draw_curves(runs, Path("docs/learning.png"))
     draw_profiles(runs, reps, Path("docs/profiles.png"))
     page = PAGE.format(

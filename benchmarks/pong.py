@@ -19,7 +19,7 @@ import tyro
 import vine
 from checkpoint import comparable, require_same
 from evaluation import returns_at_random, returns_of
-from results import lines_of, written
+from results import lines_of, write_archive
 from tqdm import tqdm
 from workers import pool
 
@@ -131,8 +131,11 @@ def main(settings: Settings) -> None:
             if (scheme, seed) not in there
         ]
         done = as_completed(waiting)
-        for future in tqdm(done, total=len(waiting), unit="run", disable=False):
-            written([*finished(), future.result()], ARCHIVE)
+        try:
+            for future in tqdm(done, total=len(waiting), unit="run", disable=False):
+                write_archive([*finished(), future.result()], ARCHIVE)
+        finally:
+            workers.shutdown(cancel_futures=True)  # of one that failed, the others are not begun
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def lines_of(archive: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def written(lines: list[dict[str, Any]], archive: Path) -> None:
+def write_archive(lines: list[dict[str, Any]], archive: Path) -> None:
     """Write an archive of lines; whatever happens, there is a whole one, the old or the new."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with whole(archive) as file:
@@ -48,10 +48,10 @@ def unpacked(archive: Path, folder: Path) -> None:
     for name, lines in _runs(archive).items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            rewritten(path, lines)
+            write_run(lines, path)
 
 
-def rewritten(path: Path, lines: list[str]) -> None:
+def write_run(lines: list[str], path: Path) -> None:
     """Write a run's file; whatever happens, there is a whole one, the old or the new."""
     with whole(path) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())

@@ -62,12 +62,12 @@ they were found*.
 {pong}
 ## Across tasks
 
-Scores are 0 for uniformly random actions and 1 for the target of the last column above. The
+Scores are 0 for uniformly random actions and 1 for what is to be reached. The
 probability of improvement is that of a random run of trpo beating a random run of the other
 algorithm on the same task, averaged over tasks; ties count half. MuJoCo's settings were fixed
-before any run above was made; tasks and seeds, though, are those of the search. γ, λ
-and the critic's passes of classic control were found on its tasks, too, but on seeds of their own,
-after others had missed targets with the seeds above.
+before this package's runs above, most of sb3-contrib's runs were there; tasks and seeds are those
+of the search. γ, λ and the critic's passes of classic control were found on its tasks, too, but on
+seeds of their own, after others had missed targets with the seeds above.
 
 {across}
 
@@ -97,10 +97,10 @@ TRIED = {
     "0.98 and 0.9995; other radii",
     "Humanoid-v5": "less noise with a length that falls from the start (762); actions as they are "
     "(632)",
-    "InvertedPendulum-v5": "less noise with a length that falls from the start (1000, but Walker2d "
-    "3693); four ways to slow the scaling of observations, for which other tasks pay",
-    "InvertedDoublePendulum-v5": "less noise with a length, and with a radius, that falls from the "
-    "start (7594, 7970); more noise",
+    "InvertedPendulum-v5": "a length that falls from the start (1000, but Walker2d 3693, with less "
+    "noise too); four ways to slow the scaling of observations, for which other tasks pay",
+    "InvertedDoublePendulum-v5": "a length that falls from the start (7594), and less noise with a "
+    "radius that does (7970)",
     "Acrobot-v1": "γ 0.99 with λ 0.95 and 0.98 (−85.4, −83.3); eight other settings on seeds of "
     "their own",
     "LunarLander-v3": "γ 0.99 with λ 0.95 (122.8) and 0.98 (163.8, but Pendulum −178.1, Acrobot "

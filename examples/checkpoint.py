@@ -107,10 +107,10 @@ def load(run: Run) -> None:
         SystemExit: If the checkpoint was made with other settings.
     """
     path = run.args.folder() / "checkpoint.pt"
-    whole = run.processes.of_first(lambda: path.read_bytes() if path.exists() else None)
-    if whole is None:
+    packed = run.processes.of_first(lambda: path.read_bytes() if path.exists() else None)
+    if packed is None:
         return
-    content = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
+    content = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
     require_own(path, content["args"], run.args)
     run.update, run.episodes, run.kls = content["update"], content["episodes"], content["kls"]
     run.policy.load_state_dict(content["policy"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,23 @@ def test_lines_of_longer_or_shorter_pieces_are_refused(tmp_path: Path) -> None:
         replace(own, changes=(("total_steps", 200_000),)).done()
 
 
+def test_a_piece_takes_the_place_of_what_is_at_its_own_or_after(tmp_path: Path) -> None:
+    own = job(tmp_path)
+    for piece, steps in enumerate([9216, 19456, 30720]):
+        own.record(piece, {"steps": steps})
+    own.record(1, {"steps": 20480})
+    lines = [json.loads(line) for line in own.lines.read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [9216, 20480]
+    assert own.done() == 2
+
+
+def test_a_policy_that_is_further_than_its_piece_is_not_taken_for_it(tmp_path: Path) -> None:
+    own = job(tmp_path)
+    with pytest.raises(SystemExit, match=r"100352 steps in 1 pieces.* move away the folder"):
+        own.record(0, {"steps": 100_352})
+    assert not own.lines.exists()
+
+
 def test_every_task_of_the_peer_is_one_of_ours_and_none_is_in_both_sets() -> None:
     assert not MUJOCO_TASKS.keys() & CLASSIC_TASKS.keys()
     assert SB3.keys() <= SETTINGS.keys()
@@ -73,6 +91,8 @@ def test_changes_are_whole_where_settings_are() -> None:
     [
         ("max_lk", 0.01, "trpo", "max_lk: no number"),
         ("mode", 1.0, "trpo", "mode: no number"),
+        ("seed", 12, "trpo", "seed: every run has its own"),
+        ("num_envs", math.inf, "trpo", "num_envs inf: it is a finite number"),
         ("num_envs", 0.5, "trpo", "num_envs 0.5: it is a whole number"),
         ("max_kl", 0.01, "sb3-contrib", "leave out sb3-contrib"),
     ],

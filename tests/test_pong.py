@@ -10,7 +10,7 @@ import pong
 import pytest
 from pong import finished, recorded, settings_of
 from pong_report import pong_part
-from results import written
+from results import write_archive
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def test_runs_of_todays_settings_are_finished(archive: Path) -> None:
         {"scheme": "vine", "seed": 1, "settings": recorded(settings_of("vine", 1))},
         {"scheme": "random", "seed": 0, "sampled": [-21.0]},
     ]
-    written(lines, archive)
+    write_archive(lines, archive)
     assert finished() == lines
 
 
@@ -37,14 +37,14 @@ def test_runs_of_other_settings_are_refused(
     archive: Path, change: dict[str, Any], words: str
 ) -> None:
     other = recorded(replace(settings_of("vine", 0), **change))
-    written([{"scheme": "vine", "seed": 0, "settings": other}], archive)
+    write_archive([{"scheme": "vine", "seed": 0, "settings": other}], archive)
     with pytest.raises(SystemExit, match=words):
         finished()
 
 
 def test_a_setting_that_is_gone_is_named(archive: Path) -> None:
     old = recorded(settings_of("single-path", 0)) | {"gone": 3}
-    written([{"scheme": "single-path", "seed": 0, "settings": old}], archive)
+    write_archive([{"scheme": "single-path", "seed": 0, "settings": old}], archive)
     with pytest.raises(SystemExit, match="gone 3 -> None"):
         finished()
 
@@ -63,7 +63,7 @@ def test_the_pages_part_has_a_row_for_each_run_and_a_picture(archive: Path, tmp_
         }
         for seed in (1, 0)
     ]
-    written([{"deterministic": [], **run} for run in runs], archive)
+    write_archive([{"deterministic": [], **run} for run in runs], archive)
     part = pong_part(tmp_path / "pong.png")
     rows = [line for line in part.splitlines() if line.startswith(("| vine", "| random"))]
     assert rows == [

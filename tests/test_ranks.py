@@ -89,8 +89,12 @@ def on_rows(
     return closure
 
 
-VARIANTS = [
-    *itertools.product(["trpo"], (torch.float32, torch.float64), (False, True)),
+Variant = tuple[str, torch.dtype, bool]
+"""The mode, the precision, and whether the closures return the distribution too."""
+
+VARIANTS: list[Variant] = [
+    ("trpo", torch.float32, False),
+    ("trpo", torch.float64, True),
     ("natural", torch.float32, True),
     ("natural", torch.float64, False),
     ("vanilla", torch.float32, False),

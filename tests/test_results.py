@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from results import gathered, lines_of, name_of, unpacked, written
+from results import gathered, lines_of, name_of, unpacked, write_archive
 
 
 def write(folder: Path, seed: int, steps: list[int], algorithm: str = "trpo") -> None:
@@ -24,7 +24,7 @@ def test_finished_runs_go_through_the_archive_and_others_stay_out(tmp_path: Path
     write(there, 0, [10, 20])
     write(there, 1, [10])
     lines = gathered(there, 2, archive)
-    written(lines, archive)
+    write_archive(lines, archive)
     assert lines == lines_of(archive)
     assert [(line["seed"], line["steps"]) for line in lines] == [(0, 10), (0, 20)]
     write(here, 2, [10, 20])
@@ -36,7 +36,7 @@ def test_finished_runs_go_through_the_archive_and_others_stay_out(tmp_path: Path
 def test_a_run_in_progress_is_not_overwritten(tmp_path: Path) -> None:
     there, archive = tmp_path / "there", tmp_path / "all.jsonl.xz"
     write(there, 0, [10, 20])
-    written(gathered(there, 2, archive), archive)
+    write_archive(gathered(there, 2, archive), archive)
     write(there, 0, [30])
     unpacked(archive, there)
     assert len((there / "A-v1__trpo__0.jsonl").read_text().splitlines()) == 1
@@ -55,7 +55,7 @@ def test_a_run_of_random_actions_is_one_line(tmp_path: Path) -> None:
 def test_writing_leaves_no_half_files(tmp_path: Path) -> None:
     write(tmp_path / "there", 0, [10, 20])
     archive = tmp_path / "all.jsonl.xz"
-    written(gathered(tmp_path / "there", 2, archive), archive)
+    write_archive(gathered(tmp_path / "there", 2, archive), archive)
     unpacked(archive, tmp_path / "here")
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["A-v1__trpo__0.jsonl"]
     assert {path.name for path in tmp_path.iterdir()} == {"there", "here", archive.name}
@@ -64,7 +64,7 @@ def test_writing_leaves_no_half_files(tmp_path: Path) -> None:
 def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "all.jsonl.xz"
     write(tmp_path / "there", 0, [10, 20])
-    written(gathered(tmp_path / "there", 2, archive), archive)
+    write_archive(gathered(tmp_path / "there", 2, archive), archive)
     write(tmp_path / "there", 0, [10, 21])
     with pytest.raises(SystemExit, match="is not the run"):
         gathered(tmp_path / "there", 2, archive)
