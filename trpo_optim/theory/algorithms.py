@@ -110,7 +110,7 @@ def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tenso
     def dear(logs: Tensor) -> Tensor:  # the slope falls with the radius
         return (tilt.prices(tilt.margins(logs.exp())) @ visits) >= coefficient
 
-    low, high = map(float, _narrowed(dear, _LEAST, _MOST, rounds=10))
+    low, high = map(float, _narrowed(dear, _LEAST, _MOST, rounds=9))
     radius = math.exp((low + high) / 2) if high > float(_LEAST) else 0.0
     return constrained_step(mdp, policy, radius)
 
@@ -189,7 +189,7 @@ class _Tilt:
             return terms.mul_(_over(self.old, log_margins)).sum(0) > radii[..., None]
 
         high = torch.full((*radii.shape, len(self.widths)), 80.0, dtype=torch.float64)  # π itself
-        return _narrowed(outside, -high, high, rounds=14)[1]  # from the best action alone
+        return _narrowed(outside, -high, high, rounds=12)[1]  # from the best action alone
 
     def _kept(self, log_margins: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is kept of each action, and of its probability, (A, …, S)."""
