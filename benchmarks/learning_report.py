@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 import agent
@@ -169,6 +170,16 @@ def radius_of(env_id: str) -> str:
     return f"{train.joint_radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
 
 
+def wrapped(page: str) -> str:
+    """Return Markdown whose paragraphs of prose are lines of 128 columns at most."""
+    wrapper = TextWrapper(128, break_long_words=False, break_on_hyphens=False)
+    parts = page.rstrip().split("\n\n")
+    other = ("|", "    ", "- ", "#", "!")
+    return (
+        "\n\n".join(part if part.startswith(other) else wrapper.fill(part) for part in parts) + "\n"
+    )
+
+
 STUDY = Path("benchmarks/settings_study.md")
 """What was tried for the settings, and on which tasks: kept by hand beside its commands."""
 
@@ -214,7 +225,7 @@ def main(
         across=across(runs, reps),
         loop=loop_table(rounds),
     )
-    Path("docs/results.md").write_text(page, encoding="utf-8")
+    Path("docs/results.md").write_text(wrapped(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

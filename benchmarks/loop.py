@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gymnasium as gym
 import normaliser
 import torch
 import train
@@ -61,6 +62,21 @@ def theirs(env_id: str, count: int) -> dict[str, Job]:
     }
 
 
+def simulator(env_id: str) -> dict[str, Job]:
+    """Return the environment's own share of collecting, by random actions."""
+    env = gym.make(env_id).unwrapped
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(BATCH)]
+
+    def step() -> None:
+        for action in actions:
+            if env.step(action)[2]:
+                env.reset()
+
+    return {"simulator": Job(step)}
+
+
 def loop_table(rounds: int) -> str:
     """Return the table of whole loops on one core.
 
@@ -71,12 +87,13 @@ def loop_table(rounds: int) -> str:
         Markdown.
     """
     torch.set_num_threads(1)
-    head = ["task", "environments", "collect (ms)", "policy (ms)", "critic and scaling (ms)"]
+    head = ["task", "environments", "simulator (ms)"]
+    head += ["collect (ms)", "policy (ms)", "critic and scaling (ms)"]
     head += ["sb3-contrib: collect (ms)", "policy and critic (ms)"]
     rows = [[*head, "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]]
     for env_id in ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1"):
         for count in (2, 8):
-            jobs = {**ours(env_id, count), **theirs(env_id, count)}
+            jobs = {**simulator(env_id), **ours(env_id, count), **theirs(env_id, count)}
             times = {name: each.median for name, each in taken_in_turn(jobs, rounds).items()}
             mine = times["collect"] + times["policy"] + times["critic"]
             other = times["their collect"] + times["their train"]

@@ -89,10 +89,15 @@ def pong_part(picture: Path) -> str:
     )
 
 
+def in_order(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs by scheme and seed."""
+    return sorted(runs, key=lambda line: (pong.SCHEMES.index(line["scheme"]), line["seed"]))
+
+
 def runs_table(runs: list[dict[str, Any]]) -> str:
     """Return the table of the runs."""
     rows = [["scheme", "seed", "simulator steps", "minutes", "episodes", "sampled", "likeliest"]]
-    for line in sorted(runs, key=lambda line: (pong.SCHEMES.index(line["scheme"]), line["seed"])):
+    for line in in_order(runs):
         learned = line["scheme"] != "random"
         kinds = [np.array(line[kind]) for kind in ("sampled", "deterministic") if line[kind]]
         rows.append(
@@ -119,7 +124,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     floor = [value for line in runs if line["scheme"] == "random" for value in line["sampled"]]
     if floor:
         axes.axhline(np.mean(floor), color="gray", lw=0.8, label="random")
-    for line in runs:
+    for line in in_order(runs):
         if line["scheme"] in COLORS and len(line["episodes"]) >= WINDOW:
             steps, returns = np.array(line["episodes"]).T
             axes.plot(
@@ -131,5 +136,5 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=100)
