@@ -24,7 +24,7 @@ import agent
 import train
 import tyro
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from jobs import SB3, SETTINGS, Job, changes_of
+from jobs import MODES, SB3, SETTINGS, Job, changes_of
 from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -138,7 +138,8 @@ def main(settings: Settings) -> None:
         settings: Which.
 
     Raises:
-        SystemExit: If a study's runs would get into the archive, or changes cannot be made.
+        SystemExit: If a name is not known, a study's runs would get into the archive, or changes
+            cannot be made.
     """
     study = settings.changes is not None or settings.first_seed != Settings().first_seed
     if study and settings.folder.resolve() == Settings().folder.resolve():
@@ -146,6 +147,12 @@ def main(settings: Settings) -> None:
             "--changes and --first-seed make a study's runs, and those of "
             f"{settings.folder} go into {ARCHIVE}: give --folder another."
         )
+    for wanted, known in (
+        (settings.environments, tuple(SETTINGS)),
+        (settings.algorithms, (*MODES, "sb3-contrib", "random")),
+    ):
+        if unknown := sorted(set(wanted) - set(known)):
+            raise SystemExit(f"{', '.join(unknown)}: not known here. There are {', '.join(known)}.")
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     settings.folder.mkdir(parents=True, exist_ok=True)
     if not study:

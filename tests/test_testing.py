@@ -22,7 +22,7 @@ from problems import Snapshot, gaussian
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, Independent, Normal, TanhTransform
 
-from trpo_optim import TrustRegionError
+from trpo_optim import TrustRegionError, testing
 from trpo_optim.testing import (
     CLOSURE_CHECKS,
     POLICY_CHECKS,
@@ -447,6 +447,13 @@ class TestFunction(PolicyTests):
 def test_fixture(assert_sound):
     assert_sound(SmallPolicy(3, 4, "beta"), torch.randn(32, 3))
 """
+
+
+def test_without_pytest_only_its_class_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    monkeypatch.delitem(sys.modules, "trpo_optim.testing.plugin", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"PolicyTests needs pytest.*pip install pytest"):
+        testing.PolicyTests  # noqa: B018 (asking for it is the test)
 
 
 def test_the_plugin_gives_one_test_per_check(pytester: pytest.Pytester) -> None:

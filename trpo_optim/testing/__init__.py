@@ -28,6 +28,13 @@ def __getattr__(name: str) -> Any:
     """Import what needs pytest when it is asked for."""
     if name != "PolicyTests":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from trpo_optim.testing.plugin import PolicyTests  # not without pytest
+    try:
+        from trpo_optim.testing.plugin import PolicyTests
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"PolicyTests needs pytest ({error}): pip install pytest. The other names of "
+            f"{__name__} do without.",
+            name=error.name,
+        ) from error
 
     return PolicyTests
