@@ -119,7 +119,7 @@ def runs_table(runs: list[dict[str, Any]]) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the returns of the trajectories by simulator steps, running means."""
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     floor = [value for line in runs if line["scheme"] == "random" for value in line["sampled"]]
     if floor:
@@ -136,5 +136,5 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=100)

@@ -84,9 +84,10 @@ passes and minibatches.
 
 {loop}
 
-To reach is a ratio of 1.5, which Hopper misses: its simulator takes two to three times
-HalfCheetah's time, the same on both sides, and with eight environments it and the arithmetic of the
-critic's 320 minibatches are most of an update. Tried beyond what is used (Adam in
+To reach is a ratio of 1.5. HalfCheetah with eight environments is about there (1.43 to 1.55 in four
+runs of this table), and Hopper misses it (1.42 to 1.49 and 1.28 to 1.40): its simulator takes two
+to three times HalfCheetah's time, the same on both sides, and with eight environments it and the
+arithmetic of the critic's 320 minibatches are most of an update. Tried beyond what is used (Adam in
 one kernel, distributions that do not check their arguments, fewer calls a step): dropping `info` in
 a wrapper (5 % of collecting), and the critic's gradients by hand (52 ms where autograd takes 71).
 

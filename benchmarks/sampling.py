@@ -226,8 +226,8 @@ path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMME
 
 {schemes}
 
-Three runs do not tell the schemes apart on Swimmer, where some stay near 100 by either: vine's seed 3
-ends at 244, and from other starts, with the same settings, vine ended at 287, 241 and 289, single
+Three runs do not tell the schemes apart on Swimmer, where some stay near 100 by either: vine's seed
+3 ends at 244, and from other starts, with the same settings, vine ended at 287, 241 and 289, single
 path at 332, 99 and 327.
 
 ## The largest KL
