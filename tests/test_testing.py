@@ -541,7 +541,7 @@ print(check_policy(policy, observations))  # a table: what was checked, measured
 assert_policy(policy, observations)  # raises with that table
 
 
-class TestMyPolicy(PolicyTests):  # in pytest: one test per check
+class TestMyPolicy(PolicyTests):  # in pytest, which this needs: one test per check
     policy = MyPolicy()
     observations = torch.randn(256, 17)
 
