@@ -226,9 +226,9 @@ path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMME
 
 {schemes}
 
-Three runs do not tell the schemes apart on Swimmer, where some stay near 100 by either: vine's seed
-3 ends at 244, and from other starts, with the same settings, vine ended at 287, 241 and 289, single
-path at 332, 99 and 327.
+On Swimmer single path is ahead in every run of the table, and vine's runs differ: its seed 3 ends
+at 244. An earlier version, from other starts, had vine at 287, 241 and 289, single path at 332, 99
+and 327.
 
 ## The largest KL
 
