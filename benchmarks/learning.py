@@ -24,9 +24,10 @@ import agent
 import train
 import tyro
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from jobs import MODES, SB3, SETTINGS, Job, changes_of
+from jobs import SB3, SETTINGS, Job, changes_of
 from results import ARCHIVE, pieces_of, unpacked
 from sb3_contrib import TRPO
+from scores import ALGORITHMS
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
@@ -149,7 +150,7 @@ def main(settings: Settings) -> None:
         )
     for wanted, known in (
         (settings.environments, tuple(SETTINGS)),
-        (settings.algorithms, (*MODES, "sb3-contrib", "random")),
+        (settings.algorithms, (*ALGORITHMS, "random")),
     ):
         if unknown := sorted(set(wanted) - set(known)):
             raise SystemExit(f"{', '.join(unknown)}: not known here. There are {', '.join(known)}.")
