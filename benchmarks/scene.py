@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from trpo_optim import TrustRegionOptimizer
-from trpo_optim.closure import Closure, Objective
-from trpo_optim.curvature import second_order
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.transaction import Transaction
+from trpo_optim.closure.evaluation import Closure, Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.local_model import second_order
 
 OBSERVATIONS, ACTIONS = 17, 6  # HalfCheetah's
 RADIUS, DAMPING, ITERATIONS = 0.01, 0.1, 10

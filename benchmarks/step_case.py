@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call, jacrev, vmap
 
-from trpo_optim.closure import Objective
-from trpo_optim.conjugate_gradient import conjugate_gradient
-from trpo_optim.curvature import second_order
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.transaction import Transaction
+from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.local_model import second_order
 
 RADIUS = 0.01
 

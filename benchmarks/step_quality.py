@@ -24,7 +24,7 @@ from table import table
 from torch import Tensor
 
 from trpo_optim import TrustRegionOptimizer
-from trpo_optim.conjugate_gradient import RELATIVE_DAMPING, conjugate_gradient
+from trpo_optim.algorithm.conjugate_gradient import RELATIVE_DAMPING, conjugate_gradient
 
 DENSE = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 FIXED = [0.03, 0.1, 0.3]

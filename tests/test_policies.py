@@ -36,10 +36,10 @@ from trpo_optim import (
     sample,
     sampled_kl,
 )
-from trpo_optim.closure import Objective
-from trpo_optim.curvature import second_order
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.transaction import Transaction
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.local_model import second_order
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 

@@ -1,7 +1,7 @@
 """The public names of trpo_optim."""
 
-from trpo_optim.batch import Closures
-from trpo_optim.closure import Closure
+from trpo_optim.closure.evaluation import Closure
+from trpo_optim.curvature.batch import Closures
 from trpo_optim.distributions import (
     entropy,
     frozen,
@@ -11,8 +11,9 @@ from trpo_optim.distributions import (
     sample,
     sampled_kl,
 )
+from trpo_optim.errors import RankError, TrustRegionError
 from trpo_optim.optimizer import TrustRegionOptimizer
-from trpo_optim.report import Outcome, RankError, StepReport, TrustRegionError
+from trpo_optim.report import Outcome, StepReport
 
 __all__ = [
     "Closure",

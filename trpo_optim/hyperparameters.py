@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["Hyperparameters"]
 

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.agreement import Ready, agreed
-from trpo_optim.batch import Batch, Closures, collected
-from trpo_optim.closure import Closure
+from trpo_optim.algorithm.step import take_step
+from trpo_optim.closure.evaluation import Closure
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.batch import Batch, Closures, collected
+from trpo_optim.distributed.collectives import Reduction, require_member
+from trpo_optim.distributed.consistency import Ready, agreed
+from trpo_optim.distributed.ddp import unwrapped
+from trpo_optim.distributed.rank_batch import SharedBatch
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.reduction import Reduction, require_member
-from trpo_optim.report import Outcome, StepReport, TrustRegionError
-from trpo_optim.shared_batch import SharedBatch
-from trpo_optim.step import take_step
-from trpo_optim.transaction import Transaction
-from trpo_optim.wrappers import unwrapped
+from trpo_optim.report import Outcome, StepReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

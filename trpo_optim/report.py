@@ -1,28 +1,11 @@
-"""What a step says of itself: its figures, how it ended, and the error for misuse."""
+"""What a step says of itself: its figures, and how it ended."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
 
-__all__ = ["Outcome", "RankError", "StepReport", "TrustRegionError"]
-
-
-class TrustRegionError(ValueError):
-    """Misuse of the optimizer: the text names the cause and the remedy; no state has moved."""
-
-
-class RankError(TrustRegionError):
-    """Another process of the group failed, was lost or has parted; no parameter has moved.
-
-    Attributes:
-        lost: Whether a process has left the others, killed, hung or interrupted, so that the group
-            is of no more use; otherwise all may go on.
-    """
-
-    def __init__(self, text: str, *, lost: bool = False) -> None:
-        super().__init__(text)
-        self.lost = lost
+__all__ = ["Outcome", "StepReport"]
 
 
 class Outcome(enum.Enum):

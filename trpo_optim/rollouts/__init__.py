@@ -1,7 +1,6 @@
 """Where the data comes from: trajectories and vines of Gymnasium's environments; the extra gym."""
 
 from trpo_optim.rollouts.policy_closure import policy_closure
-from trpo_optim.rollouts.replay import Replayed
 from trpo_optim.rollouts.returns import (
     discounted_returns,
     explained_variance,
@@ -9,14 +8,15 @@ from trpo_optim.rollouts.returns import (
     n_step_returns,
     trajectory_weights,
 )
-from trpo_optim.rollouts.simulators import Simulator, register_simulator
 from trpo_optim.rollouts.single_path import single_path
-from trpo_optim.rollouts.snapshot import Snapshot, capture, restorable, restore
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
 from trpo_optim.rollouts.value_function import ValueFit, fit_value
 from trpo_optim.rollouts.vine import VineBatch, vine
 from trpo_optim.rollouts.vine_closure import vine_closure
+from trpo_optim.snapshots.replay import Replayed
+from trpo_optim.snapshots.simulators import Simulator, register_simulator
+from trpo_optim.snapshots.snapshot import Snapshot, capture, restorable, restore
 
 __all__ = [
     "Cursor",

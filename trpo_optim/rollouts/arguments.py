@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Integral
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["require_counts", "require_shares"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trpo_optim.distributions import sample
-from trpo_optim.rollouts.snapshot import Snapshot, restore
 from trpo_optim.rollouts.spaces import actions_for, mapped, stacked, tensors_of
+from trpo_optim.snapshots.snapshot import Snapshot, restore
 
 __all__ = ["Branches"]
 

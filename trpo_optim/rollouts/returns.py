@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts, require_shares
 
 __all__ = [

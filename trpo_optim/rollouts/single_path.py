@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from trpo_optim.distributions import sample
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.spaces import (
     actions_for,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["actions_for", "mapped", "one_of", "require_known", "stacked", "tensors_of"]
 

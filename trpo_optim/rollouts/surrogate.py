@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["surrogate"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.policy import POLICY_CHECKS, check_policy
 
 _SPACES = "a shape (17 or 4x84x84), Discrete(N), or the id of a Gymnasium environment"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_optim.autograd_graph import graph_leaves
-from trpo_optim.distribution_parts import leaves
+from trpo_optim.curvature.autograd_graph import graph_leaves
 from trpo_optim.distributions import log_prob
+from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.observations import mapped, parts, select
 from trpo_optim.testing.subject import Subject

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.autograd_graph import now, require_attached
-from trpo_optim.closure import Closure, Objective
-from trpo_optim.closure_checks import Numbers, checked_values, require_moving_kl, require_zero_kl
-from trpo_optim.curvature import second_order
+from trpo_optim.closure.checks import Numbers, checked_values, require_moving_kl, require_zero_kl
+from trpo_optim.closure.evaluation import Closure, Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.autograd_graph import now, require_attached
+from trpo_optim.curvature.local_model import second_order
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.optimizer import TrustRegionOptimizer
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.report import TrustRegionError
 from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, without
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
-from trpo_optim.transaction import Transaction
 
 __all__ = ["CLOSURE_CHECKS", "assert_closure", "check_closure"]
 

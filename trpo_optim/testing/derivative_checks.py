@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace
 
-from trpo_optim.distribution_parts import leaves, made_of
 from trpo_optim.distributions import log_prob
+from trpo_optim.distributions.parts import leaves, made_of
 from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from trpo_optim.distribution_parts import leaves
 from trpo_optim.distributions import log_prob
+from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.averages import average, sigmas
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.reference import Reference, rows_of

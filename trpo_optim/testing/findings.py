@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "left_out", "without"]
 

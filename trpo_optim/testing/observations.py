@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["mapped", "parts", "require_observations", "select"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trpo_optim.distribution_parts import leaves
-from trpo_optim.report import TrustRegionError
+from trpo_optim.distributions.parts import leaves
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.behaviour_checks import (
     check_determinism,
     check_finite,

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trpo_optim.closure import Objective
-from trpo_optim.curvature import LocalModel, second_order
-from trpo_optim.distribution_parts import leaves
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.local_model import LocalModel, second_order
 from trpo_optim.distributions import frozen, log_prob, mean_kl, sample
-from trpo_optim.family_kl import NoClosedFormError
-from trpo_optim.parameter_vector import ParameterVector
-from trpo_optim.report import TrustRegionError
+from trpo_optim.distributions.parts import leaves
+from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.averages import average
 from trpo_optim.testing.observations import mapped, require_observations
 from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
-from trpo_optim.transaction import Transaction
 
 __all__ = ["Subject", "module_of"]
 

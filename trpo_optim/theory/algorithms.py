@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.theory.bounds import penalty_coefficient
 from trpo_optim.theory.tabular_mdp import TabularMDP
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from trpo_optim.report import StepReport, TrustRegionError
+from trpo_optim.errors import TrustRegionError
+from trpo_optim.report import StepReport
 from trpo_optim.theory.tabular_mdp import TabularMDP, require_probabilities
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trpo_optim.report import TrustRegionError
+from trpo_optim.errors import TrustRegionError
 
 __all__ = ["TabularMDP", "random_mdp", "require_probabilities"]
 

@@ -1,0 +1,101 @@
+"""How the closure is called: grad modes, the third value, and what it writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import MODES, PROBLEMS, Problem, gaussian
+from torch import Tensor
+from torch.nn import functional
+
+from trpo_optim.closure.evaluation import raised_by_torch
+from trpo_optim.closure.interception import written_by
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_the_first_evaluation_builds_a_graph(mode: str) -> None:
+    problem = gaussian()
+    graphs = []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss, kl = problem.closure()
+        graphs.append((torch.is_grad_enabled(), loss.requires_grad, kl.requires_grad))
+        return loss, kl
+
+    with torch.no_grad():
+        report = problem.optimizer(mode=mode).step(closure)
+    assert graphs[0] == (True, True, True)
+    assert graphs[1:] == [(False, False, False)] * (report.closure_evaluations - 1)
+    assert len(graphs) > 1
+
+
+@pytest.mark.parametrize("third", ["distribution", "tensor", "tuple"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_a_third_value_changes_no_result(
+    make: Callable[[], Problem], mode: str, third: str
+) -> None:
+    plain, other = make(), make()
+
+    def closure() -> tuple[Tensor, Tensor, object]:
+        dist = other.policy(other.observations)
+        loss, kl = other.values(dist)
+        values = {"distribution": dist, "tensor": loss, "tuple": (loss, [kl, dist])}
+        return loss, kl, values[third]
+
+    expected = plain.optimizer(mode=mode).step(plain.closure).as_dict()
+    report = other.optimizer(mode=mode).step(closure).as_dict()
+    for name in expected.keys() - {"outcome", "engine", "fallback"}:
+        assert report[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12, nan_ok=True)
+    assert report["outcome"] == expected["outcome"]
+    torch.testing.assert_close(plain.vector(), other.vector(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        (lambda x, y: (Tensor.add_, (x, y), {}), ["x"]),
+        (lambda x, y: (Tensor.__iadd__, (x, y), {}), ["x"]),
+        (lambda x, y: (Tensor.__setitem__, (x, 0, y), {}), ["x"]),
+        (lambda x, y: (Tensor.copy_, (x, y), {}), ["x"]),
+        (lambda x, y: (torch.add, (y, y), {"out": x}), ["x"]),
+        (lambda x, y: (torch.max, (y, 0), {"out": (x, y)}), ["x", "y"]),
+        (lambda x, y: (functional.batch_norm, (y.exp(), x, y), {}), ["x", "y"]),
+        (lambda x, y: (torch.add, (x, y), {}), []),
+        (lambda x, y: (Tensor.__add__, (x, y), {}), []),
+    ],
+)
+def test_in_place_writes_are_seen_before_they_happen(
+    call: Callable[
+        [Tensor, Tensor], tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
+    ],
+    written: list[str],
+) -> None:
+    named = {"x": torch.zeros(3), "y": torch.ones(3)}
+    found = list(written_by(*call(named["x"], named["y"])))
+    assert [name for name, tensor in named.items() if any(tensor is each for each in found)] == (
+        written
+    )
+
+
+def test_errors_of_torch_are_told_from_the_users_own() -> None:
+    def caught(cause: Callable[[], object]) -> BaseException:
+        try:
+            cause()
+        except RuntimeError as error:
+            return error
+        raise AssertionError
+
+    def own() -> None:
+        raise RuntimeError("mine")
+
+    assert not raised_by_torch(caught(own))
+    assert raised_by_torch(caught(lambda: torch.nn.Linear(2, 3)(torch.zeros(5))))
+
+
+def test_a_third_value_of_none_counts_as_none() -> None:
+    problem = gaussian()
+    report = problem.optimizer().step(lambda: (*problem.closure(), None))
+    assert (report.accepted, report.engine, report.fallback) == (True, "double backward", "")

@@ -1,0 +1,387 @@
+"""What happens on all ranks when one of them parts, raises, dies or hangs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import pickle
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import Problem, Snapshot, gaussian, give_gradients
+from ranks import on_ranks, values_of
+
+from trpo_optim import Outcome, RankError, StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim.algorithm.modes import MODES
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.distributed.collectives import Reduction
+
+TEN_PRODUCTS_AND_A_TRIAL = {"cg_tolerance": 0.0, "max_backtracks": 0, "lr": 0.5}
+
+COLLECTIVES = {
+    "agreement": 1,
+    "model": 2,
+    "gradient": 3,
+    "first product": 4,
+    "last product": 13,
+    "first trial": 14,
+    "conclusion": 15,
+}
+"""Which one of a step's collectives each is; the last is the step's last."""
+
+
+def optimizer_of(task: Problem, **settings: Any) -> TrustRegionOptimizer:
+    """Return an optimizer of all ranks."""
+    return task.optimizer(process_group=dist.group.WORLD, **settings)
+
+
+def attempted(rank: int, prepare: Callable[..., Any], settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Take a step that something is wrong with, and then one without.
+
+    Returns:
+        The outcome or the error of the first, with the report or the text, what of the state it
+        changed, and the outcome of the second.
+    """
+    task = gaussian(samples=32)
+    task.policy.register_buffer("count", torch.zeros(()))
+    optimizer = optimizer_of(task, **settings)
+    arguments = prepare(rank, task, optimizer)
+    give_gradients(task.policy)
+    before = Snapshot.of(task.policy)
+    try:
+        report = optimizer.step(
+            *arguments.get("args", [task.closure]), **arguments.get("named", {})
+        )
+        said: Any = (report.outcome, report)
+    except (ValueError, KeyboardInterrupt) as error:
+        said = (error, str(error))
+    changed = before.differences(Snapshot.of(task.policy))
+    arguments.get("mend", lambda: None)()
+    return said, changed, optimizer.step(task.closure).outcome
+
+
+def other_values(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    bias = task.parameters()[1]
+    if rank == 2:
+        bias.data[0] = torch.nextafter(bias.data[0], torch.tensor(9.0).double())
+
+    def mend() -> None:
+        dist.broadcast(bias.data, 0)
+
+    return {"mend": mend}
+
+
+def other_settings(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    optimizer.param_groups[0]["max_kl"] = 0.02 if rank == 1 else 0.01
+
+    def mend() -> None:
+        optimizer.param_groups[0]["max_kl"] = 0.01
+
+    return {"mend": mend}
+
+
+def other_shapes(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    task.parameters()[1].requires_grad_(rank != 1)
+    return {"mend": lambda: task.parameters()[1].requires_grad_(True)}
+
+
+def invalid_settings(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    if rank == 1:
+        optimizer.param_groups[0]["damping"] = -1.0
+
+    def mend() -> None:
+        optimizer.param_groups[0]["damping"] = None
+
+    return {"mend": mend}
+
+
+def weights_on_one(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    return {"named": {"weights": 32}} if rank == 0 else {}
+
+
+def no_samples(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    arguments: list[dict[str, Any]] = [{}, {"args": [[]]}, {"args": [[]]}]
+    return {**arguments[rank], "named": {} if rank == 1 else {"weights": 0}}
+
+
+def no_closure(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    return {"args": [None]} if rank == 1 else {}
+
+
+def old_policy_of_others(
+    rank: int, task: Problem, optimizer: TrustRegionOptimizer
+) -> dict[str, Any]:
+    if rank == 1:
+        with torch.no_grad():
+            other = gaussian(5).policy(task.observations)
+        return {
+            "args": [
+                lambda: (
+                    task.closure()[0],
+                    torch.distributions.kl_divergence(other, task.policy(task.observations)).mean(),
+                )
+            ]
+        }
+    return {}
+
+
+class Failing:
+    """A closure that fails at one of its evaluations on rank 1."""
+
+    def __init__(self, at: int, error: type[BaseException] = ValueError) -> None:
+        self.at = at
+        self.error = error
+
+    def __call__(self, rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+        calls = itertools.count(1)
+
+        def closure() -> Any:
+            for count in task.policy.buffers():
+                count.add_(1)
+            if next(calls) == self.at and rank == 1:
+                raise self.error("the batch is gone")
+            return task.closure()
+
+        return {"args": [closure]}
+
+
+def another_direction(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    """Have rank 1 round otherwise in the solve, as another kind of machine may."""
+    usual = MODES["trpo"]
+
+    def direction(*args: Any) -> Any:
+        found = usual.direction(*args)
+        return replace(found, vector=found.vector * (1 + 1e-15))
+
+    MODES["trpo"] = replace(usual, direction=direction) if rank == 1 else usual
+    return {"mend": lambda: MODES.update(trpo=usual)}
+
+
+def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    """Have rank 1 move to another place by a step of the same figures."""
+    usual = Transaction.move
+
+    def move(self: Transaction, step: torch.Tensor, scale: float) -> None:
+        usual(self, step * (1 + 1e-12) if rank == 1 else step, scale)
+
+    setattr(Transaction, "move", move)  # noqa: B010 (typed as the method)
+    return {"mend": lambda: setattr(Transaction, "move", usual)}
+
+
+def not_a_group(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    group, optimizer.process_group = optimizer.process_group, "gloo"  # type: ignore[assignment]  # the fault
+    return {"mend": lambda: setattr(optimizer, "process_group", group)}
+
+
+PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "parameters": (other_values, "all", "The parameters of rank 2 are not those of the other"),
+    "hyperparameters": (
+        other_settings,
+        "all",
+        "max_kl is 0.01 on rank 0, rank 2 and 0.02 on rank 1. Give every rank the same",
+    ),
+    "shapes": (other_shapes, "all", "shapes or types on rank 1 are not those of the other ranks"),
+    "invalid hyperparameters": (invalid_settings, "1", "damping"),
+    "weights on one": (weights_on_one, "all", "given on rank 0 and left out on rank 1, rank 2"),
+    "no samples": (no_samples, "all", "No rank has a sample"),
+    "no closure": (no_closure, "1", "step() got None for its closure"),
+    "another old policy": (
+        old_policy_of_others,
+        "all",
+        "In the closure of rank 1: The closure's KL is",
+    ),
+    "raises at once": (Failing(1), "1", "the batch is gone"),
+    "raises at a trial": (Failing(2), "1", "the batch is gone"),
+    "interrupted": (Failing(1, KeyboardInterrupt), "1", "the batch is gone"),
+    "interrupted at a trial": (Failing(2, KeyboardInterrupt), "1", "the batch is gone"),
+    "another direction": (
+        another_direction,
+        "all",
+        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+    ),
+    "another place": (
+        another_place,
+        "all",
+        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+    ),
+    "not a group": (not_a_group, "all", "process_group is 'gloo', not a ProcessGroup"),
+}
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all_and_no_rank_moves(name: str) -> None:
+    prepare, whose, text = PARTED[name]
+    for rank, (said, changed, after) in enumerate(values_of(on_ranks(3, attempted, prepare, {}))):
+        error, message = said
+        assert text in message
+        assert changed == []
+        assert after is Outcome.ACCEPTED
+        if whose == "all":
+            assert isinstance(error, TrustRegionError)
+        elif rank == int(whose):
+            assert not isinstance(error, RankError)
+        else:
+            assert isinstance(error, RankError)
+            assert f"rank {whose} raised" in message
+            assert error.lost == name.startswith("interrupted")
+
+
+class Numbers:
+    """A closure whose values on rank 1 become NaN or infinite in one way."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+        def closure() -> Any:
+            loss, kl = task.closure()
+            moved = float(kl) > 1e-6
+            if rank == 1 and self.where == "loss":
+                loss = loss * float("nan")
+            if rank == 1 and self.where == "KL":
+                kl = kl + float("inf")
+            if rank == 1 and self.where == "gradient":
+                loss = loss + (loss.detach() * 0 + loss - loss.detach()).abs().sqrt()
+            if rank == 1 and self.where == "curvature":
+                kl = kl + (kl - kl.detach()).abs().pow(1.5)
+            if rank == 1 and self.where == "trial" and moved:
+                loss = loss / 0
+            return loss, kl
+
+        return {"args": [closure]}
+
+
+@pytest.mark.parametrize("where", ["loss", "KL", "gradient", "curvature", "trial"])
+def test_what_is_not_finite_on_one_rank_is_the_same_outcome_on_all(where: str) -> None:
+    results = values_of(on_ranks(3, attempted, Numbers(where), {}))
+    for (outcome, report), changed, after in results:
+        assert outcome is Outcome[f"NON_FINITE_{where.upper()}"]
+        assert report == results[0][0][1]
+        assert changed == []
+        assert after is Outcome.ACCEPTED
+
+
+def struck(rank: int, at: int, blow: str, victim: int, proof: Path) -> tuple[str, str, list[str]]:
+    """Take a whole step, and one in whose collective number ``at`` the victim is struck."""
+    task = gaussian(samples=32)
+    optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
+    assert optimizer.step(task.closure).accepted
+    task = Problem(task.policy, task.observations)
+    if rank == victim:
+        whole, calls = dist.all_reduce, itertools.count(1)
+
+        def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
+            if next(calls) == at:
+                proof.touch()
+                if blow == "killed within":
+                    whole(tensor, async_op=True, **named)
+                    time.sleep(0.05)
+                os.kill(os.getpid(), signal.SIGSTOP if blow == "hung" else signal.SIGKILL)
+            return whole(tensor, **named)
+
+        setattr(dist, "all_reduce", all_reduce)  # noqa: B010 (typed as the function)
+    before = Snapshot.of(task.policy)
+    return (
+        said(optimizer, task),
+        said(optimizer, task),
+        before.differences(Snapshot.of(task.policy)),
+    )
+
+
+def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
+    """Return what a step comes to."""
+    try:
+        return optimizer.step(task.closure).outcome.name
+    except RankError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("at", COLLECTIVES.values(), ids=COLLECTIVES)
+@pytest.mark.parametrize("blow", ["killed before", "killed within", "hung"])
+def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int, tmp_path: Path) -> None:
+    timeout, proof = 3.0 if blow == "hung" else 60.0, tmp_path / "struck"
+    results = on_ranks(3, struck, at, blow, 1, proof, timeout=timeout, patience=60.0, lost=[1])
+    survivors = values_of([results[0], results[2]])
+    assert proof.exists()
+    late = blow == "killed within" and at == COLLECTIVES["conclusion"]
+    for first, second, changed in survivors:
+        assert "Another rank was lost" in second
+        if late and first == "ACCEPTED":  # all had said that they agree
+            assert "network.0.weight" in changed
+        else:
+            assert "Another rank was lost" in first
+            assert changed == []
+
+
+def counted(rank: int, engines: str) -> tuple[list[str], StepReport]:
+    """Return which collectives a step makes, and its report."""
+    task = gaussian(samples=32)
+    optimizer = optimizer_of(task, **TEN_PRODUCTS_AND_A_TRIAL)
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather_object", "broadcast", "barrier"):
+        whole = getattr(dist, name)
+
+        def noting(*args: Any, name: str = name, whole: Any = whole, **named: Any) -> Any:
+            calls.append(name)
+            return whole(*args, **named)
+
+        setattr(dist, name, noting)
+
+    def third() -> Any:
+        dist_ = task.policy(task.observations)
+        return (*task.values(dist_), dist_)
+
+    closure: Any = third if engines == "unlike" and rank == 0 else task.closure
+    closure = [] if engines == "one without samples" and rank == 1 else closure
+    report = optimizer.step(closure)
+    assert (report.fisher_products, report.backtracks) == (10, 0)
+    return calls, report
+
+
+@pytest.mark.parametrize(
+    ("engines", "more", "engine"),
+    [
+        ("alike", 0, "double backward"),
+        ("unlike", 1, "Gauss-Newton and double backward"),
+        ("one without samples", 1, "double backward"),
+    ],
+)
+def test_a_step_makes_one_collective_a_product_and_five_more(
+    engines: str, more: int, engine: str
+) -> None:
+    results = values_of(on_ranks(2, counted, engines))
+    for calls, report in results:
+        assert Counter(calls) == Counter({"all_reduce": 15, "all_gather_object": more})
+        assert report.engine == engine
+        assert report == results[0][1]
+
+
+def belonging(rank: int) -> list[str]:
+    """Return what is said of an optimizer that is to be copied, and of a group that cannot send."""
+    found = []
+    optimizer = optimizer_of(gaussian())
+    for wrong in (
+        lambda: pickle.dumps(optimizer),
+        lambda: copy.deepcopy(optimizer),
+        lambda: Reduction(dist.group.WORLD, torch.device("meta")),  # type: ignore[arg-type]  # it is one here
+    ):
+        with pytest.raises(TrustRegionError) as raised:
+            wrong()
+        found.append(str(raised.value))
+    return found
+
+
+def test_a_group_belongs_to_its_process_and_to_a_kind_of_device() -> None:
+    ((pickled, copied, elsewhere),) = values_of(on_ranks(1, belonging))
+    assert "can be neither pickled nor copied" in pickled
+    assert copied == pickled
+    assert "The parameters lie on meta, and the process_group serves cpu:gloo" in elsewhere

@@ -1,0 +1,36 @@
+"""The page on many processes: its script learns under torchrun, saves, and loads again."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+NO_THREADS = """
+from pathlib import Path
+assert not [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]
+"""
+
+PAGE = Path(__file__).parents[2] / "docs" / "ranks.md"
+
+
+def test_the_page_s_script_learns_and_saves(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    script = tmp_path / "loop.py"
+    script.write_text("\n".join([*blocks, NO_THREADS]), "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    output = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+    ).stdout
+    returns = [float(value) for value in re.findall(r"return ([0-9.]+)", output)]
+    assert len(returns) == 20
+    assert returns[-1] > 4 * returns[0]
+    assert (tmp_path / "checkpoint" / ".metadata").exists()

@@ -1,0 +1,1 @@
+"""The algorithms of the papers: pure functions of vectors and numbers."""

@@ -1,0 +1,178 @@
+"""One step in the order of the paper: local model, direction, length, search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from trpo_optim.algorithm.line_search import Prediction, Search, Trial
+from trpo_optim.algorithm.modes import MODES
+from trpo_optim.closure.checks import (
+    Numbers,
+    blaming,
+    require_largest_kl,
+    require_moving_kl,
+    require_zero_kl,
+)
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.local_model import LocalModel
+from trpo_optim.distributed.rank_batch import SharedBatch
+from trpo_optim.errors import RankError
+from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.report import Outcome
+
+__all__ = ["take_step"]
+
+
+def take_step(
+    batch: Batch | SharedBatch,
+    transaction: Transaction,
+    settings: Hyperparameters,
+    figures: dict[str, Any],
+) -> Outcome:
+    """Go through one step, noting its figures on the way.
+
+    Args:
+        batch: The closures.
+        transaction: Moves their parameters.
+        settings: The hyperparameters.
+        figures: Filled with the fields of a ``StepReport``, as far as the step comes.
+
+    Returns:
+        How the step ended. On ``Outcome.ACCEPTED`` the parameters lie at the new point; otherwise
+        anywhere.
+    """
+    mode = MODES[settings.mode]
+    model = batch.second_order() if mode.curved else batch.first_order()
+    sign = 1.0 if settings.maximize else -1.0
+    uphill, gradient_norm = _normalized(sign * model.gradient)
+    figures |= _figures_of_model(model, gradient_norm)
+    for name, kl in model.kls.items():
+        with blaming(name):
+            require_zero_kl(kl, model.kl_resolution, settings.max_kl)
+    if mode.radius_is_held and settings.constraint == "max":
+        require_largest_kl(model.largest_kl)
+    if (flaw := _flaw(model, gradient_norm)) is not None:
+        return flaw
+
+    direction = mode.direction(model, uphill, settings)
+    model = model.released()  # the trials need no graph
+    figures |= {
+        "curvature": gradient_norm * gradient_norm * direction.curvature,
+        "cg_iterations": direction.iterations,
+        "cg_residual": direction.residual,
+        "damping": direction.damping,
+        "fisher_products": direction.products,
+    }
+    if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
+        _require_moving_kl(batch, transaction, model)
+    if direction.flaw is not None:
+        return direction.flaw
+
+    length = mode.length(settings, gradient_norm, direction.curvature)
+    step = length * direction.vector
+    step_norm = float(step.norm())
+    if length == 0:
+        return Outcome.ZERO_LEARNING_RATE
+    if not math.isfinite(step_norm):
+        return Outcome.NON_FINITE_TRIAL
+    prediction = Prediction(
+        improvement=gradient_norm * float(uphill.dot(step)),
+        kl=0.5 * length * length * direction.curvature,
+    )
+
+    def attempt(scale: float) -> Trial:
+        transaction.move(step, scale)
+        loss, kl, largest_kl = batch.values()
+        return Trial(loss, kl, sign * (loss - model.loss), largest_kl)
+
+    search = mode.search(attempt, prediction, settings)
+    figures |= _figures_of_search(search, prediction)
+    if search.trial.finite and _still(search, prediction, model):
+        _require_moving_kl(batch, transaction, model)
+    if search.outcome is Outcome.ACCEPTED:
+        transaction.move(step, search.scale)  # the last trial may have lain elsewhere
+        figures["step_norm"] = transaction.moved()
+    return search.outcome
+
+
+def _figures_of_model(model: LocalModel, gradient_norm: float) -> dict[str, Any]:
+    return {
+        "loss_before": model.loss,
+        "loss_after": model.loss,
+        "kl": model.kl,
+        "largest_kl": _or_nan(model.largest_kl),
+        "gradient_norm": gradient_norm,
+        "engine": model.engine,
+        "fallback": model.fallback,
+    }
+
+
+def _figures_of_search(search: Search, prediction: Prediction) -> dict[str, Any]:
+    trial = search.trial
+    figures = {
+        "predicted_improvement": search.scale * prediction.improvement,
+        "predicted_kl": search.scale**2 * prediction.kl,
+        "backtracks": search.backtracks,
+        "trial_loss": trial.loss,
+        "trial_kl": trial.kl,
+        "trial_largest_kl": _or_nan(trial.largest_kl),
+    }
+    if search.outcome is Outcome.ACCEPTED:
+        figures |= {"loss_after": trial.loss, "improvement": trial.improvement, "kl": trial.kl}
+        figures |= {"step_scale": search.scale, "largest_kl": _or_nan(trial.largest_kl)}
+    return figures
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _normalized(vector: Tensor) -> tuple[Tensor, float]:
+    """Return the unit vector and the length, of which no square under- or overflows."""
+    largest = float(vector.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return vector, largest
+    scaled = vector / largest
+    norm = scaled.norm()
+    return scaled / norm, float(norm) * largest
+
+
+def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
+    """Return why no direction follows from a local model, or None."""
+    if not math.isfinite(model.loss):
+        return Outcome.NON_FINITE_LOSS
+    if not math.isfinite(model.kl):
+        return Outcome.NON_FINITE_KL
+    if not math.isfinite(gradient_norm):
+        return Outcome.NON_FINITE_GRADIENT
+    return Outcome.ZERO_GRADIENT if gradient_norm == 0 else None
+
+
+def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
+    """Return whether the KL stayed where it was after a step that should have moved it."""
+    change = abs(search.trial.kl - model.kl)
+    predicted = search.scale**2 * prediction.kl
+    return change == 0 or change <= model.kl_resolution < predicted
+
+
+def _require_moving_kl(
+    batch: Batch | SharedBatch, transaction: Transaction, model: LocalModel
+) -> None:
+    """Check the KL at places far from here in every parameter, whatever the step moves."""
+
+    def elsewhere() -> Iterator[Numbers]:
+        for step in transaction.elsewhere():
+            transaction.move(step, 1.0)
+            try:
+                yield batch.values()
+            except Exception as error:  # what a sound closure makes of a point no step goes to
+                if isinstance(error, RankError) and error.lost:
+                    raise
+                return
+
+    require_moving_kl(model.kl, elsewhere(), model.kl_resolution)

@@ -1,0 +1,1 @@
+"""What the user hands over, and its safe evaluation."""

@@ -1,0 +1,173 @@
+"""A user's closure as a function of the parameters."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.distributions
+from torch import Tensor
+
+from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
+from trpo_optim.closure.interception import Watch
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.torch_switches import attention, uncompiled, without_cudnn
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["Closure", "Objective", "raised_by_torch"]
+
+Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
+"""Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
+sample, (N,); and the new policy's distribution."""
+
+
+class Objective:
+    """A closure that can be evaluated at stand-ins for the parameters, with a graph, or displaced.
+
+    Every evaluation starts from the buffers and the random state that the step began with.
+
+    Args:
+        closure: The user's closure.
+        vector: The parameters that the closure depends on.
+        transaction: What holds the state that an evaluation may move.
+        name: Which of a step's closures it is, or empty where there is one.
+
+    Raises:
+        TrustRegionError: If there is no closure, or it cannot be called.
+    """
+
+    def __init__(
+        self,
+        closure: Closure | None,
+        vector: ParameterVector,
+        transaction: Transaction,
+        name: str = "",
+    ) -> None:
+        if not callable(closure):
+            raise TrustRegionError(
+                f"step() got {reprlib.repr(closure)} for its closure. Pass a function without "
+                "arguments that returns (loss, kl) or (loss, kl, dist)."
+            )
+        self.name = name
+        self.vector = vector
+        self.evaluations = 0
+        self._closure = closure
+        self._transaction = transaction
+        # Until seen; then every evaluation runs what draws the same dropout masks.
+        self._recurrent = self._random = False
+
+    def at(self, *twins: Tensor) -> Values:
+        """Evaluate with each parameter replaced by its twin, wherever it is used.
+
+        Made to be called inside torch.func's transforms, which is why it does not rewind: nothing
+        outside may be written there.
+
+        Args:
+            twins: One tensor per parameter, in order and of the same shape.
+
+        Returns:
+            The loss and the KL as functions of the twins.
+        """
+        identities = map(id, self.vector.parameters)
+        return self._watched(dict(zip(identities, twins, strict=True)))
+
+    def with_graph(self) -> Values:
+        """Evaluate at the parameters themselves, recording the graph."""
+        self.rewind()
+        with torch.enable_grad():
+            values = self._watched({})
+        self._random |= self.drew_random_numbers()
+        return values
+
+    def rewind(self) -> None:
+        """Return buffers and random state to where the step found them."""
+        self._transaction.rewind()
+
+    def drew_random_numbers(self) -> bool:
+        """Return whether the evaluation since the last rewind drew random numbers."""
+        return self._transaction.drew_random_numbers()
+
+    def values(self) -> Numbers:
+        """Return the loss and the KL where the parameters now are, without a graph.
+
+        A ``torch.distributions`` object that refuses its arguments there counts as NaN, and so does
+        a factorisation that fails: that is what an overflow looks like to them.
+
+        Returns:
+            The numbers.
+
+        Raises:
+            ValueError: Whatever else the closure raises.
+        """
+        self.rewind()
+        try:
+            seen = {without_cudnn: self._recurrent, uncompiled: self._random}
+            values = self._evaluate(*(context() for context, needed in seen.items() if needed))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
+            return Numbers(math.nan, math.nan)
+        except ValueError as error:
+            if not _raised_in(error, torch.distributions.__file__):
+                raise
+            return Numbers(math.nan, math.nan)
+        return values.numbers()
+
+    def _watched(self, twins: dict[int, Tensor]) -> Values:
+        watch = Watch(self._transaction, self.vector.parameters, twins)
+        try:
+            return self._evaluate(uncompiled(), watch)
+        finally:
+            watch.remove()
+            self._recurrent |= watch.recurrent
+
+    def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
+        self.evaluations += 1
+        try:
+            with ExitStack() as stack:
+                for context in (attention(), *contexts):
+                    stack.enter_context(context)
+                returned = self._closure()
+            values = checked_values(returned)
+        except RuntimeError as error:
+            if _passed_through_backward(error):
+                raise TrustRegionError(BACKWARD_CALLED) from error
+            raise
+        if any(parameter.grad is not None for parameter in self.vector.parameters):
+            raise TrustRegionError(BACKWARD_CALLED)
+        return values
+
+
+def _passed_through_backward(error: BaseException) -> bool:
+    """Whether an exception came out of a call of backward()."""
+    return any(frame is torch.autograd.backward.__code__ for frame in _code_of(error))
+
+
+def raised_by_torch(error: BaseException) -> bool:
+    """Return whether torch refused something, rather than the user's own code raising.
+
+    Errors of torch calls made by the closure surface in this package, through which they are
+    watched.
+
+    Args:
+        error: An exception with its traceback.
+    """
+    return _raised_in(error, torch.__file__) or _raised_in(error, __file__)
+
+
+def _raised_in(error: BaseException, init_file: str) -> bool:
+    """Whether an exception was raised by code in the folder of ``init_file``."""
+    *_, innermost = _code_of(error)
+    return Path(init_file).parent in Path(innermost.co_filename).parents
+
+
+def _code_of(error: BaseException) -> Iterator[CodeType]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code
+        trace = trace.tb_next

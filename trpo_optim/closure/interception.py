@@ -1,0 +1,166 @@
+"""What is looked at while a closure runs: parameters, in-place writes, shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
+
+from trpo_optim.closure.dtensor import local
+from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["Watch", "written_by"]
+
+
+class Watch(TorchFunctionMode):
+    """Replaces parameters by their twins in every torch call, and looks at what else comes in.
+
+    Two things are looked for: tensors that are about to be written in place, and tensors from
+    outside the closure that share a parameter's memory, which every trial would move.
+
+    Args:
+        transaction: Told of every tensor that is about to be written.
+        parameters: The optimizer's parameters.
+        twins: What stands in for a parameter, by the parameter's ``id``.
+
+    Attributes:
+        recurrent: Whether a recurrence was run.
+    """
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        parameters: Sequence[Tensor],
+        twins: Mapping[int, Tensor],
+    ) -> None:
+        super().__init__()
+        self.recurrent = False
+        self._transaction = transaction
+        self._twins = twins
+        self._storages: dict[int, list[Tensor]] = {}
+        self._parts: set[int] = set()  # the storages of DTensor parameters
+        for each in parameters:
+            held = local(each)
+            memory = held.untyped_storage().data_ptr()
+            self._storages.setdefault(memory, []).append(held)
+            if held is not each:
+                self._parts.add(memory)
+        self._known = {id(each): each for each in parameters}  # and their views made inside
+
+    def remove(self) -> None:
+        """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
+        if _get_current_function_mode() is self:
+            _pop_mode()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` on the twins."""
+        keywords = kwargs or {}
+        for tensor in written_by(func, args, keywords):
+            self._transaction.remember_written(tensor)
+        if func is torch._weight_norm:
+            func = weight_norm
+        recurrent = is_recurrence(func)
+        self.recurrent |= recurrent
+        with without_cudnn() if recurrent else nullcontext():
+            result = func(
+                *[self._replaced(value) for value in args],
+                **{name: self._replaced(value) for name, value in keywords.items()},
+            )
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and self._shares_memory(each):
+                self._known[id(each)] = each
+        return result
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._known and self._shares_memory(value):
+                if value.untyped_storage().data_ptr() in self._parts:
+                    raise TrustRegionError(
+                        "The closure takes what this rank holds of a DTensor parameter past the "
+                        "copy that the step differentiates. clone() the parameter first, inside "
+                        "the closure: parameter.clone().full_tensor(), or to_local() likewise. An "
+                        "old distribution that holds such a part needs a clone() of it."
+                    )
+                raise TrustRegionError(
+                    "The closure uses a tensor from outside that shares memory with a parameter, "
+                    "such as the scale of the old distribution: it would move with every trial. "
+                    "clone() it when the old distribution is made."
+                )
+            return self._twins.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._replaced(each) for each in value)
+        return value
+
+    def _shares_memory(self, tensor: Tensor) -> bool:
+        """Whether a plain tensor overlaps a parameter; what torch traces through has no memory."""
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if not plain or is_functorch_wrapped_tensor(tensor):
+            return False
+        candidates = self._storages.get(tensor.untyped_storage().data_ptr())
+        if candidates is None:
+            return False
+        start, end = _span(tensor)
+        return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins and ends, in bytes."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
+
+
+def written_by(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[Tensor]:
+    """Yield the tensors that a torch call writes in place, or may write.
+
+    Args:
+        func: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Yields:
+        Tensors that need no gradient, before the call.
+
+    Raises:
+        TrustRegionError: If the call assigns to ``.data``.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+        raise TrustRegionError(
+            "The closure assigns to the .data of a tensor, which no derivative can follow. Write "
+            "in place instead, with copy_()."
+        )
+    targets: list[Any] = [kwargs.get("out")]
+    if kwargs.get("inplace"):  # as torch.nn.functional passes it on
+        targets += args[:1]
+    if isinstance(func, torch._ops.OpOverload):  # torch.ops, and a custom_op that says what it
+        arguments = func._schema.arguments  # mutates
+        given = dict(zip((each.name for each in arguments), args, strict=False)) | dict(kwargs)
+        targets += [given.get(each.name) for each in arguments if each.is_write]
+    if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
+        targets += [*args[1:], *kwargs.values()]
+    elif (
+        name == "__setitem__"
+        or name.startswith("__i")
+        or (name.endswith("_") and not name.endswith("__"))
+    ):
+        targets += args[:1]
+    for target in targets:
+        for each in target if isinstance(target, tuple | list) else (target,):
+            if isinstance(each, Tensor) and not each.requires_grad:
+                yield each

@@ -1,0 +1,1 @@
+"""The local model of a closure: its gradient and its Fisher-vector products."""

@@ -1,0 +1,169 @@
+"""Whether all ranks stand at one place: the same parameters and hyperparameters, the same end."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.batch import Batch, Closures
+from trpo_optim.distributed.collectives import Reduction
+from trpo_optim.errors import RankError
+from trpo_optim.hyperparameters import Hyperparameters
+
+__all__ = ["Ready", "agreed", "checksum", "fingerprint", "odd_ones"]
+
+_CHUNK = 1 << 22  # elements; bounds the memory that a fingerprint takes
+_FACTOR = -7046029254386353131  # odd and without a pattern: 2⁶⁴ over the golden ratio
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a rank is about to take a step with.
+
+    Attributes:
+        settings: The hyperparameters.
+        vector: The parameters.
+        transaction: Holds their values.
+        closures: This rank's.
+        batch: The same, to be evaluated; None where there are none.
+    """
+
+    settings: Hyperparameters
+    vector: ParameterVector
+    transaction: Transaction
+    closures: Closures
+    batch: Batch | None
+
+    def row(self) -> list[float]:
+        """Return, as numbers: shapes, hyperparameters, values, weight, whether it was given."""
+        weights = self.closures.weights
+        weight = len(self.closures.parts) if weights is None else sum(weights)
+        counted = float(weights is not None) if weight > 0 else math.nan
+        texts = (self.vector.shapes(), _written(self.settings))
+        return [*map(checksum, texts), *fingerprint(self.transaction.origin), weight, counted]
+
+
+def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, list[float]]:
+    """Check that all ranks may take one step together.
+
+    Args:
+        reduction: The collectives.
+        prepare: Makes this rank ready; it may raise.
+
+    Returns:
+        What it made, and the weights of all ranks in their order.
+
+    Raises:
+        RankError: If they may not: the text names who parted, and in what.
+    """
+    own: list[Ready] = []
+
+    def work() -> list[float]:
+        own.append(prepare())
+        return own[0].row()
+
+    rows = reduction.rows(work, 6)
+    shapes, settings, _, _, weights, flags = map(list, zip(*rows, strict=True))
+    if others := odd_ones(shapes):
+        texts = reduction.texts(own[0].vector.shapes())
+        raise RankError(
+            f"The parameters' shapes or types on {_names(reduction, others)} are not those of the "
+            f"other ranks ({texts[others[0]]}). Build the same policy on every rank, and give the "
+            "optimizer the same of its parameters. FSDP cannot be: keep a whole copy on every rank."
+        )
+    if odd_ones(settings):
+        raise RankError(
+            f"The hyperparameters differ between ranks: {_differences(reduction, own[0])}. Give "
+            "every rank the same, also where a schedule moves them."
+        )
+    if others := odd_ones([tuple(row[2:4]) for row in rows]):
+        raise RankError(
+            f"The parameters of {_names(reduction, others)} are not those of the other ranks. "
+            "Start from the same ones (the same seed, the same checkpoint, or "
+            "torch.distributed.broadcast from one rank), let nothing but step() move them, and run "
+            "every rank on the same kind of machine, with the same torch and number of threads. "
+            "If FSDP has sharded them, keep a whole copy on every rank instead."
+        )
+    if 0.0 in flags and 1.0 in flags:
+        raise RankError(
+            f"weights was given on {_names(reduction, _where(flags, 1.0))} and left out on "
+            f"{_names(reduction, _where(flags, 0.0))}. Give it on every rank, or on none."
+        )
+    if not sum(weights) > 0:
+        raise RankError("No rank has a sample: every list of closures is empty, or its weights 0.")
+    return own[0], weights
+
+
+def fingerprint(vector: Tensor) -> tuple[float, float]:
+    """Return two numbers that tell any two vectors apart that differ in a bit, but by chance.
+
+    They are the halves of the sum of the bits of every element, taken as a whole number, times an
+    odd number of its place, modulo 2⁶⁴: the same on every kind of machine.
+
+    Args:
+        vector: In single or double precision, shape (n,).
+    """
+    bits = vector.view(torch.int64 if vector.element_size() == 8 else torch.int32)
+    places = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device).mul_(_FACTOR)
+    total = 0
+    for index, chunk in enumerate(bits.split(_CHUNK)):
+        part = int((chunk.to(torch.int64) * places[: len(chunk)]).sum())
+        total = (total * 3 + part + index) % (1 << 64)
+    return float(total >> 32), float(total & 0xFFFFFFFF)
+
+
+def odd_ones(values: Sequence[Any]) -> list[int]:
+    """Return which ranks have another value than most; the first has most where all are as many.
+
+    Args:
+        values: One of each rank.
+    """
+    ((usual, _),) = Counter(values).most_common(1)
+    return [rank for rank, value in enumerate(values) if value != usual]
+
+
+def checksum(text: str) -> float:
+    """Return a number that tells texts apart.
+
+    Args:
+        text: Any.
+    """
+    return float(zlib.crc32(text.encode()))
+
+
+def _written(settings: Hyperparameters) -> str:
+    return json.dumps(asdict(settings))
+
+
+def _differences(reduction: Reduction, own: Ready) -> str:
+    """Return which hyperparameters differ, with the values and their ranks."""
+    found = [json.loads(text) for text in reduction.texts(_written(own.settings))]
+    sentences = []
+    for name in Hyperparameters.names():
+        ranks: dict[Any, list[int]] = {}
+        for rank, settings in enumerate(found):
+            ranks.setdefault(settings[name], []).append(rank)
+        if len(ranks) > 1:
+            values = (f"{value!r} on {_names(reduction, where)}" for value, where in ranks.items())
+            sentences.append(f"{name} is {' and '.join(values)}")
+    return "; ".join(sentences)
+
+
+def _names(reduction: Reduction, ranks: Sequence[int]) -> str:
+    """Return what ranks are called, the first few of many."""
+    named = ", ".join(reduction.name(rank) for rank in ranks[:5])
+    return named if len(ranks) <= 5 else f"{named} and {len(ranks) - 5} others"
+
+
+def _where(flags: Sequence[float], value: float) -> list[int]:
+    return [rank for rank, flag in enumerate(flags) if flag == value]

@@ -1,0 +1,159 @@
+"""The batches of all ranks as one: every quantity is the mean over the samples of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from trpo_optim.closure.checks import Numbers
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.curvature.batch import Batch, largest_of, shares, weighted_mean
+from trpo_optim.curvature.local_model import LocalModel
+from trpo_optim.distributed.collectives import Reduction
+from trpo_optim.distributed.consistency import checksum, fingerprint, odd_ones
+from trpo_optim.errors import RankError
+from trpo_optim.report import StepReport
+
+__all__ = ["SharedBatch"]
+
+_UNKNOWN = -math.inf
+"""Stands for a largest KL that a closure did not say."""
+
+
+class SharedBatch:
+    """What one step is taken on, of which every rank has a part; used as ``Batch`` is.
+
+    Whatever it returns or raises, it does so on all ranks: numbers are the same bit for bit, and an
+    exception on one rank is an error on all others.
+
+    Args:
+        own: This rank's part, or None where it has no samples.
+        weights: How many samples each rank has, in their order.
+        vector: The parameters.
+        reduction: The collectives.
+    """
+
+    def __init__(
+        self,
+        own: Batch | None,
+        weights: Sequence[float],
+        vector: ParameterVector,
+        reduction: Reduction,
+    ) -> None:
+        self._shares = shares(weights)
+        self._present = [rank for rank, weight in enumerate(weights) if weight > 0]
+        self._own = own
+        self._vector = vector
+        self._reduction = reduction
+
+    def values(self) -> Numbers:
+        """Return the loss and the KL where the parameters now are, without a graph."""
+
+        def work() -> list[float]:
+            return [0.0] * 3 if self._own is None else _row(self._own.values())
+
+        rows = self._reduction.rows(work, 3)
+        losses, kls, largest = zip(*(rows[rank] for rank in self._present), strict=True)
+        return Numbers(self._mean(losses), self._mean(kls), _largest(largest))
+
+    def first_order(self) -> LocalModel:
+        """Return the local model without curvature."""
+        return self._linearized(Batch.first_order)
+
+    def second_order(self) -> LocalModel:
+        """Return the local model with Fisher-vector products."""
+        return self._linearized(Batch.second_order)
+
+    def concluded(self, report: StepReport) -> StepReport:
+        """Check that the step came to the same on all ranks, the last thing before it is kept.
+
+        Args:
+            report: This rank's.
+
+        Returns:
+            The report, with the evaluations of the rank that called most.
+
+        Raises:
+            RankError: If it did not.
+        """
+        evaluations = 0 if self._own is None else self._own.evaluations
+
+        def work() -> list[float]:
+            ends = fingerprint(self._vector.current()) if report.accepted else (0.0, 0.0)
+            return [evaluations, checksum(repr(report)), *ends]
+
+        rows = self._reduction.rows(work, 4)
+        if others := odd_ones([tuple(row[1:]) for row in rows]):
+            raise RankError(
+                f"The step came to something else on {self._reduction.name(others[0])} than on "
+                "other ranks, and was withdrawn everywhere. Run every rank on the same kind of "
+                "machine, with the same torch and number of threads."
+            )
+        return replace(report, closure_evaluations=int(max(row[0] for row in rows)))
+
+    def _linearized(self, order: Callable[[Batch], LocalModel]) -> LocalModel:
+        own: LocalModel | None = None
+
+        def work() -> list[float]:
+            nonlocal own
+            if self._own is None:
+                return [0.0] * 6
+            own = order(self._own)
+            said = checksum(f"{own.engine}: {own.fallback}")
+            values = Numbers(own.loss, own.kl, own.largest_kl)
+            return [*_row(values), _furthest(own.kls.values()), own.kl_resolution, said]
+
+        rows = self._reduction.rows(work, 6)
+        present = [rows[rank] for rank in self._present]
+        losses, kls, largest, furthest, resolutions, said = zip(*present, strict=True)
+        engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
+        names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
+        return LocalModel(
+            loss=self._mean(losses),
+            kl=self._mean(kls),
+            largest_kl=_largest(largest),
+            kl_resolution=max(resolutions),
+            gradient=self._total(lambda: None if own is None else own.gradient),
+            product=lambda vector: self._total(
+                lambda: None if own is None else own.product(vector)
+            ),
+            engine=engine,
+            kls=dict(zip(names, furthest, strict=True)),
+            fallback=fallback,
+        )
+
+    def _said(self, own: LocalModel | None, *, alike: bool) -> tuple[str, str]:
+        """Return the engines and the fallback of all ranks."""
+        if own is not None and alike:
+            return own.engine, own.fallback
+        texts = self._reduction.texts("" if own is None else f"{own.engine}: {own.fallback}")
+        engines, fallbacks = zip(*(text.split(": ", 1) for text in texts if text), strict=True)
+        return " and ".join(dict.fromkeys(engines)), next(filter(None, fallbacks), "")
+
+    def _total(self, work: Callable[[], Tensor | None]) -> Tensor:
+        share = self._shares[self._reduction.rank]
+
+        def weighted() -> Tensor | None:
+            own = work()
+            return None if own is None else own * share
+
+        return self._reduction.total(weighted, len(self._vector), self._vector.dtype)
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return weighted_mean([self._shares[rank] for rank in self._present], values)
+
+
+def _row(values: Numbers) -> list[float]:
+    return [values.loss, values.kl, _UNKNOWN if values.largest_kl is None else values.largest_kl]
+
+
+def _largest(kls: Sequence[float]) -> float | None:
+    return largest_of([None if kl == _UNKNOWN else kl for kl in kls])
+
+
+def _furthest(kls: Iterable[float]) -> float:
+    """Return the KL furthest from zero among those that are numbers."""
+    return max((kl for kl in kls if math.isfinite(kl)), key=abs, default=0.0)

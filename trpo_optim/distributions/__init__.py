@@ -1,0 +1,13 @@
+"""KL, log-probability, entropy, samples and frozen copies of any policy distribution."""
+
+from trpo_optim.distributions.policy import (
+    entropy,
+    frozen,
+    joint_kl,
+    log_prob,
+    mean_kl,
+    sample,
+    sampled_kl,
+)
+
+__all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample", "sampled_kl"]

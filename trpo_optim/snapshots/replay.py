@@ -1,0 +1,110 @@
+"""Environments whose simulator hides its state, put back by playing their episode again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.utils.env_checker import data_equivalence
+
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["Journal", "Replayed"]
+
+
+class Replayed(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that can be captured though its simulator cannot: Box2D's, for example.
+
+    Its state is the seed of the episode and the actions since, so that restoring takes as long as
+    the episode did. Every episode runs in a new environment, with nothing left of the one before,
+    and has a seed of its own, drawn from the environment before where ``reset`` is given none.
+
+    Args:
+        make: Returns a new environment, as ``gymnasium.make`` does. Wrappers that remember other
+            episodes (normalisation, statistics) belong around this one, not in it.
+    """
+
+    def __init__(self, make: Callable[[], gym.Env[Any, Any]]) -> None:
+        super().__init__(make())
+        self.action_space, self.observation_space = (
+            self.env.action_space,
+            self.env.observation_space,
+        )
+        self.journal = Journal(self, make)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in a new environment."""
+        own = int(self.env.unwrapped.np_random.integers(2**31)) if seed is None else seed
+        return self.journal.begin(own, options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step, and note it."""
+        result = self.env.step(action)
+        self.journal.note(action, result[0])
+        return result
+
+
+class Journal:
+    """What happened to a replayed environment since its episode began.
+
+    Args:
+        owner: Whose episodes these are.
+        make: Returns a new environment.
+    """
+
+    def __init__(self, owner: Replayed, make: Callable[[], gym.Env[Any, Any]]) -> None:
+        self._owner, self._make = owner, make
+        self._seed: int | None = None
+        self._options: dict[str, Any] | None = None
+        self._actions: list[Any] = []
+        self._observation: Any = None
+
+    def begin(self, seed: int, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in a new environment."""
+        self._owner.env.close()
+        self._owner.env = self._make()
+        observation, info = self._owner.env.reset(seed=seed, options=options)
+        self._seed, self._options, self._actions = seed, options, []
+        self._observation = copy.deepcopy(observation)
+        return observation, info
+
+    def note(self, action: Any, observation: Any) -> None:
+        """Add a step."""
+        self._actions.append(copy.deepcopy(action))
+        self._observation = copy.deepcopy(observation)
+
+    def capture(self) -> Any:
+        """Return the journal's contents.
+
+        Raises:
+            TrustRegionError: If no episode has begun.
+        """
+        if self._seed is None:
+            raise TrustRegionError("No episode has begun. Call reset() before capture().")
+        return self._seed, copy.deepcopy(self._options), list(self._actions), self._place()
+
+    def restore(self, saved: Any) -> None:
+        """Play a captured episode again.
+
+        Raises:
+            TrustRegionError: If it ends with another observation or random state.
+        """
+        seed, options, actions, place = saved
+        self.begin(seed, copy.deepcopy(options))
+        for action in actions:
+            self.note(action, self._owner.env.step(action)[0])
+        if not data_equivalence(self._place(), place, exact=True):
+            raise TrustRegionError(
+                f"{self._owner.env} did not return to its state when the {len(actions)} actions "
+                "since its seed were played again: it has random numbers that reset(seed=...) does "
+                "not set, remembers other episodes, or was changed by other means than steps. "
+                "Reset it, and use another environment."
+            )
+
+    def _place(self) -> tuple[Any, Any]:
+        """Return the last observation, and the state of the generator."""
+        return self._observation, self._owner.env.unwrapped.np_random.bit_generator.state
