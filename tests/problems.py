@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch._dynamo
@@ -15,6 +15,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 
 from trpo_optim import TrustRegionOptimizer
+from trpo_optim.hyperparameters import ModeName
 
 ClosureValues = tuple[Tensor, Tensor]
 
@@ -149,7 +150,7 @@ def categorical(
 
 
 PROBLEMS = [gaussian, categorical]
-MODES = ["trpo", "natural", "vanilla"]
+MODES = get_args(ModeName)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_none_is_refused_where_a_number_is_needed(name: str) -> None:
     "mode", ["ppo", "TRPO", "", None, 0, b"trpo", ["trpo"], np.array("trpo")], ids=repr
 )
 def test_unknown_modes_are_refused_with_the_choices(mode: Any) -> None:
-    expected = f"mode is {mode!r}; it must be one of 'trpo', 'natural', 'vanilla'"
+    expected = f"mode is {mode!r}; it must be 'trpo', 'natural' or 'vanilla'"
     with pytest.raises(TrustRegionError, match=re.escape(expected)):
         build(mode=mode)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer
+from trpo_optim.hyperparameters import ModeName
 
 TESTS = Path(__file__).parent
 
@@ -212,7 +213,7 @@ def test_a_state_from_before_a_hyperparameter_existed_takes_its_default() -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parameters_in_groups_or_named_take_the_same_step(mode: str) -> None:
+def test_parameters_in_groups_or_named_take_the_same_step(mode: ModeName) -> None:
     def grouped(problem: Problem) -> list[dict[str, Any]]:
         policy = problem.policy
         assert isinstance(policy, GaussianPolicy)

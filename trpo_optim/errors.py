@@ -1,8 +1,11 @@
-"""Every exception that the package raises on purpose."""
+"""Every exception that the package raises on purpose, and which closure it blames."""
 
 from __future__ import annotations
 
-__all__ = ["NoClosedFormError", "RankError", "TrustRegionError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["NoClosedFormError", "RankError", "TrustRegionError", "blaming"]
 
 
 class TrustRegionError(ValueError):
@@ -24,3 +27,24 @@ class RankError(TrustRegionError):
 
 class NoClosedFormError(TrustRegionError):
     """The KL of two distributions can only be estimated."""
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Have a misuse say which of several closures it was found in.
+
+    Args:
+        name: Which of a step's closures it is, or empty where there is one.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrustRegionError: The misuse, named.
+    """
+    try:
+        yield
+    except TrustRegionError as error:
+        if not name:
+            raise
+        raise TrustRegionError(f"In {name}: {error}") from error

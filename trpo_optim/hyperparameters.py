@@ -7,13 +7,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Hyperparameters"]
+__all__ = ["Constraint", "Hyperparameters", "ModeName"]
 
-MODES = ("trpo", "natural", "vanilla")
+ModeName = Literal["trpo", "natural", "vanilla"]
+"""The rows of the table in ``trpo_optim.algorithm.modes``."""
+
+Constraint = Literal["mean", "max"]
+"""Which KL of the batch TRPO's line search holds to ``max_kl``."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Hyperparameters:
             belong to the mode.
     """
 
-    mode: str
+    mode: ModeName
     max_kl: float | None
-    constraint: str
+    constraint: Constraint
     max_norm: float | None
     lr: float
     damping: float | None
@@ -42,15 +46,14 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Check every value, alone and together."""
-        if not isinstance(self.mode, str) or self.mode not in MODES:
-            choices = ", ".join(repr(mode) for mode in MODES)
-            raise TrustRegionError(f"mode is {self.mode!r}; it must be one of {choices}.")
-        object.__setattr__(self, "mode", MODES[MODES.index(self.mode)])
-        if not isinstance(self.constraint, str) or self.constraint not in {"mean", "max"}:
-            raise TrustRegionError(
-                f"constraint is {self.constraint!r}; it must be 'mean' or 'max': which KL of the "
-                "batch is held to max_kl."
-            )
+        for name, choices in (("mode", get_args(ModeName)), ("constraint", get_args(Constraint))):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                *others, last = map(repr, choices)
+                raise TrustRegionError(
+                    f"{name} is {value!r}; it must be {', '.join(others)} or {last}."
+                )
+            object.__setattr__(self, name, choices[choices.index(value)])
         if not isinstance(self.maximize, bool):
             raise TrustRegionError(f"maximize is {self.maximize!r}; it must be True or False.")
         for name, bound in _BOUNDS.items():

@@ -20,7 +20,7 @@ from trpo_optim.distributed.consistency import Ready, agreed
 from trpo_optim.distributed.ddp import unwrapped
 from trpo_optim.distributed.rank_batch import SharedBatch
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.hyperparameters import Constraint, Hyperparameters, ModeName
 from trpo_optim.report import Outcome, StepReport
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         self,
         params: ParamsT,
         *,
-        mode: str = "trpo",
+        mode: ModeName = "trpo",
         max_kl: float | None = 0.01,
-        constraint: str = "mean",
+        constraint: Constraint = "mean",
         max_norm: float | None = None,
         lr: float = 1.0,
         damping: float | None = None,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from trpo_optim import Outcome, TrustRegionOptimizer
+from trpo_optim.hyperparameters import ModeName
 
 EXACT = {"cg_iterations": 200, "cg_tolerance": 1e-13}
 
@@ -263,7 +264,7 @@ class Agent(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_critic_handed_over_with_the_actor_stays_untouched(mode: str) -> None:
+def test_a_critic_handed_over_with_the_actor_stays_untouched(mode: ModeName) -> None:
     def step(only_the_actor: bool) -> tuple[Agent, Agent]:
         torch.manual_seed(0)
         agent, start = Agent(), Agent()

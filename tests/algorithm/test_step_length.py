@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trpo_optim import TrustRegionOptimizer
-from trpo_optim.algorithm.step_length import natural_length, vanilla_length
+from trpo_optim.algorithm.modes import natural_length, vanilla_length
 from trpo_optim.hyperparameters import Hyperparameters
 
 

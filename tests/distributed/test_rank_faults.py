@@ -160,10 +160,10 @@ def another_direction(rank: int, task: Problem, optimizer: TrustRegionOptimizer)
 
     def direction(*args: Any) -> Any:
         found = usual.direction(*args)
-        return replace(found, vector=found.vector * (1 + 1e-15))
+        return replace(found, x=found.x * (1 + 1e-15))
 
     MODES["trpo"] = replace(usual, direction=direction) if rank == 1 else usual
-    return {"mend": lambda: MODES.update(trpo=usual)}
+    return {"mend": lambda: MODES.update({"trpo": usual})}
 
 
 def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:

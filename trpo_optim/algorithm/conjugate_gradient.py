@@ -24,25 +24,26 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True)
 class Solution:
-    """A solve's result.
+    """A direction, and the solve behind it; where there was none, its figures are NaN or 0.
 
     Attributes:
         x: The solution, shape (n,).
         ending: Why the solve stopped.
         iterations: Completed iterations: those that changed x.
         products: Products with F that were made.
-        residual: ‖b − (F + λI)x‖ / ‖b‖, as the small system has it: the true one but for rounding.
+        residual: ‖b − (F + λI)x‖ / ‖b‖, from the small system. Only rounding separates it from
+            the true residual.
         curvature: xᵀFx, undamped.
         damping: λ.
     """
 
     x: Tensor
-    ending: Ending
-    iterations: int
-    products: int
-    residual: float
-    curvature: float
-    damping: float
+    ending: Ending = Ending.CONVERGED
+    iterations: int = 0
+    products: int = 0
+    residual: float = math.nan
+    curvature: float = math.nan
+    damping: float = math.nan
 
 
 RELATIVE_DAMPING = 0.04

@@ -1,43 +1,25 @@
-"""The modes as rows of one table: what is differentiated, which way, how far, what is accepted."""
+"""The modes as rows of one table: what is differentiated, which way, how far, what is accepted.
+
+Directions are solved for the gradient's unit vector, and a length turns one into the step. That
+keeps a trust-region step free of the gradient's scale, however small.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from trpo_optim.algorithm.conjugate_gradient import Ending, conjugate_gradient
+from trpo_optim.algorithm.conjugate_gradient import Solution, conjugate_gradient
 from trpo_optim.algorithm.line_search import Prediction, Search, Trial, backtrack, whole_step
-from trpo_optim.algorithm.step_length import natural_length, vanilla_length
-from trpo_optim.curvature.local_model import LocalModel
-from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.report import Outcome
+from trpo_optim.hyperparameters import Hyperparameters, ModeName
 
-__all__ = ["MODES", "Direction", "Mode"]
+__all__ = ["MODES", "Mode", "natural_length", "vanilla_length"]
 
-
-@dataclass(frozen=True)
-class Direction:
-    """Where a step goes, solved for the unit gradient.
-
-    Attributes:
-        vector: x, shape (n,).
-        curvature: xᵀFx, undamped; NaN where the mode needs none.
-        iterations: Iterations of conjugate gradient behind it.
-        products: Fisher-vector products behind it.
-        residual: The solve's relative residual.
-        damping: λ.
-        flaw: Why no step can follow it, or None.
-    """
-
-    vector: Tensor
-    curvature: float = float("nan")
-    iterations: int = 0
-    products: int = 0
-    residual: float = float("nan")
-    damping: float = float("nan")
-    flaw: Outcome | None = None
+Product = Callable[[Tensor], Tensor]
+"""v ↦ Fv for vectors of shape (n,)."""
 
 
 @dataclass(frozen=True)
@@ -53,65 +35,84 @@ class Mode:
     """
 
     curved: bool
-    direction: Callable[[LocalModel, Tensor, Hyperparameters], Direction]
+    direction: Callable[[Product, Tensor, Hyperparameters], Solution]
     length: Callable[[Hyperparameters, float, float], float]
     search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
     radius_is_held: bool = False
 
 
-def natural_direction(model: LocalModel, unit: Tensor, settings: Hyperparameters) -> Direction:
+def natural_direction(product: Product, unit: Tensor, settings: Hyperparameters) -> Solution:
     """Return (F + λI)⁻¹ of the unit gradient, by conjugate gradient.
 
     Args:
-        model: Gives the Fisher-vector products.
+        product: v ↦ Fv.
         unit: The gradient's unit vector, uphill, shape (n,).
         settings: ``damping``, ``cg_iterations``, ``cg_tolerance``.
 
     Returns:
-        The direction, flawed where a product is not finite or xᵀFx is not positive.
+        The direction and its curvature.
     """
-    solution = conjugate_gradient(
-        model.product,
+    return conjugate_gradient(
+        product,
         unit,
         damping=settings.damping,
         iterations=settings.cg_iterations,
         tolerance=settings.cg_tolerance,
     )
-    flaw = None
-    if solution.ending is Ending.NON_FINITE:
-        flaw = Outcome.NON_FINITE_CURVATURE
-    elif not solution.curvature > 0:
-        flaw = Outcome.NON_POSITIVE_CURVATURE
-    return Direction(
-        vector=solution.x,
-        curvature=solution.curvature,
-        iterations=solution.iterations,
-        products=solution.products,
-        residual=solution.residual,
-        damping=solution.damping,
-        flaw=flaw,
-    )
 
 
 def gradient_direction(
-    model: LocalModel,  # noqa: ARG001 (one signature for all modes)
+    product: Product,  # noqa: ARG001 (one signature for all modes)
     unit: Tensor,
     settings: Hyperparameters,  # noqa: ARG001 (one signature for all modes)
-) -> Direction:
+) -> Solution:
     """Return the unit gradient itself.
 
     Args:
-        model: Not used.
+        product: Not used.
         unit: The gradient's unit vector, uphill, shape (n,).
         settings: Not used.
 
     Returns:
-        The direction.
+        The direction, without a curvature.
     """
-    return Direction(unit)
+    return Solution(unit)
 
 
-MODES = {
+def natural_length(settings: Hyperparameters, gradient_norm: float, curvature: float) -> float:
+    """Return lr·√(2δ / xᵀFx), or with no radius lr·‖g‖.
+
+    Args:
+        settings: ``max_kl`` gives δ in nats; None stands for the fixed rate ``lr``.
+        gradient_norm: ‖g‖.
+        curvature: xᵀFx > 0, undamped, of the direction solved for g/‖g‖.
+
+    Returns:
+        The factor that turns the direction into the full step.
+
+    Source:
+        Schulman et al. (2015), appendix C, with the undamped F; Kakade (2001) for the fixed rate.
+    """
+    if settings.max_kl is None:
+        return settings.lr * gradient_norm
+    return settings.lr * math.sqrt(2 * settings.max_kl / curvature)
+
+
+def vanilla_length(settings: Hyperparameters, gradient_norm: float, curvature: float) -> float:  # noqa: ARG001 (one signature for all modes)
+    """Return lr·max_norm, or with no ball lr·‖g‖.
+
+    Args:
+        settings: ``max_norm`` gives the L2 length of the step; None stands for the rate ``lr``.
+        gradient_norm: ‖g‖.
+        curvature: Not used.
+
+    Returns:
+        The factor that turns g/‖g‖ into the full step.
+    """
+    return settings.lr * (gradient_norm if settings.max_norm is None else settings.max_norm)
+
+
+MODES: dict[ModeName, Mode] = {
     "trpo": Mode(True, natural_direction, natural_length, backtrack, radius_is_held=True),
     "natural": Mode(True, natural_direction, natural_length, whole_step),
     "vanilla": Mode(False, gradient_direction, vanilla_length, whole_step),

@@ -8,20 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
+from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
+from trpo_optim.algorithm.kl_checks import require_largest_kl, require_moving_kl, require_zero_kl
 from trpo_optim.algorithm.line_search import Prediction, Search, Trial
 from trpo_optim.algorithm.modes import MODES
-from trpo_optim.closure.checks import (
-    Numbers,
-    blaming,
-    require_largest_kl,
-    require_moving_kl,
-    require_zero_kl,
-)
-from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.batch import Batch
-from trpo_optim.curvature.local_model import LocalModel
-from trpo_optim.distributed.rank_batch import SharedBatch
-from trpo_optim.errors import RankError
+from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.report import Outcome
 
@@ -29,8 +21,8 @@ __all__ = ["take_step"]
 
 
 def take_step(
-    batch: Batch | SharedBatch,
-    transaction: Transaction,
+    batch: Batch,
+    parameters: Parameters,
     settings: Hyperparameters,
     figures: dict[str, Any],
 ) -> Outcome:
@@ -38,7 +30,7 @@ def take_step(
 
     Args:
         batch: The closures.
-        transaction: Moves their parameters.
+        parameters: What the closures depend on.
         settings: The hyperparameters.
         figures: Filled with the fields of a ``StepReport``, as far as the step comes.
 
@@ -56,10 +48,10 @@ def take_step(
             require_zero_kl(kl, model.kl_resolution, settings.max_kl)
     if mode.radius_is_held and settings.constraint == "max":
         require_largest_kl(model.largest_kl)
-    if (flaw := _flaw(model, gradient_norm)) is not None:
+    if (flaw := _flaw_of_model(model, gradient_norm)) is not None:
         return flaw
 
-    direction = mode.direction(model, uphill, settings)
+    direction = mode.direction(model.product, uphill, settings)
     model = model.released()  # the trials need no graph
     figures |= {
         "curvature": gradient_norm * gradient_norm * direction.curvature,
@@ -68,13 +60,13 @@ def take_step(
         "damping": direction.damping,
         "fisher_products": direction.products,
     }
-    if direction.flaw is Outcome.NON_POSITIVE_CURVATURE:
-        _require_moving_kl(batch, transaction, model)
-    if direction.flaw is not None:
-        return direction.flaw
+    if mode.curved and (flaw := _flaw_of_direction(direction)) is not None:
+        if flaw is Outcome.NON_POSITIVE_CURVATURE:
+            _require_moving_kl(batch, parameters, model)
+        return flaw
 
     length = mode.length(settings, gradient_norm, direction.curvature)
-    step = length * direction.vector
+    step = length * direction.x
     step_norm = float(step.norm())
     if length == 0:
         return Outcome.ZERO_LEARNING_RATE
@@ -86,17 +78,18 @@ def take_step(
     )
 
     def attempt(scale: float) -> Trial:
-        transaction.move(step, scale)
-        loss, kl, largest_kl = batch.values()
-        return Trial(loss, kl, sign * (loss - model.loss), largest_kl)
+        parameters.move(step, scale)
+        values = batch.values()
+        improvement = sign * (values.loss - model.loss)
+        return Trial(values.loss, values.kl, improvement, values.largest_kl)
 
     search = mode.search(attempt, prediction, settings)
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
-        _require_moving_kl(batch, transaction, model)
+        _require_moving_kl(batch, parameters, model)
     if search.outcome is Outcome.ACCEPTED:
-        transaction.move(step, search.scale)  # the last trial may have lain elsewhere
-        figures["step_norm"] = transaction.moved()
+        parameters.move(step, search.scale)  # the last trial may have lain elsewhere
+        figures["step_norm"] = parameters.moved()
     return search.outcome
 
 
@@ -142,7 +135,7 @@ def _normalized(vector: Tensor) -> tuple[Tensor, float]:
     return scaled / norm, float(norm) * largest
 
 
-def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
+def _flaw_of_model(model: LocalModel, gradient_norm: float) -> Outcome | None:
     """Return why no direction follows from a local model, or None."""
     if not math.isfinite(model.loss):
         return Outcome.NON_FINITE_LOSS
@@ -153,6 +146,13 @@ def _flaw(model: LocalModel, gradient_norm: float) -> Outcome | None:
     return Outcome.ZERO_GRADIENT if gradient_norm == 0 else None
 
 
+def _flaw_of_direction(direction: Solution) -> Outcome | None:
+    """Return why no step can follow a direction, or None."""
+    if direction.ending is Ending.NON_FINITE:
+        return Outcome.NON_FINITE_CURVATURE
+    return None if direction.curvature > 0 else Outcome.NON_POSITIVE_CURVATURE
+
+
 def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     """Return whether the KL stayed where it was after a step that should have moved it."""
     change = abs(search.trial.kl - model.kl)
@@ -160,19 +160,12 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _require_moving_kl(
-    batch: Batch | SharedBatch, transaction: Transaction, model: LocalModel
-) -> None:
+def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:
     """Check the KL at places far from here in every parameter, whatever the step moves."""
 
-    def elsewhere() -> Iterator[Numbers]:
-        for step in transaction.elsewhere():
-            transaction.move(step, 1.0)
-            try:
-                yield batch.values()
-            except Exception as error:  # what a sound closure makes of a point no step goes to
-                if isinstance(error, RankError) and error.lost:
-                    raise
-                return
+    def elsewhere() -> Iterator[Numbers | None]:
+        for step in parameters.elsewhere():
+            parameters.move(step, 1.0)
+            yield batch.probe()
 
     require_moving_kl(model.kl, elsewhere(), model.kl_resolution)

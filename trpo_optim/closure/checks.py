@@ -1,10 +1,8 @@
-"""What a closure must return: the form of its values, and a KL that is one."""
+"""What a closure must return: the form of its values."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +17,7 @@ __all__ = [
     "DETACHED",
     "Numbers",
     "Values",
-    "blaming",
     "checked_values",
-    "require_largest_kl",
-    "require_moving_kl",
-    "require_zero_kl",
 ]
 
 
@@ -127,91 +121,3 @@ def _is_distribution(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
-
-
-@contextmanager
-def blaming(name: str) -> Iterator[None]:
-    """Have a misuse say which of several closures it was found in.
-
-    Args:
-        name: Which of a step's closures it is, or empty where there is one.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TrustRegionError: The misuse, named.
-    """
-    try:
-        yield
-    except TrustRegionError as error:
-        if not name:
-            raise
-        raise TrustRegionError(f"In {name}: {error}") from error
-
-
-def require_largest_kl(largest_kl: float | None) -> None:
-    """Check that the closure said what each sample's KL is, where the largest is to be held.
-
-    Args:
-        largest_kl: The largest of them, or None where the KL was a scalar.
-
-    Raises:
-        TrustRegionError: If it was.
-    """
-    if largest_kl is None:
-        raise TrustRegionError(
-            "constraint is 'max', and the closure's KL is a scalar, of which no largest is known. "
-            "Return the KL of every sample, a vector of shape (N,): joint_kl(old, new). Or set "
-            "constraint='mean'."
-        )
-
-
-def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
-    """Check that the KL is about zero where the old policy and the new one are the same.
-
-    Args:
-        kl: The closure's KL at the current parameters, in nats; one that is not finite passes.
-        resolution: KLs closer than this cannot be told apart, in nats.
-        max_kl: The radius, in nats; a tenth of it counts as about zero.
-
-    Raises:
-        TrustRegionError: If the KL is anything else.
-    """
-    limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
-    if math.isfinite(kl) and abs(kl) > limit:
-        raise TrustRegionError(
-            f"The closure's KL is {kl:g} at the current parameters, "
-            f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
-            "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
-            "not an entropy or a penalty."
-        )
-
-
-def require_moving_kl(kl_before: float, elsewhere: Iterable[Numbers], resolution: float) -> None:
-    """Check that the KL answers to the parameters.
-
-    A KL that stays zero compares the new policy with itself: the trust region would never bind.
-
-    Args:
-        kl_before: The closure's KL at the current parameters, in nats.
-        elsewhere: The closure's values at other parameters, made as far as they are looked at.
-        resolution: KLs closer than this cannot be told apart, in nats.
-
-    Raises:
-        TrustRegionError: If the KL changes nowhere, and both are numbers somewhere.
-    """
-    same = []
-    for loss, kl, _ in elsewhere:
-        if not math.isfinite(loss) or math.isnan(kl):
-            continue
-        if abs(kl - kl_before) > resolution:
-            return
-        same.append(kl)
-    if same:
-        raise TrustRegionError(
-            f"The closure's KL stays at {same[0]:g} however far the parameters move: the trust "
-            "region would never bind. Compute the old distribution and the old log-probabilities "
-            "once, outside the closure and detached, and return KL(old || new) of the policy that "
-            "the loss uses."
-        )

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.checks import Numbers, blaming, checked_values
+from trpo_optim.closure.checks import Numbers, checked_values
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.local_model import LocalModel, first_order, second_order
-from trpo_optim.errors import TrustRegionError
+from trpo_optim.errors import TrustRegionError, blaming
 from trpo_optim.report import StepReport
 
 __all__ = ["Batch", "Closures", "collected", "largest_of", "shares", "weighted_mean"]
@@ -101,6 +101,13 @@ class Batch:
                 found.append(part.values())
         losses, kls, largest = zip(*found, strict=True)
         return Numbers(self._mean(losses), self._mean(kls), largest_of(largest))
+
+    def probe(self) -> Numbers | None:
+        """Return the values where the parameters now are, or None if the closure raises there."""
+        try:
+            return self.values()
+        except Exception:  # what a sound closure makes of a point no step goes to
+            return None
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""

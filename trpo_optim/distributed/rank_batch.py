@@ -59,6 +59,19 @@ class SharedBatch:
         losses, kls, largest = zip(*(rows[rank] for rank in self._present), strict=True)
         return Numbers(self._mean(losses), self._mean(kls), _largest(largest))
 
+    def probe(self) -> Numbers | None:
+        """Return the values where the parameters now are, or None if a closure raises there.
+
+        Raises:
+            RankError: If a rank was lost.
+        """
+        try:
+            return self.values()
+        except Exception as error:  # what a sound closure makes of a point no step goes to
+            if isinstance(error, RankError) and error.lost:
+                raise
+            return None
+
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
         return self._linearized(Batch.first_order)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.closure.checks import Numbers, checked_values, require_moving_kl, require_zero_kl
+from trpo_optim.algorithm.kl_checks import require_moving_kl, require_zero_kl
+from trpo_optim.closure.checks import Numbers, checked_values
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction

@@ -1,0 +1,85 @@
+"""What a step asks of the batch that it is taken on, and of the parameters that it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Batch", "LocalModel", "Numbers", "Parameters"]
+
+
+class Numbers(Protocol):
+    """The closure's values at one point."""
+
+    @property
+    def loss(self) -> float:
+        """The closure's first value."""
+
+    @property
+    def kl(self) -> float:
+        """The mean KL, in nats."""
+
+    @property
+    def largest_kl(self) -> float | None:
+        """The largest KL of a sample, in nats; None where the closure returns the mean."""
+
+
+class LocalModel(Numbers, Protocol):
+    """The closure near the current parameters: its values, a gradient and a curvature."""
+
+    @property
+    def kl_resolution(self) -> float:
+        """KLs closer than this cannot be told apart, in nats."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """∇loss, shape (n,)."""
+
+    @property
+    def kls(self) -> Mapping[str, float]:
+        """The KL of every closure behind the model, by the closure's name."""
+
+    @property
+    def engine(self) -> str:
+        """The name of what differentiated the closure."""
+
+    @property
+    def fallback(self) -> str:
+        """Why a better engine did not serve, or empty."""
+
+    def product(self, vector: Tensor, /) -> Tensor:
+        """Return Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed."""
+
+    def released(self) -> LocalModel:
+        """Return the model without its products, and so without the graph that they hold."""
+
+
+class Batch(Protocol):
+    """The closures of one step as one function of the parameters."""
+
+    def first_order(self) -> LocalModel:
+        """Return the local model without curvature."""
+
+    def second_order(self) -> LocalModel:
+        """Return the local model with Fisher-vector products."""
+
+    def values(self) -> Numbers:
+        """Return the values where the parameters now are."""
+
+    def probe(self) -> Numbers | None:
+        """Return the values where the parameters now are, or None if they have none there."""
+
+
+class Parameters(Protocol):
+    """The parameters as one vector, held until the step ends."""
+
+    def move(self, step: Tensor, scale: float) -> None:
+        """Put the parameters at origin + scale · step."""
+
+    def moved(self) -> float:
+        """Return the L2 distance from the origin, as the parameters' precision has it."""
+
+    def elsewhere(self) -> Iterator[Tensor]:
+        """Yield moves to points far from here in every parameter."""

@@ -1,0 +1,83 @@
+"""What the closure's KL must be for a trust region to exist: zero here, and not everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from trpo_optim.algorithm.interfaces import Numbers
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["require_largest_kl", "require_moving_kl", "require_zero_kl"]
+
+
+def require_largest_kl(largest_kl: float | None) -> None:
+    """Check that the closure said what each sample's KL is, where the largest is to be held.
+
+    Args:
+        largest_kl: The largest of them, or None where the KL was a scalar.
+
+    Raises:
+        TrustRegionError: If it was.
+    """
+    if largest_kl is None:
+        raise TrustRegionError(
+            "constraint is 'max', and the closure's KL is a scalar, of which no largest is known. "
+            "Return the KL of every sample, a vector of shape (N,): joint_kl(old, new). Or set "
+            "constraint='mean'."
+        )
+
+
+def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
+    """Check that the KL is about zero where the old policy and the new one are the same.
+
+    Args:
+        kl: The closure's KL at the current parameters, in nats; one that is not finite passes.
+        resolution: KLs closer than this cannot be told apart, in nats.
+        max_kl: The radius, in nats; a tenth of it counts as about zero.
+
+    Raises:
+        TrustRegionError: If the KL is anything else.
+    """
+    limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
+    if math.isfinite(kl) and abs(kl) > limit:
+        raise TrustRegionError(
+            f"The closure's KL is {kl:g} at the current parameters, "
+            f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
+            "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
+            "not an entropy or a penalty."
+        )
+
+
+def require_moving_kl(
+    kl_before: float, elsewhere: Iterable[Numbers | None], resolution: float
+) -> None:
+    """Check that the KL answers to the parameters.
+
+    A KL that stays zero compares the new policy with itself: the trust region would never bind.
+
+    Args:
+        kl_before: The closure's KL at the current parameters, in nats.
+        elsewhere: The closure's values at other parameters, evaluated only as far as needed. None,
+            where the closure cannot be evaluated, ends the search.
+        resolution: KLs closer than this cannot be told apart, in nats.
+
+    Raises:
+        TrustRegionError: If the KL changes nowhere, and both are numbers somewhere.
+    """
+    same = []
+    for values in elsewhere:
+        if values is None:
+            break
+        if not math.isfinite(values.loss) or math.isnan(values.kl):
+            continue
+        if abs(values.kl - kl_before) > resolution:
+            return
+        same.append(values.kl)
+    if same:
+        raise TrustRegionError(
+            f"The closure's KL stays at {same[0]:g} however far the parameters move: the trust "
+            "region would never bind. Compute the old distribution and the old log-probabilities "
+            "once, outside the closure and detached, and return KL(old || new) of the policy that "
+            "the loss uses."
+        )
