@@ -86,7 +86,7 @@ class Problem:
 
     def optimizer(self, **settings: Any) -> TrustRegionOptimizer:
         """Return an optimizer of the policy."""
-        return TrustRegionOptimizer(self.policy.parameters(), **settings)
+        return TrustRegionOptimizer(self.policy.parameters(), **{"lr": 1.0, **settings})
 
     def vector(self) -> Tensor:
         """Return a copy of the parameters as one vector."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import re
@@ -77,7 +78,7 @@ def build(**changes: Any) -> TrustRegionOptimizer:
 
 
 def mode_of(name: str) -> dict[str, Any]:
-    return {"mode": "vanilla"} if name == "max_norm" else {}
+    return {"mode": "vanilla", "lr": 1.0} if name == "max_norm" else {}
 
 
 def quadratic(*parameters: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -135,7 +136,7 @@ def test_integers_beyond_every_float_are_refused(name: str, value: int) -> None:
         build(**mode_of(name), **{name: value})
 
 
-@pytest.mark.parametrize("name", sorted(NUMBERS.keys() - {"max_kl", "max_norm", "damping"}))
+@pytest.mark.parametrize("name", sorted(NUMBERS.keys() - {"max_kl", "max_norm", "lr", "damping"}))
 def test_none_is_refused_where_a_number_is_needed(name: str) -> None:
     with pytest.raises(TrustRegionError, match=names_value_and_limit(name, None)):
         build(**{name: None})
@@ -159,9 +160,9 @@ def test_maximize_takes_nothing_but_a_bool(value: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["trpo", "vanilla"])
 def test_only_natural_goes_without_a_radius(mode: str) -> None:
-    assert build(mode="natural", max_kl=None).param_groups[0]["max_kl"] is None
+    assert build(mode="natural", max_kl=None, lr=0.1).param_groups[0]["max_kl"] is None
     with pytest.raises(TrustRegionError, match=f"max_kl is None with mode='{mode}'; .*natural"):
-        build(mode=mode, max_kl=None)
+        build(mode=mode, max_kl=None, lr=0.1)
 
 
 @pytest.mark.parametrize("mode", ["trpo", "natural"])
@@ -169,6 +170,35 @@ def test_only_vanilla_takes_an_l2_ball(mode: str) -> None:
     assert build(mode="vanilla", max_norm=2.0).param_groups[0]["max_norm"] == 2.0
     with pytest.raises(TrustRegionError, match=f"max_norm is 2.0 with mode='{mode}'; .*vanilla"):
         build(mode=mode, max_norm=2.0)
+
+
+RATES = [{"mode": "vanilla"}, {"mode": "natural", "max_kl": None}]
+
+
+@pytest.mark.parametrize("settings", RATES, ids=str)
+def test_where_lr_is_the_rate_it_must_be_given(settings: dict[str, Any]) -> None:
+    with pytest.raises(TrustRegionError, match=r"lr was not given.*Pass lr, for example"):
+        build(**settings)
+    assert build(**settings, lr=0.3).param_groups[0]["lr"] == 0.3
+    groups = [{"params": [parameter()], "lr": 0.3}]
+    assert TrustRegionOptimizer(groups, **settings).param_groups[0]["lr"] == 0.3
+
+
+def test_with_a_length_of_its_own_vanilla_needs_no_lr() -> None:
+    assert build(mode="vanilla", max_norm=0.1).param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("settings", RATES, ids=str)
+def test_a_mode_switched_to_on_the_group_needs_an_lr_too(settings: dict[str, Any]) -> None:
+    for given, raises in (({}, True), ({"lr": 1.0}, False)):
+        optimizer = copy.deepcopy(build(**given))
+        optimizer.param_groups[0].update(settings)
+        closure = quadratic(optimizer.param_groups[0]["params"][0])
+        if raises:
+            with pytest.raises(TrustRegionError, match="lr was not given"):
+                optimizer.step(closure)
+        else:
+            assert optimizer.step(closure).accepted
 
 
 @pytest.mark.parametrize(("name", "value"), KINDS, ids=str)

@@ -227,7 +227,7 @@ def test_parameters_in_groups_or_named_take_the_same_step(mode: ModeName) -> Non
     ]
     for form in forms:
         problem = gaussian()
-        optimizer = TrustRegionOptimizer(form(problem), mode=mode)
+        optimizer = TrustRegionOptimizer(form(problem), mode=mode, lr=1.0)
         assert optimizer.step(problem.closure).accepted
         results.append(problem.vector())
     assert torch.equal(results[0], results[1])

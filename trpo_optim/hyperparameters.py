@@ -72,6 +72,25 @@ class Hyperparameters:
                 "mode='vanilla' alone. Leave it None and set max_kl."
             )
 
+    @property
+    def lr_is_the_rate(self) -> bool:
+        """Whether the step is ``lr`` times a vector, with no radius that gives its length."""
+        return (self.max_norm if self.mode == "vanilla" else self.max_kl) is None
+
+    def require_lr(self) -> None:
+        """Raise because ``lr`` was left out, if the mode has no other length.
+
+        Raises:
+            TrustRegionError: If ``lr_is_the_rate``.
+        """
+        if self.lr_is_the_rate:
+            name, example = ("max_norm", 0.1) if self.mode == "vanilla" else ("max_kl", 0.01)
+            raise TrustRegionError(
+                f"mode is {self.mode!r} and {name} is None, so that lr is the rate of the step, "
+                f"and lr was not given. No rate fits all losses. Pass lr, for example lr=0.01, or "
+                f"{name}, for example {name}={example}."
+            )
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all hyperparameters, as in ``param_groups``."""

@@ -60,7 +60,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             sample. The mean gives curvature and length either way.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
         lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` still shortens
-            a step beyond ``max_kl``.
+            a step beyond ``max_kl``. None: 1.0. Mode ``"vanilla"`` without ``max_norm``, and mode
+            ``"natural"`` with ``max_kl=None``, need a number: there ``lr`` is the rate itself.
         damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
             basis q of the directions that the solve goes through.
         cg_iterations: Most Fisher-vector products in one solve.
@@ -95,7 +96,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_kl: float | None = 0.01,
         constraint: Constraint = "mean",
         max_norm: float | None = None,
-        lr: float = 1.0,
+        lr: float | None = None,
         damping: float | None = None,
         cg_iterations: int = 10,
         cg_tolerance: float = 1e-4,
@@ -107,12 +108,13 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.process_group = process_group
         require_member(process_group)
+        self._lr_given = lr is not None
         defaults = Hyperparameters(
             mode=mode,
             max_kl=max_kl,
             constraint=constraint,
             max_norm=max_norm,
-            lr=lr,
+            lr=1.0 if lr is None else lr,
             damping=damping,
             cg_iterations=cg_iterations,
             cg_tolerance=cg_tolerance,
@@ -181,12 +183,15 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             TrustRegionError: If a parameter is not real floating point, or a hyperparameter is not
                 valid or not that of the other groups.
         """
+        lr_given = self._lr_given
+        self._lr_given |= "lr" in param_group
         super().add_param_group(param_group)
         try:
             _require_real(self.param_groups[-1])
             self._settings()
         except BaseException:
             del self.param_groups[-1]
+            self._lr_given = lr_given
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,6 +209,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
                 "other settings mean something else. Load a TrustRegionOptimizer's state."
             )
         super().load_state_dict(state_dict)
+        self._lr_given = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and the last report.
@@ -217,12 +223,14 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
                 "group belongs to this process. Save its state_dict(), or set process_group to "
                 "None before, and again afterwards."
             )
-        return {**super().__getstate__(), "last_report": self.last_report}
+        own = {"last_report": self.last_report, "_lr_given": self._lr_given}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state back, filling in hyperparameters that an older one did not have."""
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # load_state_dict comes by here, too
+        self.__dict__.setdefault("_lr_given", True)
         for group in self.param_groups:
             for name in Hyperparameters.names():
                 group.setdefault(name, self.defaults[name])
@@ -273,6 +281,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
                         "every group the same value."
                     )
         assert settings is not None  # torch.optim refuses an empty list of parameters
+        if not self._lr_given:
+            settings.require_lr()
         return settings
 
 

@@ -281,7 +281,7 @@ def test_a_critic_handed_over_with_the_actor_stays_untouched(mode: ModeName) -> 
 
         actor = [*agent.actor_mean.parameters(), agent.actor_logstd]
         params = actor if only_the_actor else agent.parameters()
-        assert TrustRegionOptimizer(params, mode=mode).step(closure).accepted
+        assert TrustRegionOptimizer(params, mode=mode, lr=1.0).step(closure).accepted
         return agent, start
 
     agent, start = step(only_the_actor=False)

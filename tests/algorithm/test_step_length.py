@@ -14,7 +14,8 @@ from trpo_optim.hyperparameters import Hyperparameters
 
 
 def settings(**values: Any) -> Hyperparameters:
-    return Hyperparameters(**TrustRegionOptimizer([torch.zeros(1)], **values).defaults)
+    optimizer = TrustRegionOptimizer([torch.zeros(1)], **{"lr": 1.0, **values})
+    return Hyperparameters(**optimizer.defaults)
 
 
 @pytest.mark.parametrize("mode", ["trpo", "natural"])
