@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test bench bench-sampling bench-scaling bench-learning format clean
-.PHONY: test-floor test-newest
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
 	$(BIN)/python examples/demo.py
@@ -57,6 +56,7 @@ NEWEST_PYTHON ?= $(PYTHON)
 PACKAGE_TESTS := tests --ignore=tests/examples --ignore=tests/benchmarks \
 	--ignore=tests/test_package.py --ignore=tests/test_layers.py
 
+.PHONY: test-floor test-newest
 test-floor: .venv-floor/installed ## the package's tests with torch 2.6, Gymnasium 1.1 and Python 3.10
 	.venv-floor/bin/python -m pytest --numprocesses auto --dist worksteal $(PACKAGE_TESTS)
 
