@@ -53,7 +53,7 @@ format: .venv/dev
 # The package's tests under the oldest and the newest releases of what it stands on.
 FLOOR_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
-PACKAGE_TESTS := tests --ignore=tests/examples --ignore=tests/benchmarks \
+PACKAGE_TESTS := -m "not thorough" tests --ignore=tests/examples --ignore=tests/benchmarks \
 	--ignore=tests/test_package.py --ignore=tests/test_layers.py
 
 .PHONY: test-floor test-newest
