@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import email
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
@@ -19,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 import trove_classifiers
-from packaging.requirements import Requirement
+from environment import environment_of, files_of, requirements_of, run
 
 import trpo_optim
 
@@ -127,13 +123,7 @@ def metadata(wheel: Path) -> Message:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """The interpreter of an environment that holds torch, what it requires, and the wheel."""
-    environment = tmp_path_factory.mktemp("environment")
-    venv.create(environment, with_pip=False)
-    (site_packages,) = environment.glob("lib/python*/site-packages")
-    for path in files_of(closure_of("torch")):
-        (site_packages / path.name).symlink_to(path)
-
-    python = environment / "bin" / "python"
+    python = environment_of("torch", tmp_path_factory.mktemp("environment"))
     # Without an index, pip refuses a requirement that torch does not bring.
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", str(wheel))
     return python
@@ -144,54 +134,6 @@ def found(python: Path) -> dict[str, Any]:
     """What `PROBE` finds in that environment."""
     output = run(str(python), "-c", PROBE, *NOT_OF_TORCH, *WITHOUT_EXTRAS, *OF_THE_EXTRA_GYM)
     return cast("dict[str, Any]", json.loads(output))
-
-
-def run(*command: str) -> str:
-    """Run ``command`` where neither this checkout nor the user's settings are found."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    result = subprocess.run(
-        command,
-        cwd=ROOT.anchor,
-        env=kept | {"PIP_CONFIG_FILE": os.devnull, "PYTHONNOUSERSITE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def closure_of(name: str) -> set[str]:
-    """Return the distributions that ``name`` requires, and theirs, as far as they are installed."""
-    found: set[str] = set()
-    todo = [name]
-    while todo:
-        distribution = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if distribution in found:
-            continue
-        try:
-            requirements = importlib.metadata.requires(distribution) or []
-        except (
-            importlib.metadata.PackageNotFoundError
-        ):  # of a platform that torch was not built for
-            continue
-        found.add(distribution)
-        todo += (
-            requirement.name
-            for requirement in map(Requirement, requirements)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        )
-    return found
-
-
-def files_of(distributions: set[str]) -> set[Path]:
-    """Return what ``distributions`` have put into site-packages, at its top level."""
-    return {
-        Path(str(distribution.locate_file(file.parts[0])))
-        for distribution in map(importlib.metadata.distribution, distributions)
-        for file in distribution.files or []
-        if file.parts[0] not in {"..", "__pycache__"} and file.suffix != ".pth"
-    }
 
 
 def sdist_members(built: Path) -> Iterator[tuple[Path, int]]:
@@ -276,7 +218,7 @@ def test_importing_the_package_imports_only_torch(wheel: Path) -> None:
 
     imported = set(run(sys.executable, "-c", path + NEW_MODULES).split())
 
-    torch_and_its_own = {path.stem for path in files_of(closure_of("torch"))}
+    torch_and_its_own = {path.stem for path in files_of(requirements_of("torch"))}
     assert imported - torch_and_its_own - sys.stdlib_module_names == {"trpo_optim"}
 
 
