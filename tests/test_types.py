@@ -19,7 +19,7 @@ EXPECTED = {
     "step(floats)": ['"step"', "tuple[float, float]", "tuple[Tensor, Tensor]"],
     "step(name_for_third)": ['"step"', "tuple[Tensor, Tensor, str]", "Distribution | Tensor"],
     "step(pair())": ['"step"', '"tuple[Tensor, Tensor]"', 'expected "Callable'],
-    "ACCEPTD": ["Outcome", "no attribute", "ACCEPTED"],
+    "ACCEPTD": ["type[Outcome]", "no attribute", "ACCEPTD"],
     '"gauss newton"': ["equality", "Literal['Gauss-Newton'", "Literal['gauss newton']"],
 }
 
