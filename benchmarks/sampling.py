@@ -111,7 +111,7 @@ def variances(repeats: int) -> str:
                     states=SAMPLES // (branches or 2),
                     branches=branches,
                     horizon=30,
-                    discount=0.95,
+                    gamma=0.95,
                     common_random_numbers=common,
                     seed=seed,
                 )
@@ -125,8 +125,8 @@ def variances(repeats: int) -> str:
             q = returns_of(path)
             with torch.no_grad():
                 baseline = agent.value(path.observations)
-            for name, gains in (("path", q), ("baseline", q - baseline)):
-                closure = rollouts.policy_closure(agent.act, path, gains)
+            for name, advantages in (("path", q), ("baseline", q - baseline)):
+                closure = rollouts.policy_closure(agent.act, path, advantages)
                 gradients[name].append(gradient(agent, closure))
         apart, together = (float(torch.cat(differences[each]).var()) for each in (False, True))
         spread = {name: float(torch.stack(each).var(0).sum()) for name, each in gradients.items()}
@@ -150,7 +150,7 @@ def variances(repeats: int) -> str:
 def returns_of(path: rollouts.SinglePathBatch) -> Tensor:
     """Return discounted rewards to the end of each trajectory."""
     nothing = torch.zeros_like(path.rewards)
-    return rollouts.discounted_returns(path.rewards, nothing, path.ends, discount=0.95)
+    return rollouts.discounted_returns(path.rewards, nothing, path.ends, gamma=0.95)
 
 
 def final_return(args: vine.Args | train.Args) -> float:

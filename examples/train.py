@@ -88,7 +88,7 @@ class Args:
     batch_size: int = 1024
     """environment steps per update, over all environments of all processes"""
     gamma: float = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: float = 0.95
     """GAE's lambda"""
     hidden: int = 64
@@ -239,7 +239,7 @@ def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tenso
     args = run.args
     values, following = batch.values(run.value)
     result = gae(
-        rewards, values, following, batch.ends, discount=args.gamma, gae_lambda=args.gae_lambda
+        rewards, values, following, batch.ends, gamma=args.gamma, gae_lambda=args.gae_lambda
     )
     return result, result + values
 

@@ -80,7 +80,7 @@ class Args:
     curvature: float | None = None
     """the share of the states that Fisher-vector products are taken on; None: all"""
     gamma: float = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: float = 0.95
     """GAE's lambda: of the critic's targets, and of single path's advantages"""
     critic_lr: float = 1e-3
@@ -281,7 +281,7 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
         states=args.states,
         branches=None if agent.discrete else args.branches,
         horizon=args.horizon,
-        discount=args.gamma,
+        gamma=args.gamma,
         critic=agent.value,
         after=run.end,
         seed=seed,
@@ -299,20 +299,20 @@ def improve(run: Run) -> tuple[StepReport, ValueFit]:
     run.end = path.end
     run.steps += price
     values, following = path.values(agent.value)
-    gains = gae(
+    advantages = gae(
         path.rewards,
         values,
         following,
         path.ends,
-        discount=args.gamma,
+        gamma=args.gamma,
         gae_lambda=args.gae_lambda,
     )
-    report = run.optimizer.step(closures(gains - gains.mean()))
+    report = run.optimizer.step(closures(advantages - advantages.mean()))
     observations = path.flat(path.observations)
     fit = fit_value(
         agent.value,
         observations,
-        path.flat(gains + values),
+        path.flat(advantages + values),
         run.critic_optimizer,
         epochs=args.critic_epochs,
         minibatch=128,

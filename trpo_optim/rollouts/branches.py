@@ -27,7 +27,7 @@ class Branches:
     policy: Callable[[Any], Any]
     critic: Callable[[Any], Tensor] | None
     horizon: int
-    discount: float
+    gamma: float
     device: torch.device | str
     steps: int = 0
 
@@ -80,7 +80,7 @@ class Branches:
                     raise ValueError(f"the reward was {reward}")
                 observations[index] = observation
                 returns[index] += weights[index] * float(reward)
-                weights[index] *= self.discount
+                weights[index] *= self.gamma
                 alive[index] = not (terminated or truncated)
                 open_ended[index] = not terminated
                 self.steps += 1

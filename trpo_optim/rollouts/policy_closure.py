@@ -25,7 +25,7 @@ __all__ = ["curvature_rows", "policy_closure"]
 def policy_closure(
     policy: Callable[..., Any],
     batch: SinglePathBatch,
-    gains: Tensor,
+    advantages: Tensor,
     *,
     weights: Tensor | None = None,
     sampling_log_prob: Tensor | None = None,
@@ -46,11 +46,11 @@ def policy_closure(
             state the whole trajectories are evaluated, (T, N, …); the environments are the
             second dimension of the state's tensors, as torch.nn's recurrences have them.
         batch: What ``single_path`` returned.
-        gains: Advantages or Q, shape (T, N); those of rows that are not valid are not used.
+        advantages: Advantages or Q, shape (T, N); those of rows that are not valid are not used.
         weights: Importance weights of the states, (T, N), where another policy visited them.
         sampling_log_prob: ln q(a|s) of the actions, (T, N), where another policy drew them. None:
             the old policy did.
-        entropy_bonus: What a nat of the mean entropy is worth, in units of the gains.
+        entropy_bonus: What a nat of the mean entropy is worth, in units of the advantages.
         sampled: Whether the KL is estimated on the batch's actions, for policies without a closed
             form; it is then a mean.
         curvature: The share of the rows (or environments, with a recurrent state) that
@@ -63,7 +63,7 @@ def policy_closure(
         What ``step`` takes in place of a closure.
 
     Raises:
-        TrustRegionError: If shapes do not fit, a gain or weight that is used is not finite, there
+        TrustRegionError: If shapes do not fit, an advantage or weight that is used is not finite, there
             are no valid rows, or an option is outside its range.
 
     Source:
@@ -82,7 +82,7 @@ def policy_closure(
             "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
             "drew them. Leave one of them out."
         )
-    given = {"gains": gains, "weights": weights, "sampling_log_prob": sampling_log_prob}
+    given = {"advantages": advantages, "weights": weights, "sampling_log_prob": sampling_log_prob}
     for name, value in given.items():
         if value is not None:
             _require_rows(name, value, batch.valid)
@@ -96,7 +96,7 @@ def policy_closure(
     def closure(part: _Part) -> Closure:
         return _closure(
             part,
-            part.numbers(gains),
+            part.numbers(advantages),
             None if weights is None else part.numbers(weights),
             None if sampling_log_prob is None else part.numbers(sampling_log_prob),
             entropy_bonus,
@@ -209,7 +209,7 @@ def _sequences(
 
 def _closure(
     part: _Part,
-    gains: Tensor,
+    advantages: Tensor,
     weights: Tensor | None,
     sampling_log_prob: Tensor | None,
     entropy_bonus: float,
@@ -217,14 +217,14 @@ def _closure(
     sampled: bool,
 ) -> Closure:
     """Return the closure on some rows, the policy as it is being the old one."""
-    accelerators = {gains.device} - {torch.device("cpu")}
-    with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=gains.device.type):
+    accelerators = {advantages.device} - {torch.device("cpu")}
+    with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=advantages.device.type):
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions))
-        if old_log_prob.shape != gains.shape:
+        if old_log_prob.shape != advantages.shape:
             raise TrustRegionError(
                 f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
-                f"are {len(gains)} rows. Where the last dimension is the action's, the policy "
+                f"are {len(advantages)} rows. Where the last dimension is the action's, the policy "
                 "returns Independent(dist, 1)."
             )
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
@@ -232,7 +232,7 @@ def _closure(
     def closure() -> tuple[Tensor, Tensor, Any]:
         dist = part.evaluate()
         new_log_prob = part.rows(log_prob(dist, part.actions))
-        loss = surrogate(new_log_prob, base, gains, weights=weights)
+        loss = surrogate(new_log_prob, base, advantages, weights=weights)
         if entropy_bonus:
             loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
         if sampled:

@@ -62,7 +62,7 @@ def vine(
     branches: int | None = None,
     sampling: Literal["policy", "uniform"] = "policy",
     horizon: int,
-    discount: float,
+    gamma: float,
     critic: Callable[[Any], Tensor] | None = None,
     common_random_numbers: bool = True,
     after: VineBatch | SinglePathBatch | Cursor | None = None,
@@ -84,7 +84,7 @@ def vine(
             Discrete space, for the estimator (15).
         sampling: What draws K actions, for the estimator (16): the policy, or all alike.
         horizon: Most steps of a branch, the first action's included.
-        discount: γ, in [0, 1].
+        gamma: Discount factor γ, in [0, 1].
         critic: What a branch is worth that was cut off, from observations (B, …) to (B,) or
             (B, 1). None: nothing.
         common_random_numbers: Whether the branches of a state meet the same random numbers, in the
@@ -110,7 +110,7 @@ def vine(
     _require(
         envs, states=states, branches=branches, sampling=sampling, steps=steps, horizon=horizon
     )
-    require_shares(discount=discount)
+    require_shares(gamma=gamma)
     if isinstance(after, VineBatch):
         after = after.trunk
     chosen: list[tuple[int, Snapshot, Any]] = []
@@ -145,7 +145,7 @@ def vine(
         sampling,
         device,
     )
-    branch = Branches(envs.envs, policy, critic, horizon, discount, device)
+    branch = Branches(envs.envs, policy, critic, horizon, gamma, device)
     ending = capture(envs)
     q: list[Tensor] = []
 
