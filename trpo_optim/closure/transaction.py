@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.random_state import generators
 
 __all__ = ["Transaction"]
 
@@ -46,7 +47,7 @@ class Transaction:
         self._vector = vector
         self.origin = vector.current()
         self._grads = [parameter.grad for parameter in vector.parameters]
-        self._random = [(each, each.get_state()) for each in _generators(vector.device)]
+        self._random = [(each, each.get_state()) for each in generators([vector.device])]
         self._written: MutableMapping[Any, dict[_Place, Tensor]] = WeakIdKeyDictionary()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
@@ -164,11 +165,3 @@ class Transaction:
         ours = threading.get_ident() == self._thread and name in module._buffers
         if ours and key not in self._replaced and module._buffers[name] is not value:
             self._replaced[key] = (module, name, module._buffers[name])
-
-
-def _generators(device: torch.device) -> Iterator[torch.Generator]:
-    """Yield the generators that an evaluation on ``device`` may draw from."""
-    yield torch.default_generator
-    accelerators = getattr(getattr(torch, device.type, None), "default_generators", ())
-    if accelerators:
-        yield accelerators[device.index or 0]

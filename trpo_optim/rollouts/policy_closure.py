@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.evaluation import Closure
+from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.curvature.batch import Closures
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
-from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
 
@@ -217,8 +218,7 @@ def _closure(
     sampled: bool,
 ) -> Closure:
     """Return the closure on some rows, the policy as it is being the old one."""
-    accelerators = {advantages.device} - {torch.device("cpu")}
-    with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=advantages.device.type):
+    with torch.no_grad(), random_state_kept([advantages.device]):
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions))
         if old_log_prob.shape != advantages.shape:

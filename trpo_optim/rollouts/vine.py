@@ -17,12 +17,13 @@ from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
 from trpo_optim.distributions import log_prob, sample
-from trpo_optim.errors import TrustRegionError
+from trpo_optim.distributions.nesting import mapped
+from trpo_optim.errors import RolloutError, TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts, require_shares
 from trpo_optim.rollouts.branches import Branches
 from trpo_optim.rollouts.single_path import single_path
-from trpo_optim.rollouts.spaces import mapped, one_of, stacked, tensors_of
-from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
+from trpo_optim.rollouts.spaces import one_of, stacked, tensors_of
+from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 from trpo_optim.snapshots.snapshot import Snapshot, capture, restore
 
 __all__ = ["VineBatch", "vine"]

@@ -11,9 +11,9 @@ from torch import Tensor
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.curvature.batch import Closures
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.policy_closure import curvature_rows
-from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.vine import VineBatch
 
 __all__ = ["vine_closure"]
