@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sample
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
+from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["curvature_rows", "policy_closure"]
 
@@ -28,6 +33,8 @@ def policy_closure(
     batch: SinglePathBatch,
     advantages: Tensor,
     *,
+    standardise: bool = False,
+    process_group: ProcessGroup | None = None,
     weights: Tensor | None = None,
     sampling_log_prob: Tensor | None = None,
     entropy_bonus: float = 0.0,
@@ -47,11 +54,17 @@ def policy_closure(
             state the whole trajectories are evaluated, (T, N, …); the environments are the
             second dimension of the state's tensors, as torch.nn's recurrences have them.
         batch: What ``single_path`` returned.
-        advantages: Advantages or Q, shape (T, N); those of rows that are not valid are not used.
+        advantages: Advantages or Q, shape (T, N). Rows that are not valid are not used.
+        standardise: Bring the advantages of the valid rows to mean 0 and standard deviation 1. If
+            all of them are equal, they become 0.
+        process_group: With ``standardise=True``: take mean and standard deviation over the valid
+            rows of all ranks. Every rank of the group must then call this function. None: over the
+            rows of this process.
         weights: Importance weights of the states, (T, N), where another policy visited them.
         sampling_log_prob: ln q(a|s) of the actions, (T, N), where another policy drew them. None:
             the old policy did.
-        entropy_bonus: What a nat of the mean entropy is worth, in units of the advantages.
+        entropy_bonus: What a nat of the mean entropy is worth, in units of the advantages after
+            standardising.
         sampled: Whether the KL is estimated on the batch's actions, for policies without a closed
             form; it is then a mean.
         curvature: The share of the rows (or environments, with a recurrent state) that
@@ -64,8 +77,9 @@ def policy_closure(
         What ``step`` takes in place of a closure.
 
     Raises:
-        TrustRegionError: If shapes do not fit, an advantage or weight that is used is not finite, there
-            are no valid rows, or an option is outside its range.
+        TrustRegionError: If shapes do not fit, an advantage or weight that is used is not finite,
+            there are no valid rows, or an option is outside its range.
+        RankError: With a process group: if another rank raised or was lost.
 
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
@@ -83,15 +97,17 @@ def policy_closure(
             "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
             "drew them. Leave one of them out."
         )
-    given = {"advantages": advantages, "weights": weights, "sampling_log_prob": sampling_log_prob}
-    for name, value in given.items():
-        if value is not None:
-            _require_rows(name, value, batch.valid)
-    if weights is not None and bool((weights[batch.valid] < 0).any()):
+    if process_group is not None and not standardise:
         raise TrustRegionError(
-            f"weights holds {float(weights[batch.valid].min())}; a weight is a ratio of "
-            "probabilities, which cannot be negative. See trajectory_weights()."
+            "process_group is given and standardise is False. Only standardising needs the other "
+            "ranks: pass standardise=True, or leave process_group out."
         )
+    given = {"advantages": advantages, "weights": weights, "sampling_log_prob": sampling_log_prob}
+    check = partial(_require_numbers, given, batch.valid)
+    if standardise:
+        advantages = standardised(advantages, batch.valid, check, process_group)
+    else:
+        check()
     select, count = (_rows if batch.state is None else _sequences)(policy, batch)
 
     def closure(part: _Part) -> Closure:
@@ -240,6 +256,19 @@ def _closure(
         return loss, joint_kl(old, dist, part.mask), dist
 
     return closure
+
+
+def _require_numbers(given: Mapping[str, Tensor | None], valid: Tensor) -> None:
+    """Check what is given for every row, by its name."""
+    for name, value in given.items():
+        if value is not None:
+            _require_rows(name, value, valid)
+    weights = given["weights"]
+    if weights is not None and bool((weights[valid] < 0).any()):
+        raise TrustRegionError(
+            f"weights holds {float(weights[valid].min())}; a weight is a ratio of "
+            "probabilities, which cannot be negative. See trajectory_weights()."
+        )
 
 
 def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
