@@ -22,6 +22,7 @@ import torch
 import train
 import tyro
 import vine
+import vine_agent
 from gymnasium.vector import SyncVectorEnv
 from loop import BATCH, theirs
 from table import table
@@ -73,7 +74,7 @@ def collecting(rounds: int) -> str:
     return table(*rows)
 
 
-def gradient(agent: vine.Agent, closure: Callable[[], Any]) -> Tensor:
+def gradient(agent: vine_agent.Agent, closure: Callable[[], Any]) -> Tensor:
     """Return the gradient of a closure's loss in the policy's parameters."""
     slopes = torch.autograd.grad(closure()[0], list(agent.policy.parameters()))
     return torch.cat([each.reshape(-1) for each in slopes])
@@ -88,7 +89,7 @@ def variances(repeats: int) -> str:
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
         torch.manual_seed(0)
         envs = SyncVectorEnv([partial(gym.make, env_id)] * 8, autoreset_mode="SameStep")
-        agent = vine.Agent(envs)
+        agent = vine_agent.Agent(envs)
         branches = None if agent.discrete else 4
         wide = rollouts.single_path(envs, agent.act, steps=1000, seed=5)
         rollouts.fit_value(

@@ -13,6 +13,7 @@ import normaliser
 import numpy as np
 import torch
 import train
+import training_run
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from processes import Processes
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ def learn_environment(
     policy: Any = learner.policy
     envs = SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     size = math.prod(envs.single_observation_space.shape or ())
-    run = train.Run(
+    run = training_run.Run(
         args=args,
         processes=Processes("cpu"),
         envs=envs,
