@@ -114,6 +114,9 @@ class Scene:
         """Take one step; ``share`` of the batch gives the curvature.
 
         Without ``torch_func``, double backward differentiates closures of two values.
+
+        Returns:
+            The job.
         """
         solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
         optimizer = TrustRegionOptimizer(
