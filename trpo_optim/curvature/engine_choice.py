@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["EngineChoice", "seems_to_return_three"]
+__all__ = ["EngineChoice", "no_choices", "seems_to_return_three"]
 
 
 @dataclass
@@ -33,6 +33,11 @@ class EngineChoice:
         """
         third = seems_to_return_three(closure) if self.third is None else self.third
         return not (self.refusal or third)
+
+
+def no_choices() -> dict[str, EngineChoice]:
+    """Return what a new optimizer knows of the parts of its batch and of its curvature."""
+    return {"parts": EngineChoice(), "curvature": EngineChoice()}
 
 
 def seems_to_return_three(closure: Callable[[], Any]) -> bool:
