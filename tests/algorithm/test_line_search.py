@@ -346,7 +346,6 @@ def test_where_kl_and_improvement_both_fail_the_radius_is_the_reason() -> None:
 COEFFICIENT = st.floats(min_value=0.0, max_value=1e4)
 
 
-@hypothesis.settings(deadline=None)
 @hypothesis.given(
     coefficients=st.tuples(COEFFICIENT, COEFFICIENT, COEFFICIENT, COEFFICIENT),
     ripple=st.floats(min_value=0.0, max_value=0.99),

@@ -19,6 +19,7 @@ from families import FAMILIES, Family
 from hypothesis import given, settings
 from networks import NETWORKS, Network
 from problems import Snapshot, gaussian
+from profiles import problems
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, Independent, Normal, TanhTransform
 
@@ -172,7 +173,7 @@ def test_no_false_alarm_on_policies_as_ppo_scripts_have_them(
     assert_policy(Script(activation, SCRIPTS[family]), observed)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=problems(share=0.2))
 @given(policies(), observations())
 def test_no_false_alarm_on_small_policies(policy: SmallPolicy, observed: Tensor) -> None:
     assert_policy(policy, observed)
