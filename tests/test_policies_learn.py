@@ -37,7 +37,7 @@ from torch.distributions import (
 from torch.nn.functional import one_hot, softplus
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.learns
 
 SEED = 0
 SYMBOLS, STEPS = 4, 8

@@ -27,6 +27,8 @@ from torch.torch_version import TorchVersion
 
 from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer, frozen, mean_kl
 
+pytestmark = pytest.mark.ranks
+
 
 def stepped(
     task: Problem, *, third: bool, rows: slice = slice(None), **settings: Any

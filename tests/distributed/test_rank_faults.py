@@ -25,6 +25,8 @@ from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.distributed.collectives import Reduction
 
+pytestmark = pytest.mark.ranks
+
 TEN_PRODUCTS_AND_A_TRIAL = {"cg_tolerance": 0.0, "max_backtracks": 0, "lr": 0.5}
 
 COLLECTIVES = {
@@ -305,10 +307,22 @@ def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("at", COLLECTIVES.values(), ids=COLLECTIVES)
-@pytest.mark.parametrize("blow", ["killed before", "killed within", "hung"])
-def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, at: int, tmp_path: Path) -> None:
-    timeout, proof = 3.0 if blow == "hung" else 60.0, tmp_path / "struck"
+def struck_at(blow: str, name: str) -> Any:
+    """Return a case; where a rank hangs the others wait for seconds: within a step and at its end."""
+    dear = blow == "hung" and name not in ("first product", "conclusion")
+    return pytest.param(blow, name, marks=[pytest.mark.thorough] * dear)
+
+
+@pytest.mark.parametrize(
+    ("blow", "name"),
+    [
+        struck_at(blow, name)
+        for blow in ("killed before", "killed within", "hung")
+        for name in COLLECTIVES
+    ],
+)
+def test_no_rank_moves_or_waits_for_one_that_is_lost(blow: str, name: str, tmp_path: Path) -> None:
+    timeout, proof, at = 3.0 if blow == "hung" else 60.0, tmp_path / "struck", COLLECTIVES[name]
     results = on_ranks(3, struck, at, blow, 1, proof, timeout=timeout, patience=60.0, lost=[1])
     survivors = values_of([results[0], results[2]])
     assert proof.exists()

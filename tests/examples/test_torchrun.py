@@ -26,7 +26,7 @@ HOSTS = ("10.77.0.1", "10.77.0.2")
 NAMES = [f"trpo{os.getpid()}{host}" for host in "ab"]
 """Their network namespaces, and the ends of the cable between them."""
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.ranks, pytest.mark.learns, pytest.mark.timeout(900)]
 
 
 def torchrun(
