@@ -80,6 +80,12 @@ class Problem:
         """Return loss and KL of the policy as it is."""
         return self.values(self.policy(self.observations))
 
+    def closure_with_dist(self) -> tuple[Tensor, Tensor, Distribution]:
+        """Return loss, KL and distribution of the policy as it is."""
+        dist = self.policy(self.observations)
+        loss, kl = self.values(dist)
+        return loss, kl, dist
+
     def parameters(self) -> list[nn.Parameter]:
         """Return the policy's parameters."""
         return list(self.policy.parameters())

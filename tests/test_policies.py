@@ -29,7 +29,6 @@ from trpo_optim import (
     StepReport,
     TrustRegionError,
     TrustRegionOptimizer,
-    curvature,
     frozen,
     log_prob,
     mean_kl,
@@ -39,20 +38,24 @@ from trpo_optim import (
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.curvature.local_model import second_order
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 
-ENGINES = {"G": "Gauss-Newton", "D": "double backward", "F": "torch.func"}
+ENGINES = {"G": "Gauss-Newton", "F": "torch.func", "D": "double backward"}
+
+DRAWS = "it draws random numbers, and `torch.func` may draw another mask than the trials"
 
 NOT_BY_TORCH_FUNC = {
-    "LSTM, packed",
-    "TransformerEncoder, dropout",
-    "batch norm",
-    "dropout",
-    "checkpoint, not reentrant",
-    "autograd.Function",
+    "LSTM, packed": ("data pointer", "torch's packed sequences read the memory of tensors"),
+    "TransformerEncoder, dropout": ("random numbers", DRAWS),
+    "batch norm": ("in-place operation", "in training mode it writes its statistics in place"),
+    "dropout": ("random numbers", DRAWS),
+    "checkpoint, not reentrant": ("saved tensor hooks", "checkpoints use saved-tensor hooks"),
+    "autograd.Function": ("setup_context", "the function has no `setup_context`"),
 }
+"""A part of torch's refusal, and the reason in the page's words."""
 
 IN_SINGLE_PRECISION = {("weight norm", "cuda")}
 """Torch computes these in it, and so the oracle; the wrong second derivatives are off by 0.1."""
@@ -161,29 +164,29 @@ def found() -> Iterator[dict[str, dict[str, str]]]:
     Distribution.set_default_validate_args(True)  # compiling switches it off for the process
 
 
-def exact_engines(setting: Setting, tolerance: float = 1e-6) -> str:
-    """Return the letters of the engines whose products equal the oracle's."""
+def exact_engines(setting: Setting, tolerance: float = 1e-6) -> tuple[str, str]:
+    """Return the letters of the engines whose products equal the oracle's, and F's refusal."""
     vector = ParameterVector(setting.trained)
     direction = torch.randn(
         sum(each.numel() for each in setting.trained), generator=torch.Generator().manual_seed(0)
     ).to(vector.device, vector.dtype)
     oracle = setting.fisher_vector_product(direction, vector)
-    exact = ""
+    exact, refusal = "", ""
     for letter, engine in ENGINES.items():
-        with pytest.MonkeyPatch.context() as patch, Transaction(vector) as transaction:
+        with Transaction(vector) as transaction:
             transaction.begin()
-            if letter == "F":
-                patch.setattr(curvature, "_by_double_backward", lambda *_, **__: "refused")
             closure = functools.partial(setting.closure, third=letter == "G")
-            try:
-                model = second_order(Objective(closure, vector, transaction))
-            except TrustRegionError:
-                continue
+            choice = EngineChoice(refusal="another engine is tried" if letter == "D" else "")
+            model = second_order(Objective(closure, vector, transaction), choice)
             product = model.product(direction)
+        if letter == "F" and choice.refusal:
+            refusal = choice.refusal
+            assert model.engine == "double backward"
+            continue
         assert model.engine == engine, model.fallback
         if torch.allclose(product, oracle, rtol=0, atol=tolerance * float(oracle.norm())):
             exact += letter
-    return exact
+    return exact, refusal
 
 
 @each_device
@@ -195,15 +198,20 @@ def test_products_are_exact(network: str, device: str, found: dict[str, dict[str
     if (network, device) in IN_SINGLE_PRECISION:
         tolerance = 5e-3
         families = {name: each for name, each in FAMILIES.items() if name not in LESS_EXACT}
-    exact = {
-        name: exact_engines(Setting(Policy(body, family)), tolerance)
-        for name, family in families.items()
-    }
+    words, _ = NOT_BY_TORCH_FUNC.get(network, ("", ""))
+    exact = {}
+    for name, family in families.items():
+        exact[name], refusal = exact_engines(Setting(Policy(body, family)), tolerance)
+        assert bool(words) == bool(refusal)
+        assert words in refusal
     if device == "cpu":
         found[network] = exact
-    refused = "F" * (network in NOT_BY_TORCH_FUNC)
     assert exact == {
-        name: "".join(sorted(set("GDF") - set(refused + LESS_EXACT.get(name, "")), key="GDF".index))
+        name: "".join(
+            letter
+            for letter in ENGINES
+            if letter not in LESS_EXACT.get(name, "") and not (letter == "F" and words)
+        )
         for name in families
     }
 
@@ -217,6 +225,9 @@ def page(found: dict[str, dict[str, str]]) -> str:
         for name in NETWORKS
     ]
     table = "\n".join(f"| {line} |" for line in lines)
+    reasons = [("network", "why not `torch.func`"), ("---", "---")]
+    reasons += [(name, reason) for name, (_, reason) in NOT_BY_TORCH_FUNC.items()]
+    refusals = "\n".join(f"| {name} | {reason} |" for name, reason in reasons)
     return f"""# Policies
 
 Networks down, distributions across. Each letter is an engine whose Fisher-vector products equalled,
@@ -224,17 +235,26 @@ to 10⁻⁶ in float64, central differences of the KL's gradient (for the sample
 ∇ln π ∇ln πᵀ; for Laplace, whose KL has a kink, those of a smooth function with the same Fisher
 matrix).
 
-- **G**, Gauss–Newton: the closure returns as its third value the distribution (for the sampled KL,
+- **G**, Gauss–Newton. The closure returns the distribution as its third value (for the sampled KL,
   the new log-probabilities).
-- **D**, double backward: it does not.
-- **F**, `torch.func`: what takes over where double backward refuses.
+- **F**, `torch.func`. The closure returns two values.
+- **D**, double backward. It serves two-valued closures that `torch.func` refuses.
 
-`report.engine` says which one a step used. The optimizer chooses the kernels of attention,
-recurrence and weight norm, runs compiled modules as they were written, holds the dropout mask and
-puts buffers back; nothing of this is asked of the policy. Under autocast a step of the MLP is that
-in single precision, but for rounding. What torch itself cannot differentiate
-twice is an error that says what to use instead (`nn.EmbeddingBag`, reentrant checkpointing,
-`torch.cdist`).
+`report.engine` says which engine a step used, and `report.fallback` why it was not a faster one.
+The optimizer chooses the kernels of attention, recurrence and weight norm. It runs compiled modules
+uncompiled, holds the dropout mask and puts buffers back. You need not do any of this. Under
+autocast, a step of the MLP equals the step in single precision except for rounding. If torch cannot
+differentiate an operation twice, the error says what to use instead (`nn.EmbeddingBag`, reentrant
+checkpointing, `torch.cdist`).
+
+## What torch.func refuses
+
+Where `torch.func` refuses a network, or would be wrong, double backward takes over. The optimizer
+tries it once and remembers the refusal.
+
+{refusals}
+
+## Every network with every family
 
 Written by `UPDATE_DOCS=1 pytest tests/test_policies.py`, from what that ran.
 

@@ -1,7 +1,7 @@
 """The public names of trpo_optim."""
 
+from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.curvature.batch import Closures
 from trpo_optim.distributions import (
     entropy,
     frozen,

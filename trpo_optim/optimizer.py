@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from trpo_optim.algorithm.step import take_step
+from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.batch import Batch, Closures, collected
+from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.distributed.collectives import Reduction, require_member
 from trpo_optim.distributed.consistency import Ready, agreed
 from trpo_optim.distributed.ddp import unwrapped
@@ -108,6 +110,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.process_group = process_group
         require_member(process_group)
+        self._engine_choices = _no_choices()
         self._lr_given = lr is not None
         defaults = Hyperparameters(
             mode=mode,
@@ -231,6 +234,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
+        self.__dict__.setdefault("_engine_choices", _no_choices())
         for group in self.param_groups:
             for name in Hyperparameters.names():
                 group.setdefault(name, self.defaults[name])
@@ -248,7 +252,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             settings, vector = self._settings(), ParameterVector(self._trainable())
             transaction = Transaction(vector)
             closures = collected(closure, weights, curvature, shared=shared)
-            batch = Batch(closures, vector, transaction) if closures.parts else None
+            choices = self._engine_choices
+            batch = Batch(closures, vector, transaction, choices) if closures.parts else None
             return Ready(settings, vector, transaction, closures, batch)
 
         require_member(self.process_group)
@@ -284,6 +289,11 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         if not self._lr_given:
             settings.require_lr()
         return settings
+
+
+def _no_choices() -> dict[str, EngineChoice]:
+    """Return what a new optimizer knows of the engines of its closures."""
+    return {"parts": EngineChoice(), "curvature": EngineChoice()}
 
 
 def _require_real(group: dict[str, Any]) -> None:

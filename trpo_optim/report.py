@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
-__all__ = ["Outcome", "StepReport"]
+__all__ = ["Engine", "Outcome", "StepReport"]
+
+Engine = Literal["Gauss-Newton", "torch.func", "double backward", "autograd"]
+"""What differentiates a closure; the earlier of two is the better."""
 
 
 class Outcome(enum.Enum):
@@ -132,7 +136,7 @@ class StepReport:
     trial_largest_kl: float = _NAN
     closure_evaluations: int = 0
     fisher_products: int = 0
-    engine: str = ""
+    engine: Engine | Literal[""] = ""
     fallback: str = ""
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ from problems import MODES, PROBLEMS, Problem, gaussian
 from torch import Tensor
 from torch.nn import functional
 
-from trpo_optim.closure.evaluation import raised_by_torch
 from trpo_optim.closure.interception import written_by
+from trpo_optim.curvature.local_model import NO_THIRD_VALUE
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -80,22 +80,43 @@ def test_in_place_writes_are_seen_before_they_happen(
     )
 
 
-def test_errors_of_torch_are_told_from_the_users_own() -> None:
-    def caught(cause: Callable[[], object]) -> BaseException:
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [("a reader of the batch failed", 1), ("torch.func: saved tensor hooks", 2)],
+)
+def test_the_closures_own_error_comes_out_whatever_it_says(text: str, calls: int) -> None:
+    """One that speaks as torch does is raised by the plain evaluation, which decides."""
+    problem = gaussian()
+    count = 0
+
+    def closure() -> tuple[Tensor, Tensor]:
+        nonlocal count
+        count += 1
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=text) as caught:
+        problem.optimizer().step(closure)
+    assert type(caught.value) is RuntimeError
+    assert count == calls
+
+
+def test_a_refusal_that_the_closure_words_anew_is_a_refusal() -> None:
+    problem = gaussian()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss, kl = problem.closure()
         try:
-            cause()
-        except RuntimeError as error:
-            return error
-        raise AssertionError
+            loss.detach().untyped_storage()
+        except NotImplementedError as error:
+            raise KeyError("no storage") from error
+        return loss, kl
 
-    def own() -> None:
-        raise RuntimeError("mine")
-
-    assert not raised_by_torch(caught(own))
-    assert raised_by_torch(caught(lambda: torch.nn.Linear(2, 3)(torch.zeros(5))))
+    report = problem.optimizer().step(closure)
+    assert (report.accepted, report.engine) == (True, "double backward")
+    assert "no storage" in report.fallback
 
 
 def test_a_third_value_of_none_counts_as_none() -> None:
     problem = gaussian()
     report = problem.optimizer().step(lambda: (*problem.closure(), None))
-    assert (report.accepted, report.engine, report.fallback) == (True, "double backward", "")
+    assert (report.accepted, report.engine, report.fallback) == (True, "torch.func", NO_THIRD_VALUE)

@@ -193,7 +193,7 @@ def test_what_a_closure_made_and_wrote_is_not_kept_when_it_has_gone() -> None:
 
     report = problem.optimizer(damping=1e-3).step([closure, closure])
     assert report.accepted
-    assert len(made) == report.closure_evaluations > 4
+    assert len(made) == report.closure_evaluations - 1 > 4  # torch.func has no storages: refused
 
 
 def test_every_evaluation_sees_the_buffers_that_the_step_began_with() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,23 +20,17 @@ from trpo_optim import TrustRegionError
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature import local_model
 from trpo_optim.curvature.autograd_graph import have_second_derivatives
-from trpo_optim.curvature.local_model import LocalModel, second_order
-
-
-def refuse(*_: object, **__: object) -> str:
-    return "refused"
+from trpo_optim.curvature.engine_choice import EngineChoice
+from trpo_optim.curvature.local_model import NO_THIRD_VALUE, LocalModel, second_order
 
 
 def double_backward(objective: Objective) -> LocalModel:
-    return second_order(objective)
+    return second_order(objective, EngineChoice(refusal="not wanted"))
 
 
 def torch_func(objective: Objective) -> LocalModel:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_model, "_by_double_backward", refuse)
-        return second_order(objective)
+    return second_order(objective)
 
 
 ENGINES = [torch_func, double_backward]
@@ -115,7 +110,7 @@ def test_the_closure_is_evaluated_once_however_many_products(
         before = objective.evaluations
         for _ in range(5):
             model.product(model.gradient)
-        assert objective.evaluations == before == 1 + (engine is torch_func)
+        assert objective.evaluations == before == 1
 
 
 MIDDLES: dict[str, Callable[[], nn.Module]] = {
@@ -127,30 +122,29 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "buffers that move": Counting,
 }
 REFUSED_BY_TORCH_FUNC = {
-    "batch norm, training",
-    "function without setup_context",
-    "checkpoint",
-    "buffers that move",
+    "batch norm, training": "in-place operation",
+    "function without setup_context": "setup_context",
+    "checkpoint": "saved tensor hooks",
+    "buffers that move": "in-place operation",
 }
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-def test_double_backward_is_chosen_and_exact_whatever_the_layer(name: str) -> None:
+def test_double_backward_is_exact_whatever_the_layer(name: str) -> None:
     problem = with_middle(MIDDLES[name]())
-    with linearized(problem) as (model, _):
+    with linearized(problem, double_backward) as (model, _):
         assert model.engine == "double backward"
         torch.testing.assert_close(dense(model), problem.dense_fisher(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-def test_torch_func_is_exact_or_refuses(name: str) -> None:
+def test_torch_func_is_exact_or_leaves_it_to_double_backward_with_the_reason(name: str) -> None:
     problem = with_middle(MIDDLES[name]())
-    if name in REFUSED_BY_TORCH_FUNC:
-        with pytest.raises(TrustRegionError), linearized(problem, torch_func):
-            pass
-        return
     with linearized(problem, torch_func) as (model, _):
-        assert model.engine == "torch.func"
+        refusal = REFUSED_BY_TORCH_FUNC.get(name)
+        assert model.engine == ("torch.func" if refusal is None else "double backward")
+        assert NO_THIRD_VALUE in model.fallback
+        assert (refusal or "") in model.fallback
         torch.testing.assert_close(dense(model), problem.dense_fisher(), rtol=0, atol=1e-10)
 
 
@@ -175,17 +169,27 @@ def hides(problem: Problem) -> None:
     ("change", "reason"),
     [(draws, "random numbers"), (hooks, "ignores the hooks"), (hides, "does not reach")],
 )
-def test_torch_func_says_where_it_would_be_silently_wrong(
+def test_where_torch_func_would_be_silently_wrong_double_backward_serves(
     change: Callable[[Problem], None], reason: str
 ) -> None:
     problem = with_middle(nn.Identity())
     change(problem)
-    vector = ParameterVector(problem.parameters())
-    with Transaction(vector) as transaction:
-        objective = Objective(problem.closure, vector, transaction)
-        refusal = local_model._by_torch_func(objective, gradient=True)
-    assert isinstance(refusal, str)
-    assert reason in refusal
+    with linearized(problem, torch_func) as (model, _):
+        assert model.engine == "double backward"
+        assert reason in model.fallback
+
+
+def test_what_refused_once_is_not_tried_again() -> None:
+    problem = with_middle(nn.BatchNorm1d(6), dtype=torch.float32)
+    optimizer = problem.optimizer()
+    counts = []
+    for seed in range(2):
+        problem = Problem(problem.policy, problem.observations, seed)
+        report = optimizer.step(problem.closure)
+        assert report.engine == "double backward"
+        assert "in-place operation" in report.fallback
+        counts.append(report.closure_evaluations - report.backtracks)
+    assert counts == [3, 2]
 
 
 @pytest.mark.parametrize("middle", MIDDLES.values(), ids=MIDDLES)
@@ -218,8 +222,9 @@ def test_dropout_keeps_one_mask_for_every_evaluation_of_a_step(dropout: type[nn.
     )
     report = problem.optimizer().step(problem.closure)
     assert report.accepted
-    assert len(masks) == report.closure_evaluations > 1
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert len(masks) == report.closure_evaluations > 2
+    _, *counted = masks  # the first evaluation is torch.func's, which is refused
+    assert all(torch.equal(mask, counted[0]) for mask in counted)
     with torch.no_grad():
         assert problem.closure()[1].item() == report.kl
 
@@ -259,14 +264,48 @@ def test_a_compiled_graph_is_not_taken_for_one_with_second_derivatives() -> None
     assert have_second_derivatives([gradient, None])
 
 
-def test_what_double_backward_refuses_goes_to_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_model, "_by_double_backward", refuse)
-    problem, plain = gaussian(), gaussian()
-    report = problem.optimizer().step(problem.closure)
-    assert report.engine == "torch.func"
-    monkeypatch.undo()
-    assert plain.optimizer().step(plain.closure).engine == "double backward"
-    torch.testing.assert_close(problem.vector(), plain.vector(), rtol=1e-12, atol=1e-14)
+def test_engines_take_one_step() -> None:
+    vectors = []
+    for engine in ("Gauss-Newton", "torch.func", "double backward"):
+        problem = gaussian()
+        optimizer = problem.optimizer()
+        if engine == "double backward":
+            problem.parameters()[0].register_hook(lambda grad: grad)  # torch.func ignores hooks
+        closure = problem.closure_with_dist if engine == "Gauss-Newton" else problem.closure
+        assert optimizer.step(closure).engine == engine
+        vectors.append(problem.vector())
+    for vector in vectors[1:]:
+        torch.testing.assert_close(vector, vectors[0], rtol=1e-12, atol=1e-14)
+
+
+def called(closure: Callable[[], Any]) -> Any:
+    return closure()
+
+
+def test_a_third_value_is_learned_of_by_one_further_evaluation_and_only_once() -> None:
+    """Where the code of the closure does not show it."""
+    problem = gaussian()
+    optimizer = problem.optimizer()
+    for evaluations in (3, 2):
+        problem = Problem(problem.policy, problem.observations, evaluations)
+        report = optimizer.step(functools.partial(called, problem.closure_with_dist))
+        assert report.engine == "Gauss-Newton"
+        assert report.closure_evaluations - report.backtracks == evaluations
+
+
+def test_a_closure_whose_code_misleads_is_served_all_the_same() -> None:
+    problem = gaussian()
+    third = False
+
+    def closure() -> Any:
+        loss, kl = problem.closure()
+        if third:
+            return loss, kl, None
+        return loss, kl
+
+    optimizer = problem.optimizer()
+    report = optimizer.step(closure)
+    assert (report.engine, report.closure_evaluations - report.backtracks) == ("torch.func", 3)
 
 
 def test_a_traced_policy_that_hides_its_parameters_is_not_missed_in_silence() -> None:

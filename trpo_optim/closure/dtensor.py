@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["local", "part_like", "require_differentiable", "whole"]
+__all__ = ["is_sharded", "local", "part_like", "require_differentiable", "whole"]
 
 
 def require_differentiable(parameters: Iterable[Tensor]) -> None:
@@ -23,12 +23,21 @@ def require_differentiable(parameters: Iterable[Tensor]) -> None:
     Raises:
         TrustRegionError: If some are in parts and it cannot: their curvature would be taken for 0.
     """
-    if torch.__version__ < "2.13" and any(_as_sharded(each) is not None for each in parameters):
+    if torch.__version__ < "2.13" and any(map(is_sharded, parameters)):
         raise TrustRegionError(
             f"Some parameters are DTensors, which torch {torch.__version__} cannot differentiate "
             "twice. Use torch 2.13 or later; or keep a whole copy on every rank, plain or in "
             "DistributedDataParallel, and pass process_group."
         )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``.
+
+    Args:
+        tensor: Plain, or a ``DTensor``.
+    """
+    return _as_sharded(tensor) is not None
 
 
 def whole(tensor: Tensor) -> Tensor:

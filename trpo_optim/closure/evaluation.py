@@ -21,11 +21,27 @@ from trpo_optim.closure.torch_switches import attention, uncompiled, without_cud
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Closure", "Objective", "raised_by_torch"]
+__all__ = ["Closure", "Objective", "RefusedError"]
 
 Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
 """Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
 sample, (N,); and the new policy's distribution."""
+
+
+_OF_TRANSFORMS = (
+    "functorch",
+    "torch.func",
+    "(vjp, jvp, grad, etc)",
+    "saved tensor hooks",
+    "setup_context",
+    "data pointer",
+    "TensorWrapper",
+)
+"""What torch says where a transform of torch.func is in the way."""
+
+
+class RefusedError(Exception):
+    """Torch refuses to differentiate the closure by torch.func; the text is torch's reason."""
 
 
 class Objective:
@@ -58,7 +74,7 @@ class Objective:
         self.name = name
         self.vector = vector
         self.evaluations = 0
-        self._closure = closure
+        self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
         self._recurrent = self._random = False
@@ -74,15 +90,30 @@ class Objective:
 
         Returns:
             The loss and the KL as functions of the twins.
+
+        Raises:
+            RefusedError: If a call of torch raised. A plain evaluation shows whether the transforms
+                are the reason.
+            TrustRegionError: If the closure is misused.
+            OutOfMemoryError: If there is no memory left.
+            Exception: Whatever else the closure raises by itself.
         """
         identities = map(id, self.vector.parameters)
-        return self._watched(dict(zip(identities, twins, strict=True)))
+        watch = self._watch(dict(zip(identities, twins, strict=True)))
+        try:
+            return self._watched(watch)
+        except (TrustRegionError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if _is_refusal(error, watch.failure):
+                raise RefusedError(str(error)) from error
+            raise
 
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph."""
         self.rewind()
         with torch.enable_grad():
-            values = self._watched({})
+            values = self._watched(self._watch({}))
         self._random |= self.drew_random_numbers()
         return values
 
@@ -118,8 +149,10 @@ class Objective:
             return Numbers(math.nan, math.nan)
         return values.numbers()
 
-    def _watched(self, twins: dict[int, Tensor]) -> Values:
-        watch = Watch(self._transaction, self.vector.parameters, twins)
+    def _watch(self, twins: dict[int, Tensor]) -> Watch:
+        return Watch(self._transaction, self.vector.parameters, twins)
+
+    def _watched(self, watch: Watch) -> Values:
         try:
             return self._evaluate(uncompiled(), watch)
         finally:
@@ -132,7 +165,7 @@ class Objective:
             with ExitStack() as stack:
                 for context in (attention(), *contexts):
                     stack.enter_context(context)
-                returned = self._closure()
+                returned = self.closure()
             values = checked_values(returned)
         except RuntimeError as error:
             if _passed_through_backward(error):
@@ -143,21 +176,18 @@ class Objective:
         return values
 
 
+def _is_refusal(error: BaseException | None, failure: BaseException | None) -> bool:
+    """Whether an exception is, or follows from, one that a call of torch raised."""
+    while error is not None:
+        if error is failure or any(words in str(error) for words in _OF_TRANSFORMS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _passed_through_backward(error: BaseException) -> bool:
     """Whether an exception came out of a call of backward()."""
     return any(frame is torch.autograd.backward.__code__ for frame in _code_of(error))
-
-
-def raised_by_torch(error: BaseException) -> bool:
-    """Return whether torch refused something, rather than the user's own code raising.
-
-    Errors of torch calls made by the closure surface in this package, through which they are
-    watched.
-
-    Args:
-        error: An exception with its traceback.
-    """
-    return _raised_in(error, torch.__file__) or _raised_in(error, __file__)
 
 
 def _raised_in(error: BaseException, init_file: str) -> bool:

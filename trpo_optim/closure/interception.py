@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
+from torch.overrides import TorchFunctionMode
 
+from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import OpOverload, current_mode, is_transformed, pop_mode
 
 __all__ = ["Watch", "written_by"]
 
@@ -32,6 +33,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         recurrent: Whether a recurrence was run.
+        failure: What a torch call raised last, or None.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.recurrent = False
+        self.failure: Exception | None = None
         self._transaction = transaction
         self._twins = twins
+        self._own = {*twins, *map(id, twins.values())}
         self._storages: dict[int, list[Tensor]] = {}
         self._parts: set[int] = set()  # the storages of DTensor parameters
         for each in parameters:
@@ -56,8 +60,8 @@ class Watch(TorchFunctionMode):
 
     def remove(self) -> None:
         """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
-        if _get_current_function_mode() is self:
-            _pop_mode()
+        if current_mode() is self:
+            pop_mode()
 
     def __torch_function__(
         self,
@@ -70,18 +74,24 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
-        if func is torch._weight_norm:
+        if func is torch_private.weight_norm:
             func = weight_norm
         recurrent = is_recurrence(func)
         self.recurrent |= recurrent
-        with without_cudnn() if recurrent else nullcontext():
-            result = func(
-                *[self._replaced(value) for value in args],
-                **{name: self._replaced(value) for name, value in keywords.items()},
-            )
+        arguments = [self._replaced(value) for value in args]
+        named = {name: self._replaced(value) for name, value in keywords.items()}
+        try:
+            with without_cudnn() if recurrent else nullcontext():
+                result = func(*arguments, **named)
+        except Exception as error:
+            self.failure = error
+            raise
         for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor) and self._shares_memory(each):
-                self._known[id(each)] = each
+            if isinstance(each, Tensor):
+                if id(each) not in self._own:
+                    self._transaction.kept.add(each)
+                if self._shares_memory(each):
+                    self._known[id(each)] = each
         return result
 
     def _replaced(self, value: Any) -> Any:
@@ -107,7 +117,7 @@ class Watch(TorchFunctionMode):
     def _shares_memory(self, tensor: Tensor) -> bool:
         """Whether a plain tensor overlaps a parameter; what torch traces through has no memory."""
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-        if not plain or is_functorch_wrapped_tensor(tensor):
+        if not plain or is_transformed(tensor):
             return False
         candidates = self._storages.get(tensor.untyped_storage().data_ptr())
         if candidates is None:
@@ -148,7 +158,7 @@ def written_by(
     targets: list[Any] = [kwargs.get("out")]
     if kwargs.get("inplace"):  # as torch.nn.functional passes it on
         targets += args[:1]
-    if isinstance(func, torch._ops.OpOverload):  # torch.ops, and a custom_op that says what it
+    if isinstance(func, OpOverload):  # torch.ops, and a custom_op that says what it
         arguments = func._schema.arguments  # mutates
         given = dict(zip((each.name for each in arguments), args, strict=False)) | dict(kwargs)
         targets += [given.get(each.name) for each in arguments if each.is_write]

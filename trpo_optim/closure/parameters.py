@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trpo_optim.closure.dtensor import local, part_like, require_differentiable, whole
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import copy_each, norm_of_each
 
 __all__ = ["ParameterVector"]
 
@@ -82,7 +83,7 @@ class ParameterVector:
 
     def reached(self, vector: Tensor) -> list[bool]:
         """Return of every parameter whether a vector is anything but zero there."""
-        norms = torch._foreach_norm(torch.split(vector, self._sizes), 1)
+        norms = norm_of_each(torch.split(vector, self._sizes), 1)
         return torch.stack(norms).ne(0).tolist()
 
     def write(self, values: Sequence[Tensor], chosen: Iterable[bool] = repeat(True)) -> None:
@@ -91,4 +92,4 @@ class ParameterVector:
         targets, sources = ([local(pair[side]) for pair in pairs] for side in (0, 1))
         if targets:
             with torch.no_grad():
-                torch._foreach_copy_(targets, sources)
+                copy_each(targets, sources)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trpo_optim.torch_private import compiler_is_imported
 
 __all__ = ["attention", "is_recurrence", "remedy", "uncompiled", "weight_norm", "without_cudnn"]
 
@@ -101,7 +102,7 @@ def uncompiled() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    if "torch._dynamo" not in sys.modules:
+    if not compiler_is_imported():
         yield
         return
     with torch.compiler.set_stance("force_eager"):  # in one line, since to make it is to take it

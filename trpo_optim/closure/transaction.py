@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trpo_optim.closure.dtensor import local
+from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.torch_private import is_transformed, outside_transforms
 
 __all__ = ["Transaction"]
 
@@ -40,6 +41,7 @@ class Transaction:
 
     Attributes:
         origin: The parameters before the step, shape (n,).
+        kept: Tensors of the evaluations, made plain when the step ends.
     """
 
     def __init__(self, vector: ParameterVector) -> None:
@@ -48,6 +50,7 @@ class Transaction:
         self._grads = [parameter.grad for parameter in vector.parameters]
         self._random = [(each, each.get_state()) for each in _generators(vector.device)]
         self._written: MutableMapping[Any, dict[_Place, Tensor]] = WeakIdKeyDictionary()
+        self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
@@ -76,7 +79,7 @@ class Transaction:
 
     def remember_written(self, tensor: Tensor) -> None:
         """Keep the content of a tensor about to be written in place, for as long as it lives."""
-        if tensor.grad_fn is not None or is_functorch_wrapped_tensor(tensor):
+        if tensor.grad_fn is not None or is_transformed(tensor):
             return
         tensor = local(tensor)
         owner: Any = tensor
@@ -86,7 +89,7 @@ class Transaction:
             place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
         contents = self._written.setdefault(owner, {})
         if place not in contents:
-            with torch._C._DisableFuncTorch():  # a copy made at a transform's level dies with it
+            with outside_transforms():  # a copy made at a transform's level dies with it
                 contents[place] = tensor.detach().clone()
 
     def rewind(self) -> None:
@@ -99,6 +102,7 @@ class Transaction:
                 target.copy_(content)
         for generator, state in self._random:
             generator.set_state(state)
+        self.kept.forget()
         torch.clear_autocast_cache()  # it does not see parameters that are written in place
 
     def drew_random_numbers(self) -> bool:
@@ -152,6 +156,7 @@ class Transaction:
 
     def _settle(self) -> None:
         self.rewind()
+        self.kept.make_plain(without=set(map(id, self._vector.parameters)))
         for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
             parameter.grad = grad
         if self._hook is not None:

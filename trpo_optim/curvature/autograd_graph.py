@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from trpo_optim.closure.checks import DETACHED
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import autograd_clock
 
 __all__ = [
     "Edge",
@@ -23,7 +25,14 @@ __all__ = [
     "passes_by",
     "reaches",
     "require_attached",
+    "require_twice_differentiable",
 ]
+
+_mark: Any = once_differentiable
+_ONCE_DIFFERENTIABLE = _mark(lambda: None).__code__
+"""What all functions with the mark share."""
+
+_WITHOUT_SECOND_DERIVATIVES = {"CompiledFunctionBackward", "torch::autograd::Error"}
 
 Edge = tuple[Any, int]
 """A tensor's place in the graph: the node that made it, and which of its outputs it is."""
@@ -84,7 +93,7 @@ def _places(starts: Iterable[Edge], stops: Iterable[Edge] = ()) -> Iterator[Edge
 
 def now() -> int:
     """Return a number that autograd nodes created from here on do not fall below."""
-    return torch._C._autograd._get_sequence_nr()
+    return autograd_clock()
 
 
 def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> bool:
@@ -132,6 +141,39 @@ def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], sta
             raise TrustRegionError(DETACHED)
 
 
+def require_twice_differentiable(value: Tensor) -> None:
+    """Check that a value passes through no function that forbids second derivatives.
+
+    Torch raises no error there: backward to given inputs takes the second derivative for zero.
+
+    Args:
+        value: With its graph, plain or of a transform of torch.func's.
+
+    Raises:
+        TrustRegionError: If an ``autograd.Function`` whose backward is marked
+            ``once_differentiable`` lies behind it.
+    """
+    for node, _ in _nodes([value]):
+        if (function := _function_of(node)) is not None and (
+            getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+        ):
+            raise TrustRegionError(
+                f"The KL passes through {function.__name__}, an autograd.Function whose backward "
+                "is marked once_differentiable, so it has no second derivatives. Write its "
+                "backward with differentiable torch operations and drop the mark, or use "
+                "mode='vanilla'."
+            )
+
+
+def _function_of(node: Any) -> Any:
+    """Return the ``autograd.Function`` that made a node, or None."""
+    function = getattr(node, "_forward_cls", None)
+    for cell in getattr(getattr(function, "backward", None), "__closure__", None) or ():
+        if isinstance(inner := cell.cell_contents, type) and issubclass(inner, Function):
+            return inner  # torch.func wraps the user's function in one of its own
+    return function
+
+
 def have_second_derivatives(gradient: Iterable[Tensor | None]) -> bool:
     """Return whether backward can go through a gradient.
 
@@ -139,21 +181,10 @@ def have_second_derivatives(gradient: Iterable[Tensor | None]) -> bool:
         gradient: The gradient, with its graph.
 
     Returns:
-        False where a compiled module lies behind it.
-
-    Raises:
-        TrustRegionError: If an autograd.Function marked ``once_differentiable`` does. Torch marks
-            these by a node that raises when backward passes it, but backward to given inputs goes
-            round it and takes the second derivative for zero.
+        False where a compiled module lies behind it, or what torch marks as an error.
     """
     names = {node.name() for node, _ in _nodes(each for each in gradient if each is not None)}
-    if "torch::autograd::Error" in names:
-        raise TrustRegionError(
-            "The KL passes through an autograd.Function whose backward is marked "
-            "once_differentiable, so it has no second derivatives. Write its backward with "
-            "differentiable torch operations and drop the mark, or use mode='vanilla'."
-        )
-    return "CompiledFunctionBackward" not in names
+    return names.isdisjoint(_WITHOUT_SECOND_DERIVATIVES)
 
 
 def _nodes(tensors: Iterable[Tensor], started: int = 0) -> Iterator[tuple[Any, bool]]:

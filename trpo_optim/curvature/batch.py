@@ -1,52 +1,27 @@
-"""The closures of one step as one: a weighted mean, and curvature from a closure of its own."""
+"""What one step is taken on: a weighted mean of closures, and curvature from one of its own."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.checks import Numbers, checked_values
-from trpo_optim.closure.evaluation import Closure, Objective
+from trpo_optim.closure.checks import Numbers
+from trpo_optim.closure.closures import Closures, shares
+from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.curvature.local_model import LocalModel, first_order, second_order
-from trpo_optim.errors import TrustRegionError, blaming
-from trpo_optim.report import StepReport
+from trpo_optim.errors import blaming
+from trpo_optim.report import Engine, StepReport
 
-__all__ = ["Batch", "Closures", "collected", "largest_of", "shares", "weighted_mean"]
-
-
-@dataclass(frozen=True)
-class Closures:
-    """All that one step is taken on, as one value: what ``step`` takes in place of a closure.
-
-    Called, it evaluates all parts and returns their weighted mean, without a third value where
-    there are several.
-
-    Attributes:
-        parts: One closure, or several of which each evaluates a micro-batch.
-        weights: The share of each, up to a common factor; None for equal shares.
-        curvature: The closure whose KL gives the Fisher-vector products; None for the parts'.
-    """
-
-    parts: Sequence[Closure]
-    weights: Sequence[float] | None = None
-    curvature: Closure | None = None
-
-    def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]:
-        """Return loss and KL of the whole."""
-        if len(self.parts) == 1:
-            return self.parts[0]()
-        values = [checked_values(part()) for part in self.parts]
-        each = list(zip(shares(_plain(self.weights, len(self.parts))), values, strict=True))
-        loss = torch.stack([share * part.loss for share, part in each]).sum()
-        kl = torch.stack([share * part.kl for share, part in each]).sum()
-        return loss, kl
+__all__ = ["Batch", "largest_of", "least_of", "weighted_mean"]
 
 
 class Batch:
@@ -59,14 +34,20 @@ class Batch:
         closures: What ``collected`` returned, with at least one part.
         vector: The parameters.
         transaction: What holds the state that an evaluation may move.
+        choices: What earlier steps have learned of the parts and of the curvature's closure.
 
     Raises:
         TrustRegionError: If a closure cannot be called.
     """
 
     def __init__(
-        self, closures: Closures, vector: ParameterVector, transaction: Transaction
+        self,
+        closures: Closures,
+        vector: ParameterVector,
+        transaction: Transaction,
+        choices: Mapping[str, EngineChoice],
     ) -> None:
+        self._choices = choices
         parts = closures.parts
         self._weights = shares(closures.weights or [1.0] * len(parts))
         self._parts: list[Objective] = []
@@ -118,7 +99,7 @@ class Batch:
         if self._curvature is not None:
             model = self._linearized(first_order)
             with blaming("curvature"):
-                other = second_order(self._curvature, gradient=False)
+                other = second_order(self._curvature, self._choices["curvature"], gradient=False)
             return replace(
                 model,
                 product=other.product,
@@ -128,25 +109,27 @@ class Batch:
             )
         if len(self._parts) == 1:
             with blaming(self._parts[0].name):
-                return second_order(self._parts[0])
-        return replace(self._linearized(second_order), product=self._remade_product)
+                return second_order(self._parts[0], self._choices["parts"])
+        order = functools.partial(second_order, choice=self._choices["parts"])
+        return replace(self._linearized(order), product=self._remade_product)
 
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
         """Return the mean of the parts' models, without products."""
         losses, kls, largest, gradient = [], dict[str, float](), [], None
-        engines, fallbacks, resolutions = dict[str, None](), [], []
+        engines: list[tuple[Engine, str]] = []
+        resolutions = []
         for part, weight in zip(self._parts, self._weights, strict=True):
             with blaming(part.name):
                 model = order(part).released()
             losses.append(model.loss)
             kls |= model.kls
             largest.append(model.largest_kl)
-            engines[model.engine] = None
-            fallbacks.append(model.fallback)
+            engines.append((model.engine, model.fallback))
             resolutions.append(model.kl_resolution)
             share = model.gradient.mul_(weight)
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
+        engine, fallback = least_of(engines)
         return replace(
             model,
             loss=self._mean(losses),
@@ -155,8 +138,8 @@ class Batch:
             kl_resolution=max(resolutions),
             kls=kls,
             gradient=gradient,
-            engine=" and ".join(engines),
-            fallback=next(filter(None, fallbacks), ""),
+            engine=engine,
+            fallback=fallback,
         )
 
     def _remade_product(self, direction: Tensor) -> Tensor:
@@ -164,22 +147,23 @@ class Batch:
         total = torch.zeros_like(direction)
         for part, weight in zip(self._parts, self._weights, strict=True):
             with blaming(part.name):
-                total.add_(second_order(part, gradient=False).product(direction), alpha=weight)
+                total.add_(self._remade(part).product(direction), alpha=weight)
         return total
+
+    def _remade(self, part: Objective) -> LocalModel:
+        return second_order(part, self._choices["parts"], gradient=False)
 
     def _mean(self, values: Sequence[float]) -> float:
         return weighted_mean(self._weights, values)
 
 
-def shares(weights: Sequence[float]) -> list[float]:
-    """Return weights scaled to a sum of one.
+def least_of(engines: Sequence[tuple[Engine, str]]) -> tuple[Engine, str]:
+    """Return the last resort among several engines, with its reason.
 
     Args:
-        weights: At least 0, not all of them 0.
+        engines: The engine of every closure, and why no better one serves it.
     """
-    largest = max(weights)
-    total = math.fsum(weight / largest for weight in weights)
-    return [weight / largest / total for weight in weights]
+    return max(engines, key=lambda each: get_args(Engine).index(each[0]))
 
 
 def weighted_mean(parts: Sequence[float], values: Sequence[float]) -> float:
@@ -202,85 +186,3 @@ def largest_of(kls: Sequence[float | None]) -> float | None:
     if len(known) < len(kls):
         return None
     return math.nan if any(map(math.isnan, known)) else max(known)
-
-
-def collected(
-    closure: Closure | Closures | Iterable[Closure] | None,
-    weights: Iterable[float] | float | None,
-    curvature: Closure | None,
-    *,
-    shared: bool,
-) -> Closures:
-    """Return the arguments of ``step`` as one value, in one form.
-
-    Args:
-        closure: One, several of which each evaluates a micro-batch, or all of it.
-        weights: The share of each, up to a common factor: a number for one closure, a list for
-            several; None for equal shares.
-        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
-        shared: Whether other ranks have a part in the step, so that this one may be without
-            samples. A closure of weight 0 is then left out.
-
-    Raises:
-        TrustRegionError: If the arguments do not fit together.
-    """
-    if isinstance(closure, Closures):
-        if curvature is not None or weights is not None:
-            raise TrustRegionError(
-                "step() got Closures, which have their own curvature and weights, and another of "
-                "these. Leave it out."
-            )
-        curvature, weights = closure.curvature, closure.weights
-        parts: list[Any] = list(closure.parts)
-    elif isinstance(closure, Iterable) and not (callable(closure) or isinstance(closure, str)):
-        parts = list(closure)
-        weights = [] if _is_number(weights) and not parts and weights == 0 else weights
-    else:
-        parts = [closure]
-        weights = [weights] if _is_number(weights) else weights  # type: ignore[list-item]  # as checked
-    if any(isinstance(each, Tensor) for each in parts):
-        raise TrustRegionError(
-            "step() got what a closure returned. Pass the closure itself: step(closure), not "
-            "step(closure())."
-        )
-    if not (parts or shared):
-        raise TrustRegionError(
-            "step() got an empty list of closures. Pass at least one, each for its micro-batch."
-        )
-    if weights is None:
-        return Closures(parts, None, curvature)
-    plain = _plain(weights, len(parts), least="at least" if shared else "above")
-    kept = [index for index, weight in enumerate(plain) if weight > 0]
-    return Closures([parts[index] for index in kept], [plain[index] for index in kept], curvature)
-
-
-def _is_number(weights: Any) -> bool:
-    """Whether the argument is a single weight, of whatever type."""
-    one = not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0
-    return one and weights is not None
-
-
-def _plain(
-    weights: Iterable[float] | float | None, count: int, *, least: str = "above"
-) -> list[float]:
-    """Return the weights of ``count`` closures as finite numbers ``least`` 0."""
-    given: Any = [1.0] * count if weights is None else weights
-    try:
-        plain = [float(weight) for weight in given]
-    except (TypeError, ValueError) as error:
-        raise TrustRegionError(
-            f"weights is {weights!r}; it must hold one number per closure: the number of samples "
-            "that its means are over."
-        ) from error
-    if len(plain) != count:
-        raise TrustRegionError(
-            f"There {'is 1 closure' if count == 1 else f'are {count} closures'} and {len(plain)} "
-            "weights. Give one weight per closure: the number of samples that its means are over."
-        )
-    for weight in plain:
-        if not math.isfinite(weight) or weight < 0 or (weight == 0 and least == "above"):
-            raise TrustRegionError(
-                f"weights holds {weight!r}; each must be a finite number {least} 0, the number of "
-                "samples that a closure's means are over."
-            )
-    return plain

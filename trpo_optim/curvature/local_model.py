@@ -1,36 +1,38 @@
-"""Gradient of the loss and Fisher-vector products: three engines that give one operator."""
+"""The closure near the current parameters: gradient and Fisher-vector products.
+
+Three engines make the same operator. ``second_order`` chooses one of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.checks import DETACHED, Values
-from trpo_optim.closure.evaluation import Objective, raised_by_torch
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.checks import Values
+from trpo_optim.closure.evaluation import Objective, RefusedError
 from trpo_optim.closure.torch_switches import remedy
-from trpo_optim.curvature.autograd_graph import (
-    have_second_derivatives,
-    now,
-    reaches,
-    require_attached,
-)
+from trpo_optim.curvature.autograd_graph import now, require_attached, require_twice_differentiable
+from trpo_optim.curvature.double_backward import by_double_backward, gradient_of
+from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.curvature.gauss_newton import gauss_newton
+from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.report import Engine
 
-__all__ = ["LocalModel", "first_order", "second_order"]
+__all__ = ["NO_THIRD_VALUE", "LocalModel", "first_order", "second_order"]
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""
 
-_VANILLA = "Or use mode='vanilla', which needs first derivatives alone."
+NO_THIRD_VALUE = (
+    "the closure returned no third value; with (loss, kl, dist) products would be Gauss-Newton, at "
+    "about half the cost"
+)
 
-Made = tuple["Tensor | None", Product]
-"""What an engine gives: the gradient of the loss, if it is wanted, and products."""
+_VANILLA = "Or use mode='vanilla', which needs first derivatives alone."
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class LocalModel:
         kl_resolution: KLs closer than this cannot be told apart, in nats.
         gradient: ∇loss, shape (n,); empty where it was not asked for.
         product: v ↦ Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed.
-        engine: The name of what differentiates.
+        engine: What differentiates.
         kls: The KL of every closure behind the model, by the closure's name; each about zero.
-        fallback: Why the third value did not make the products Gauss–Newton, if it did not.
+        fallback: Why products are not Gauss–Newton, or empty if they are.
     """
 
     loss: float
@@ -55,7 +57,7 @@ class LocalModel:
     kl_resolution: float
     gradient: Tensor
     product: Product
-    engine: str
+    engine: Engine
     kls: Mapping[str, float]
     fallback: str = ""
 
@@ -77,19 +79,22 @@ def first_order(objective: Objective) -> LocalModel:
     started = now()
     values = objective.with_graph()
     require_attached((values.loss, values.kl), parameters, started)
-    gradient = _slope(values.loss, objective.vector)
-    return _model(objective.name, values, (gradient, _no_product), "autograd")
+    gradient = gradient_of(values.loss, objective.vector)
+    return _model(objective.name, values, gradient, _no_product, "autograd")
 
 
-def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
-    """Return the local model; one evaluation of the closure wherever plain autograd can go.
+def second_order(
+    objective: Objective, choice: EngineChoice | None = None, *, gradient: bool = True
+) -> LocalModel:
+    """Return the local model; one evaluation of the closure, unless an engine is refused.
 
-    With a third value, products are Gauss–Newton where that is the same operator. Otherwise double
-    backward makes them: it runs the same operations as the trials, whatever they are. What it
-    refuses is handed to torch.func.
+    A closure of two values is differentiated by torch.func, and where torch.func refuses it, by
+    double backward. A closure of three values has Gauss–Newton products, and where its third value
+    does not serve, those of double backward.
 
     Args:
         objective: The closure.
+        choice: What earlier steps have learned; updated. None: nothing.
         gradient: Whether the gradient of the loss is wanted too.
 
     Returns:
@@ -99,127 +104,61 @@ def second_order(objective: Objective, *, gradient: bool = True) -> LocalModel:
         TrustRegionError: If no engine can differentiate the closure.
         RuntimeError: Whatever the closure itself raises.
     """
+    choice = EngineChoice() if choice is None else choice
+    refusal = choice.refusal
+
+    def by_func() -> LocalModel | None:
+        nonlocal refusal
+        try:
+            made = by_torch_func(objective, gradient=gradient)
+        except ThirdValueError:
+            return None
+        except RefusedError as error:
+            refusal = str(error)
+            return None
+        choice.third = False
+        return _model(objective.name, *made, "torch.func", NO_THIRD_VALUE)
+
+    first = choice.torch_func_first(objective.closure)
+    if first and (model := by_func()) is not None:
+        return model
     vector = objective.vector
     started = now()
     values = objective.with_graph()
+    # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
+    choice.refusal, choice.third = refusal, values.third is not None
+    if not (first or refusal or choice.third) and (model := by_func()) is not None:
+        return model
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
     require_attached(wanted, vector.parameters, started)
-    fallback = ""
-    if values.third is not None:
+    require_twice_differentiable(values.kl)
+    if values.third is None:
+        refusal = refusal or "the closure returns a third value at some evaluations only"
+        fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
+    else:
         made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
-            return _model(objective.name, values, made, "Gauss-Newton")
+            return _model(objective.name, values, *made, "Gauss-Newton")
         fallback = made
-    engine = "double backward"
-    made = _by_double_backward(loss, values.kl, vector)
+    made = by_double_backward(loss, values.kl, vector)
     if isinstance(made, str):
-        refusal, engine = made, "torch.func"
-        try:
-            made = _by_torch_func(objective, gradient=gradient)
-        except RuntimeError as error:
-            if not raised_by_torch(error):
-                raise
-            made = str(error)
-        if isinstance(made, str):
-            raise TrustRegionError(
-                "Neither engine can differentiate the closure twice. "
-                f"{remedy(refusal)} {_VANILLA}\ndouble backward: {refusal}\ntorch.func: {made}"
-            )
-    return _model(objective.name, values, made, engine, fallback)
-
-
-def _by_double_backward(loss: Tensor | None, kl: Tensor, vector: ParameterVector) -> Made | str:
-    """Differentiate by backward through a retained backward, or return why that cannot be."""
-    try:
-        gradient = None if loss is None else _slope(loss, vector, retain_graph=True)
-        kl_slope = _slope(kl, vector, create_graph=True)
-    except RuntimeError as error:
-        return str(error)
-    if not have_second_derivatives([kl_slope]):
-        return "compiled modules have no second derivatives"
-
-    def product(direction: Tensor) -> Tensor:
-        if not kl_slope.requires_grad:
-            return torch.zeros_like(direction)
-        return vector.gather(
-            torch.autograd.grad(
-                kl_slope, vector.parameters, direction, retain_graph=True, allow_unused=True
-            )
+        raise TrustRegionError(
+            f"The closure cannot be differentiated twice. {remedy(made)} {_VANILLA}\n"
+            f"double backward: {made}\ntorch.func: {refusal or 'not tried'}"
         )
-
-    return gradient, product
-
-
-def _by_torch_func(objective: Objective, *, gradient: bool) -> Made | str:
-    """Differentiate by vjp(grad), or return why that would not be the closure's derivative."""
-    parameters = objective.vector.parameters
-    if any(parameter._backward_hooks for parameter in parameters):
-        return "it ignores the hooks on the parameters' gradients"
-    twins = [parameter.detach() for parameter in parameters]
-    attached = True
-
-    def values_of(*inputs: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        nonlocal attached
-        values = objective.at(*inputs)
-        attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)
-        return (values.loss, values.kl), (values.loss, values.kl)
-
-    def slopes_of(*inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, Any]]:
-        (loss, kl), pull, pair = _vjp(values_of, *inputs)
-        slopes = None
-        if gradient:
-            with torch.no_grad():
-                slopes = pull((torch.ones_like(loss), torch.zeros_like(kl)))
-        kl_slopes = pull((torch.zeros_like(loss), torch.ones_like(kl)))
-        have_second_derivatives(kl_slopes)
-        return kl_slopes, (slopes, pair)
-
-    objective.rewind()
-    started = now()
-    with torch.enable_grad():
-        _, pull, (slopes, pair) = _vjp(slopes_of, *twins)
-    # The twins carry no graph of their own: what still has one has gone round them.
-    if reaches(pair, parameters, started):
-        return "it does not reach some of the parameters"
-    if not attached:
-        raise TrustRegionError(DETACHED)
-    if objective.drew_random_numbers():
-        return "it may draw other random numbers, such as a dropout mask, than the trials"
-
-    def product(direction: Tensor) -> Tensor:
-        with torch.no_grad():
-            return objective.vector.gather(pull(tuple(objective.vector.scatter(direction))))
-
-    return objective.vector.gather(slopes) if gradient else None, product
+    return _model(objective.name, values, *made, "double backward", fallback)
 
 
-def _slope(
-    value: Tensor,
-    vector: ParameterVector,
-    *,
-    retain_graph: bool = False,
-    create_graph: bool = False,
-) -> Tensor:
-    with torch.enable_grad():
-        slopes = torch.autograd.grad(
-            value,
-            vector.parameters,
-            allow_unused=True,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-        )
-        return vector.gather(slopes)
-
-
-def _vjp(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """torch.func.vjp of a function that returns (value, aux): the value, the pullback, the aux."""
-    return torch.func.vjp(function, *inputs, has_aux=True)
-
-
-def _model(name: str, values: Values, made: Made, engine: str, fallback: str = "") -> LocalModel:
+def _model(
+    name: str,
+    values: Values,
+    gradient: Tensor | None,
+    product: Product,
+    engine: Engine,
+    fallback: str = "",
+) -> LocalModel:
     """Assemble the model, with a product whose refusal is an error that names the engine."""
-    gradient, product = made
 
     def named_product(direction: Tensor) -> Tensor:
         try:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.batch import Batch, Closures
+from trpo_optim.curvature.batch import Batch
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.errors import RankError
 from trpo_optim.hyperparameters import Hyperparameters

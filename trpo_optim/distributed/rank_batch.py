@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -9,13 +10,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from trpo_optim.closure.checks import Numbers
+from trpo_optim.closure.closures import shares
 from trpo_optim.closure.parameters import ParameterVector
-from trpo_optim.curvature.batch import Batch, largest_of, shares, weighted_mean
+from trpo_optim.curvature.batch import Batch, largest_of, least_of, weighted_mean
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.distributed.consistency import checksum, fingerprint, odd_ones
 from trpo_optim.errors import RankError
-from trpo_optim.report import StepReport
+from trpo_optim.report import Engine, StepReport
 
 __all__ = ["SharedBatch"]
 
@@ -138,13 +140,12 @@ class SharedBatch:
             fallback=fallback,
         )
 
-    def _said(self, own: LocalModel | None, *, alike: bool) -> tuple[str, str]:
-        """Return the engines and the fallback of all ranks."""
+    def _said(self, own: LocalModel | None, *, alike: bool) -> tuple[Engine, str]:
+        """Return the last resort among the engines of all ranks, with its reason."""
         if own is not None and alike:
             return own.engine, own.fallback
-        texts = self._reduction.texts("" if own is None else f"{own.engine}: {own.fallback}")
-        engines, fallbacks = zip(*(text.split(": ", 1) for text in texts if text), strict=True)
-        return " and ".join(dict.fromkeys(engines)), next(filter(None, fallbacks), "")
+        texts = self._reduction.texts("" if own is None else json.dumps([own.engine, own.fallback]))
+        return least_of([tuple(json.loads(text)) for text in texts if text])
 
     def _total(self, work: Callable[[], Tensor | None]) -> Tensor:
         share = self._shares[self._reduction.rank]

@@ -16,11 +16,11 @@ from torch.distributions import (
     TransformedDistribution,
     kl_divergence,
 )
-from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 from torch.nn.functional import softplus
 
 from trpo_optim.distributions.parts import name_of, tensors
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
+from trpo_optim.torch_private import kl_of_bases, kl_rule
 
 __all__ = ["kl_of_family"]
 
@@ -97,7 +97,7 @@ def _kl(old: Any, new: Any) -> Tensor:
 
 def _has_own_kl(dist: Distribution) -> bool:
     """Return whether a family has a closed form of its own, as Gumbel has and Weibull has not."""
-    return _dispatch_kl(type(dist), type(dist)) is not _kl_transformed_transformed
+    return kl_rule(type(dist), type(dist)) is not kl_of_bases
 
 
 def _bernoulli_kl(old: Tensor, new: Tensor) -> Tensor:

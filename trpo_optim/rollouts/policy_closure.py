@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.curvature.batch import Closures
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts

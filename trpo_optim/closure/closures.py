@@ -1,0 +1,138 @@
+"""All closures of one step as one value: their weights, and the closure for curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.closure.checks import checked_values
+from trpo_optim.closure.evaluation import Closure
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["Closures", "collected", "shares"]
+
+
+@dataclass(frozen=True)
+class Closures:
+    """All that one step is taken on, as one value: what ``step`` takes in place of a closure.
+
+    Called, it evaluates all parts and returns their weighted mean, without a third value where
+    there are several.
+
+    Attributes:
+        parts: One closure, or several of which each evaluates a micro-batch.
+        weights: The share of each, up to a common factor; None for equal shares.
+        curvature: The closure whose KL gives the Fisher-vector products; None for the parts'.
+    """
+
+    parts: Sequence[Closure]
+    weights: Sequence[float] | None = None
+    curvature: Closure | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]:
+        """Return loss and KL of the whole."""
+        if len(self.parts) == 1:
+            return self.parts[0]()
+        values = [checked_values(part()) for part in self.parts]
+        each = list(zip(shares(_plain(self.weights, len(self.parts))), values, strict=True))
+        loss = torch.stack([share * part.loss for share, part in each]).sum()
+        kl = torch.stack([share * part.kl for share, part in each]).sum()
+        return loss, kl
+
+
+def collected(
+    closure: Closure | Closures | Iterable[Closure] | None,
+    weights: Iterable[float] | float | None,
+    curvature: Closure | None,
+    *,
+    shared: bool,
+) -> Closures:
+    """Return the arguments of ``step`` as one value, in one form.
+
+    Args:
+        closure: One, several of which each evaluates a micro-batch, or all of it.
+        weights: The share of each, up to a common factor: a number for one closure, a list for
+            several; None for equal shares.
+        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
+        shared: Whether other ranks have a part in the step, so that this one may be without
+            samples. A closure of weight 0 is then left out.
+
+    Raises:
+        TrustRegionError: If the arguments do not fit together.
+    """
+    if isinstance(closure, Closures):
+        if curvature is not None or weights is not None:
+            raise TrustRegionError(
+                "step() got Closures, which have their own curvature and weights, and another of "
+                "these. Leave it out."
+            )
+        curvature, weights = closure.curvature, closure.weights
+        parts: list[Any] = list(closure.parts)
+    elif isinstance(closure, Iterable) and not (callable(closure) or isinstance(closure, str)):
+        parts = list(closure)
+        weights = [] if _is_number(weights) and not parts and weights == 0 else weights
+    else:
+        parts = [closure]
+        weights = [weights] if _is_number(weights) else weights  # type: ignore[list-item]  # as checked
+    if any(isinstance(each, Tensor) for each in parts):
+        raise TrustRegionError(
+            "step() got what a closure returned. Pass the closure itself: step(closure), not "
+            "step(closure())."
+        )
+    if not (parts or shared):
+        raise TrustRegionError(
+            "step() got an empty list of closures. Pass at least one, each for its micro-batch."
+        )
+    if weights is None:
+        return Closures(parts, None, curvature)
+    plain = _plain(weights, len(parts), least="at least" if shared else "above")
+    kept = [index for index, weight in enumerate(plain) if weight > 0]
+    return Closures([parts[index] for index in kept], [plain[index] for index in kept], curvature)
+
+
+def _is_number(weights: Any) -> bool:
+    """Whether the argument is a single weight, of whatever type."""
+    one = not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0
+    return one and weights is not None
+
+
+def _plain(
+    weights: Iterable[float] | float | None, count: int, *, least: str = "above"
+) -> list[float]:
+    """Return the weights of ``count`` closures as finite numbers ``least`` 0."""
+    given: Any = [1.0] * count if weights is None else weights
+    try:
+        plain = [float(weight) for weight in given]
+    except (TypeError, ValueError) as error:
+        raise TrustRegionError(
+            f"weights is {weights!r}; it must hold one number per closure: the number of samples "
+            "that its means are over."
+        ) from error
+    if len(plain) != count:
+        raise TrustRegionError(
+            f"There {'is 1 closure' if count == 1 else f'are {count} closures'} and {len(plain)} "
+            "weights. Give one weight per closure: the number of samples that its means are over."
+        )
+    for weight in plain:
+        if not math.isfinite(weight) or weight < 0 or (weight == 0 and least == "above"):
+            raise TrustRegionError(
+                f"weights holds {weight!r}; each must be a finite number {least} 0, the number of "
+                "samples that a closure's means are over."
+            )
+    return plain
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Return weights scaled to a sum of one.
+
+    Args:
+        weights: At least 0, not all of them 0.
+    """
+    largest = max(weights)
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]

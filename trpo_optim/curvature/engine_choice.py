@@ -1,0 +1,57 @@
+"""Which engine differentiates a closure: what is known of it, and learned only once."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+__all__ = ["EngineChoice", "seems_to_return_three"]
+
+
+@dataclass
+class EngineChoice:
+    """What an optimizer has learned of a closure, for as long as the optimizer lives.
+
+    Attributes:
+        third: Whether the closure returns a third value; None until it was evaluated.
+        refusal: Why ``torch.func`` does not serve, or empty.
+    """
+
+    third: bool | None = None
+    refusal: str = ""
+
+    def torch_func_first(self, closure: Callable[[], Any]) -> bool:
+        """Return whether ``torch.func`` is to evaluate a closure.
+
+        Args:
+            closure: The user's closure.
+        """
+        third = seems_to_return_three(closure) if self.third is None else self.third
+        return not (self.refusal or third)
+
+
+def seems_to_return_three(closure: Callable[[], Any]) -> bool:
+    """Return whether a function ends in ``return a, b, c``, judging by its code alone.
+
+    A wrong guess costs one further evaluation, and nothing else.
+
+    Args:
+        closure: A function, a method, a ``functools.partial`` or an object that can be called.
+    """
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    function: Any = inspect.unwrap(closure)
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    code = getattr(function, "__code__", None)
+    if code is None:  # it is not written in Python
+        return False
+    return any(
+        (first.opname, first.arg, second.opname) == ("BUILD_TUPLE", 3, "RETURN_VALUE")
+        for first, second in pairwise(dis.get_instructions(code))
+    )

@@ -1,0 +1,104 @@
+"""Products by ``torch.func``: the vjp of the KL's gradient, from one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trpo_optim.closure.checks import DETACHED, Values
+from trpo_optim.closure.dtensor import is_sharded
+from trpo_optim.closure.evaluation import Objective, RefusedError
+from trpo_optim.curvature.autograd_graph import now, reaches, require_twice_differentiable
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["ThirdValueError", "by_torch_func"]
+
+
+class ThirdValueError(Exception):
+    """The closure returns a third value, and so another engine is faster."""
+
+
+def by_torch_func(
+    objective: Objective, *, gradient: bool
+) -> tuple[Values, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Return a closure's values, the gradient of its loss, and v ↦ Fv; one evaluation.
+
+    The closure becomes a function of stand-ins for the parameters. The product is
+    ``torch.func.vjp`` of ``torch.func.grad`` of the KL: reverse over reverse, recorded once. The
+    gradient of the loss is taken on the way, from the same graph.
+
+    Args:
+        objective: The closure.
+        gradient: Whether the gradient of the loss is wanted.
+
+    Returns:
+        The values without a graph, the gradient, shape (n,), or None, and the product.
+
+    Raises:
+        RefusedError: If torch.func cannot differentiate the closure, or would do so wrongly.
+        ThirdValueError: If the closure returns a third value.
+        TrustRegionError: If loss or KL does not depend on the parameters.
+    """
+    vector = objective.vector
+    if any(parameter._backward_hooks for parameter in vector.parameters):
+        raise RefusedError("it ignores the hooks on the parameters' gradients")
+    if any(map(is_sharded, vector.parameters)):
+        raise RefusedError("some parameters are DTensors")
+    count = len(vector.parameters)
+    evaluated, attached = False, True
+
+    def kl_of(*inputs: Tensor) -> Any:
+        nonlocal evaluated, attached
+        values = objective.at(*inputs)
+        evaluated = True
+        if values.third is not None:
+            raise ThirdValueError
+        require_twice_differentiable(values.kl)
+        attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)
+        slopes: tuple[Tensor, ...] = ()
+        if gradient and attached:
+            with torch.no_grad():
+                slopes = torch.autograd.grad(
+                    values.loss, inputs, retain_graph=True, materialize_grads=True
+                )
+        largest = () if values.largest_kl is None else (values.largest_kl,)
+        return values.kl, (slopes, (values.loss, values.kl, *largest))
+
+    def kl_slopes_of(*inputs: Tensor) -> Any:
+        differentiate = torch.func.grad(kl_of, argnums=tuple(range(count)), has_aux=True)
+        return differentiate(*inputs)
+
+    objective.rewind()
+    started = now()
+    twins = [parameter.detach() for parameter in vector.parameters]
+    made: Any
+    try:
+        with torch.enable_grad():
+            made = torch.func.vjp(kl_slopes_of, *twins, has_aux=True)
+    except (RefusedError, ThirdValueError, TrustRegionError):
+        raise
+    except Exception as error:
+        if not evaluated:
+            raise
+        raise RefusedError(str(error)) from error  # double backward tells what it is
+    _, pull, (slopes, values) = made
+    # The twins carry no graph of their own: what still has one has gone round them.
+    if reaches(values, vector.parameters, started):
+        raise RefusedError("it does not reach some of the parameters")
+    if not attached:
+        raise TrustRegionError(DETACHED)
+    if objective.drew_random_numbers():
+        raise RefusedError(
+            "the closure draws random numbers, and torch.func may draw others than the trials do"
+        )
+
+    def product(direction: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vector.gather(pull(tuple(vector.scatter(direction))))
+
+    loss, kl, *largest = values
+    found = Values(loss, kl, largest[0] if largest else None)
+    return found, vector.gather(slopes) if gradient else None, product

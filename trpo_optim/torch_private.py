@@ -1,0 +1,69 @@
+"""Every private name of torch that the package stands on, in one place.
+
+All of them were tried with torch 2.6, 2.13 and 2.14: ``make test-floor``, ``make test`` and
+``make test-newest``. Check a new release of torch against this file first.
+
+Some are attributes, which cannot be imported:
+
+- ``node._saved_*``, ``node._forward_cls`` and ``node._sequence_nr()`` of autograd nodes, in
+  ``curvature`` and ``closure.kept_tensors``;
+- ``parameter._backward_hooks``, in ``curvature.torch_func``;
+- ``module._buffers``, in ``closure.transaction``;
+- the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
+  ``closure.interception``;
+- ``_categorical`` of ``OneHotCategorical`` and ``_cached_x_y`` of transforms, in ``distributions``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from torch._C import _DisableFuncTorch as outside_transforms
+from torch._C import _swap_tensor_impl as swap_contents
+from torch._C._autograd import _get_sequence_nr as autograd_clock
+from torch._C._functorch import get_unwrapped
+from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
+from torch._ops import OpOverload
+from torch.distributions.kl import _dispatch_kl as kl_rule
+from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
+from torch.overrides import _get_current_function_mode as current_mode
+from torch.overrides import _pop_mode as pop_mode
+
+__all__ = [
+    "OpOverload",
+    "autograd_clock",
+    "compiler_is_imported",
+    "copy_each",
+    "current_mode",
+    "is_transformed",
+    "kl_of_bases",
+    "kl_rule",
+    "norm_of_each",
+    "outside_transforms",
+    "pop_mode",
+    "swap_contents",
+    "untransformed",
+    "weight_norm",
+]
+
+copy_each = torch._foreach_copy_
+norm_of_each = torch._foreach_norm
+weight_norm = torch._weight_norm
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """Return what the wrappers of torch.func hold.
+
+    Args:
+        tensor: In as many wrappers as there are transforms, or in none.
+    """
+    while is_transformed(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def compiler_is_imported() -> bool:
+    """Return whether something can have been compiled."""
+    return "torch._dynamo" in sys.modules
