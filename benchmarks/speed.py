@@ -110,7 +110,7 @@ def memory(settings: Settings) -> str:
     scene = Scene(64, 20480, settings.device)
     jobs = {"one gradient": scene.gradient()}
     jobs |= {f"update {name}": scene.update(**how) for name, how in OURS.items()}
-    jobs["update with it, 8 micro-batches"] = scene.update(third=True, chunks=8)
+    jobs["update with it, 8 micro-batches"] = scene.update(third=True, micro_batches=8)
     jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
     times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
     rows = [["", "peak (MiB)", "in one gradient's", "time, in one gradient's"]]

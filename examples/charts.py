@@ -15,7 +15,7 @@ from trpo_optim import StepReport
 from trpo_optim.rollouts import ValueFit
 
 if TYPE_CHECKING:
-    from train import Run
+    from training_run import Run
 
 
 def log(run: Run, writer: SummaryWriter, report: StepReport, fit: ValueFit) -> None:

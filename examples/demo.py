@@ -25,6 +25,8 @@ from train import Args, train
 MODES: tuple[Literal["trpo", "natural", "vanilla"], ...] = ("trpo", "natural", "vanilla")
 WINDOW = 20
 SOLVED = 475.0
+VANILLA_LR = 1.0
+"""Vanilla's learning rate, which has no default."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ def main(seeds: int = 3, total_steps: int = 100_000, picture: Path = Path("docs/
     """
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     jobs = [
-        Args(mode=mode, seed=seed, total_steps=total_steps)
+        Args(
+            mode=mode,
+            seed=seed,
+            total_steps=total_steps,
+            lr=VANILLA_LR if mode == "vanilla" else None,
+        )
         for mode, seed in product(MODES, range(seeds))
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -74,18 +74,6 @@ class Processes:
         """Return what the first process makes; the others wait for it."""
         return self.all(make() if self.first else None)[0]  # type: ignore[return-value]  # the first's
 
-    def standardised(self, values: Tensor) -> Tensor:
-        """Return values with the mean 0 and the variance 1 over all processes."""
-        if self.group is None:
-            return (values - values.mean()) / (values.std() + 1e-8)
-        means, variances, counts = map(
-            np.array, zip(*self.all(moments(values.reshape(-1))), strict=True)
-        )
-        mean = np.average(means, weights=counts)
-        variance = np.average(variances + (means - mean) ** 2, weights=counts)
-        standard: Tensor = (values - float(mean)) / (float(variance) ** 0.5 + 1e-8)
-        return standard
-
     def seed(self, seed: int, *more: int) -> int:
         """Return a seed of this process's own; the first's is that of a single process."""
         return seed_of(seed, *more, *[self.rank] * (self.rank > 0))

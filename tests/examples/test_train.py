@@ -18,6 +18,7 @@ import gymnasium as gym
 import normaliser
 import numpy as np
 import pytest
+import step_length
 import torch
 import train
 from checkpoint import load, save
@@ -150,7 +151,7 @@ def test_the_steps_length_stays_until_anneal_start(tmp_path: Path) -> None:
     lengths = []
     run = train.new_run(args)
     for run.update in range(0, 13, 2):
-        train.anneal(run)
+        step_length.anneal(run)
         lengths.append(run.optimizer.param_groups[0]["lr"] / 0.1)
     assert lengths == pytest.approx([1, 1, 1, 1, 0.5, 1e-3, 1e-3])
 

@@ -22,9 +22,9 @@ from trpo_optim.theory import (
     improvement_bound,
     kl_by_state,
     lower_bound,
-    max_kl,
+    max_kl_divergence,
     max_total_variation,
-    mean_kl,
+    mean_kl_divergence,
     monotonic_step,
     penalised_step,
     penalty_coefficient,
@@ -63,7 +63,7 @@ def test_the_return_does_not_fall_below_the_bound(
     old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
     value, coefficient = (
         mdp.expected_return(new),
-        penalty_coefficient(epsilon(mdp, old), mdp.discount),
+        penalty_coefficient(epsilon(mdp, old), mdp.gamma),
     )
     in_variation = mdp.surrogate(old, new) - coefficient * max_total_variation(old, new) ** 2
     assert value >= in_variation - 1e-10
@@ -99,9 +99,10 @@ def test_total_variation_is_below_the_root_of_half_the_kl(
 ) -> None:
     old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
     variation = max_total_variation(old, new)
-    assert 2 * variation**2 <= max_kl(old, new) + 1e-12  # Pinsker; the paper needs half of it
-    assert mean_kl(mdp, old, new) + 1e-12 >= 0
-    assert mean_kl(mdp, old, new) <= max_kl(old, new) + 1e-12
+    # Pinsker; the paper needs half of it
+    assert 2 * variation**2 <= max_kl_divergence(old, new) + 1e-12
+    assert mean_kl_divergence(mdp, old, new) + 1e-12 >= 0
+    assert mean_kl_divergence(mdp, old, new) <= max_kl_divergence(old, new) + 1e-12
 
 
 @given(MDPS, SEEDS, SEEDS, SHARPNESS, st.integers(0, 20))
@@ -110,7 +111,8 @@ def test_state_distributions_part_no_faster_than_the_bound(
 ) -> None:
     old, new = random_policy(mdp, first), random_policy(mdp, second, sharpness)
     apart = mdp.state_distribution(old, time) - mdp.state_distribution(new, time)
-    assert float(apart.abs().sum()) <= state_distribution_bound(time, max_kl(old, new)) + 1e-12
+    bound = state_distribution_bound(time, max_kl_divergence(old, new))
+    assert float(apart.abs().sum()) <= bound + 1e-12
 
 
 @pytest.mark.no_cover
@@ -153,7 +155,7 @@ def test_the_constrained_step_is_the_best_of_all_within_the_radius(
 ) -> None:
     policy = random_policy(mdp, seed)
     new = constrained_step(mdp, policy, radius)
-    assert max_kl(policy, new) <= radius * (1 + 1e-9) + 1e-12
+    assert max_kl_divergence(policy, new) <= radius * (1 + 1e-9) + 1e-12
     best = mdp.surrogate(policy, new)
     worth = mdp.visitation(policy)[:, None] * mdp.advantages(policy)  # of a unit of probability
     for other_seed in range(5):
@@ -181,7 +183,7 @@ def test_penalty_and_constraint_agree_where_the_price_is_the_slope(
     if price < 1e-6:
         return  # one action, or all the same
     penalised = penalised_step(mdp, policy, price)
-    worth = mdp.surrogate(policy, penalised) - price * max_kl(policy, penalised)
+    worth = mdp.surrogate(policy, penalised) - price * max_kl_divergence(policy, penalised)
     constrained = gain(radius) - price * radius
     assert worth >= constrained - 1e-9
     assert worth == pytest.approx(constrained, abs=1e-6 * price * radius + 1e-9)
@@ -214,12 +216,12 @@ def test_values_and_visitation_equal_those_of_a_long_rollout() -> None:
     mdp = random_mdp(5, 3, 0.8, seed=3)
     policy = random_policy(mdp, 4)
     chain = torch.einsum("sa,sat->st", policy, mdp.transitions)
-    here, discount = mdp.start.clone(), 1.0
+    here, weight = mdp.start.clone(), 1.0
     total, visits = 0.0, torch.zeros(5).double()
     for _ in range(300):
-        total += discount * float(here @ (policy * mdp.rewards).sum(1))
-        visits += discount * here
-        here, discount = here @ chain, discount * mdp.discount
+        total += weight * float(here @ (policy * mdp.rewards).sum(1))
+        visits += weight * here
+        here, weight = here @ chain, weight * mdp.gamma
     assert mdp.expected_return(policy) == pytest.approx(total, abs=1e-12)
     torch.testing.assert_close(mdp.visitation(policy), visits)
     assert float(mdp.visitation(policy).sum()) == pytest.approx(5.0)
@@ -231,9 +233,9 @@ def test_values_and_visitation_equal_those_of_a_long_rollout() -> None:
 def test_the_bound_of_a_practical_step_is_its_improvement_less_the_penalty() -> None:
     report = StepReport(Outcome.ACCEPTED, improvement=0.05, kl=0.01)
     assert penalty_coefficient(2.0, 0.5) == 16.0
-    assert improvement_bound(report, advantage=2.0, discount=0.5) == pytest.approx(0.1 - 0.16)
+    assert improvement_bound(report, advantage=2.0, gamma=0.5) == pytest.approx(0.1 - 0.16)
     report = replace(report, largest_kl=0.02)
-    assert improvement_bound(report, advantage=2.0, discount=0.5) == pytest.approx(0.1 - 0.32)
+    assert improvement_bound(report, advantage=2.0, gamma=0.5) == pytest.approx(0.1 - 0.32)
     assert kl_by_state(torch.eye(2), torch.full((2, 2), 0.5)).tolist() == pytest.approx(
         [math.log(2)] * 2
     )
@@ -258,9 +260,9 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: TabularMDP(GOOD.transitions, GOOD.rewards * math.nan, GOOD.start, 0.9),
         "rewards holds NaN",
     ),
-    "a discount of one": (
+    "a discount factor of one": (
         lambda: TabularMDP(GOOD.transitions, GOOD.rewards, GOOD.start, 1.0),
-        r"discount is 1\.0; it must be in \[0, 1\)",
+        r"gamma is 1\.0; it must be in \[0, 1\)",
     ),
     "a policy of another shape": (lambda: GOOD.state_values(UNIFORM.T), r"shape \(3, 2\)"),
     "a policy that is none": (lambda: GOOD.visitation(-UNIFORM), "policy holds no probabilities"),
@@ -269,7 +271,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "policy holds no probabilities",
     ),
     "a KL of twice a policy": (
-        lambda: max_kl(2 * UNIFORM, UNIFORM),
+        lambda: max_kl_divergence(2 * UNIFORM, UNIFORM),
         "The old policy holds no probabilities.*from 2 to 2",
     ),
     "policies of other states": (
@@ -291,10 +293,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: conservative_lower_bound(GOOD, UNIFORM, UNIFORM, 1.5),
         "share is 1.5",
     ),
-    "a discount above one": (lambda: penalty_coefficient(1.0, 1.5), "discount is 1.5"),
+    "a discount factor above one": (lambda: penalty_coefficient(1.0, 1.5), "gamma is 1.5"),
     "a negative advantage": (lambda: penalty_coefficient(-1.0, 0.5), "advantage is -1.0"),
     "a step not taken": (
-        lambda: improvement_bound(StepReport(Outcome.ZERO_GRADIENT), advantage=1.0, discount=0.9),
+        lambda: improvement_bound(StepReport(Outcome.ZERO_GRADIENT), advantage=1.0, gamma=0.9),
         "not taken.*ZERO_GRADIENT",
     ),
 }
