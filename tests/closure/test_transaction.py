@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from problems import CategoricalPolicy, Problem, Snapshot, gaussian, give_gradients, switches
+from profiles import problems
 from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
 
@@ -94,6 +95,9 @@ def lines_of_a_step(rejected: bool, mode: str) -> list[tuple[str, int]]:
     return seen
 
 
+OTHER_STEPS = [(True, "trpo"), (False, "vanilla"), (True, "vanilla")]
+
+
 def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
     """Return the first and the last time that each line runs, by number."""
     first = {line: index + 1 for index, line in reversed(list(enumerate(lines)))}
@@ -101,17 +105,30 @@ def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
     return sorted({*first.values(), *last.values()})
 
 
-@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
-@pytest.mark.parametrize("rejected", [False, True])
+@pytest.mark.parametrize(
+    ("rejected", "mode", "only_new"),
+    [
+        (False, "trpo", False),
+        *((*variant, True) for variant in OTHER_STEPS),
+        *(pytest.param(*variant, False, marks=pytest.mark.thorough) for variant in OTHER_STEPS),
+    ],
+)
 def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
-    rejected: bool, mode: str
+    rejected: bool, mode: str, only_new: bool
 ) -> None:
+    """Of the other steps, only before the lines that an accepted one of TRPO does not run."""
     finished = small_problem()
     take_a_step(finished, rejected=rejected, mode=mode)
     after = Snapshot.of(finished.policy)
     hooks = dict(module_registry._global_buffer_registration_hooks)
-    numbers = worth_interrupting(lines_of_a_step(rejected, mode))
+    lines = lines_of_a_step(rejected, mode)
+    numbers = worth_interrupting(lines)
     assert len(numbers) > 150
+    if only_new:
+        known = {*lines_of_a_step(rejected=False, mode="trpo")}
+        numbers = [number for number in numbers if lines[number - 1] not in known]
+        assert numbers
+    numbers = numbers[:: max(1, 100 // problems())]
     outcomes = set()
     for number in numbers:
         problem = small_problem()
@@ -132,7 +149,7 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
             assert torch.equal(problem.vector(), finished.vector()), seen[-1]
         outcomes.add(bool(changed))
         assert module_registry._global_buffer_registration_hooks == hooks, seen[-1]
-    assert False in outcomes
+    assert False in outcomes or only_new
     assert after.training == Snapshot.of(finished.policy).training
 
 
