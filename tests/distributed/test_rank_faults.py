@@ -308,7 +308,7 @@ def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
 
 
 def struck_at(blow: str, name: str) -> Any:
-    """Return a case; where a rank hangs the others wait for seconds: within a step and at its end."""
+    """Return a case; where a rank hangs the others wait: within a step and at its end is enough."""
     dear = blow == "hung" and name not in ("first product", "conclusion")
     return pytest.param(blow, name, marks=[pytest.mark.thorough] * dear)
 

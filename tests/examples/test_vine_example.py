@@ -11,12 +11,13 @@ import torch
 import vine as example
 from devices import each_device
 
+pytestmark = pytest.mark.learns
+
 
 def last(args: example.Args) -> float:
     return example.train(args).recent_return()
 
 
-@pytest.mark.learns
 @pytest.mark.parametrize("sampling", ["vine", "single-path"])
 def test_the_pole_stands_longer_after_a_few_updates(sampling: Any) -> None:
     args = example.Args(sampling=sampling, total_steps=20_000)

@@ -192,7 +192,7 @@ def test_weights_make_an_earlier_policys_trajectories_count_as_the_present_ones(
     batch = single_path(
         SyncVectorEnv([lake] * 16, autoreset_mode="SameStep"),
         lambda states: Categorical(logits=behaviour[states]),
-        episodes=12_000,
+        episodes=4_000,
         seed=0,
     )
     ratios = Categorical(logits=present[batch.observations]).log_prob(batch.actions) - Categorical(
