@@ -455,7 +455,7 @@ BROKEN_POLICIES: dict[str, Broken] = {
     "a KL with a kink": Broken(
         policy_of(HandmadeLaplace),
         "fisher",
-        "by double backward, and by differences",
+        "by torch.func, and by differences",
         options={"kl": handmade_laplace_kl},
     ),
     "another policy without gradients": Broken(GradMode, "step", "is_grad_enabled"),

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,10 @@ def test_only_vanilla_takes_an_l2_ball(mode: str) -> None:
     assert build(mode="vanilla", max_norm=2.0).param_groups[0]["max_norm"] == 2.0
     with pytest.raises(TrustRegionError, match=f"max_norm is 2.0 with mode='{mode}'; .*vanilla"):
         build(mode=mode, max_norm=2.0)
+
+
+def test_defaults_are_the_same_in_the_signature_and_in_the_record() -> None:
+    assert build().defaults == asdict(Hyperparameters())
 
 
 RATES = [{"mode": "vanilla"}, {"mode": "natural", "max_kl": None}]

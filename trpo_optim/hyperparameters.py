@@ -31,18 +31,18 @@ class Hyperparameters:
             belong to the mode.
     """
 
-    mode: ModeName
-    max_kl: float | None
-    constraint: Constraint
-    max_norm: float | None
-    lr: float
-    damping: float | None
-    cg_iterations: int
-    cg_tolerance: float
-    backtrack_ratio: float
-    max_backtracks: int
-    improvement_ratio: float
-    maximize: bool
+    mode: ModeName = "trpo"
+    max_kl: float | None = 0.01
+    constraint: Constraint = "mean"
+    max_norm: float | None = None
+    lr: float = 1.0
+    damping: float | None = None
+    cg_iterations: int = 10
+    cg_tolerance: float = 1e-4
+    backtrack_ratio: float = 0.5
+    max_backtracks: int = 10
+    improvement_ratio: float = 0.1
+    maximize: bool = False
 
     def __post_init__(self) -> None:
         """Check every value, alone and together."""

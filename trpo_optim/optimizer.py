@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,6 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
-        require_member(process_group)
         self._engine_choices = _no_choices()
         self._lr_given = lr is not None
         defaults = Hyperparameters(
@@ -127,6 +127,30 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             maximize=maximize,
         )
         super().__init__(params, asdict(defaults))
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes that take every step together; None: this process alone.
+
+        The optimizer does not keep the group alive, so that ``destroy_process_group()`` ends it.
+
+        Raises:
+            TrustRegionError: If the group was destroyed.
+        """
+        if self._process_group is None:
+            return None
+        group = self._process_group()
+        if group is None:
+            raise TrustRegionError(
+                "The optimizer's process_group was destroyed. Set process_group to a living group, "
+                "or to None to step alone."
+            )
+        return group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        require_member(group)
+        self._process_group = None if group is None else weakref.ref(group)
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
@@ -220,7 +244,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         Raises:
             TrustRegionError: If there is a process group, which belongs to this process.
         """
-        if self.process_group is not None:
+        if self._process_group is not None:
             raise TrustRegionError(
                 "An optimizer with a process_group can be neither pickled nor copied, since the "
                 "group belongs to this process. Save its state_dict(), or set process_group to "
@@ -232,12 +256,12 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state back, filling in hyperparameters that an older one did not have."""
         super().__setstate__(state)
-        self.__dict__.setdefault("process_group", None)  # load_state_dict comes by here, too
+        self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
         self.__dict__.setdefault("_engine_choices", _no_choices())
         for group in self.param_groups:
-            for name in Hyperparameters.names():
-                group.setdefault(name, self.defaults[name])
+            for entry in fields(Hyperparameters):
+                group.setdefault(entry.name, self.defaults.setdefault(entry.name, entry.default))
 
     def _prepared(
         self,
@@ -256,7 +280,6 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             batch = Batch(closures, vector, transaction, choices) if closures.parts else None
             return Ready(settings, vector, transaction, closures, batch)
 
-        require_member(self.process_group)
         if self.process_group is None:
             ready = prepare()
             assert ready.batch is not None  # as collected requires

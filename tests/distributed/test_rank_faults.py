@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,11 +180,6 @@ def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> 
     return {"mend": lambda: setattr(Transaction, "move", usual)}
 
 
-def not_a_group(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
-    group, optimizer.process_group = optimizer.process_group, "gloo"  # type: ignore[assignment]  # the fault
-    return {"mend": lambda: setattr(optimizer, "process_group", group)}
-
-
 PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "parameters": (other_values, "all", "The parameters of rank 2 are not those of the other"),
     "hyperparameters": (
@@ -215,8 +211,35 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
         "all",
         "The step came to something else on rank 1 than on other ranks, and was withdrawn",
     ),
-    "not a group": (not_a_group, "all", "process_group is 'gloo', not a ProcessGroup"),
 }
+
+
+def test_what_is_no_group_is_refused_where_it_is_set() -> None:
+    optimizer = gaussian().optimizer()
+    wrong: Any = "gloo"
+    with pytest.raises(TrustRegionError, match="process_group is 'gloo', not a ProcessGroup"):
+        optimizer.process_group = wrong
+    assert optimizer.process_group is None
+
+
+def destroyed(rank: int) -> list[Any]:
+    """Return what lives of a destroyed group, and what a step then says."""
+    task = gaussian()
+    optimizer = optimizer_of(task)
+    assert optimizer.step(task.closure).accepted
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    try:
+        optimizer.step(task.closure)
+    except TrustRegionError as error:
+        return [group() is None, str(error)]
+    raise AssertionError
+
+
+def test_the_group_ends_where_it_is_destroyed_and_the_optimizer_says_so() -> None:
+    for gone, text in values_of(on_ranks(2, destroyed)):
+        assert gone
+        assert "process_group was destroyed" in text
 
 
 @pytest.mark.parametrize("name", PARTED)
@@ -364,9 +387,9 @@ def counted(rank: int, engines: str) -> tuple[list[str], StepReport]:
 @pytest.mark.parametrize(
     ("engines", "more", "engine"),
     [
-        ("alike", 0, "double backward"),
-        ("unlike", 1, "Gauss-Newton and double backward"),
-        ("one without samples", 1, "double backward"),
+        ("alike", 0, "torch.func"),
+        ("unlike", 1, "torch.func"),
+        ("one without samples", 1, "torch.func"),
     ],
 )
 def test_a_step_makes_one_collective_a_product_and_five_more(

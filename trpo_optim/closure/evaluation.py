@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import CodeType
-from typing import Any
 
 import torch
 import torch.distributions
 from torch import Tensor
+from torch.distributions import Distribution
 
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
 from trpo_optim.closure.interception import Watch
@@ -21,9 +21,16 @@ from trpo_optim.closure.torch_switches import attention, uncompiled, without_cud
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Closure", "Objective", "RefusedError"]
+__all__ = ["Closure", "Objective", "RefusedError", "ThirdValue"]
 
-Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
+_Part = Distribution | Tensor
+_Parts = _Part | Sequence[_Part] | Mapping[str, _Part]
+
+ThirdValue = _Parts | Sequence[_Parts] | Mapping[str, _Parts]
+"""The new policy's distribution, or a tensor, or a sequence or mapping of these, as policies of
+Tuple and Dict spaces return them."""
+
+Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]]
 """Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
 sample, (N,); and the new policy's distribution."""
 

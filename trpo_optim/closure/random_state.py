@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from trpo_optim.torch_private import mps_generator
+
 __all__ = ["generators", "random_state_kept"]
 
 
@@ -23,8 +25,8 @@ def generators(devices: Iterable[torch.device | str]) -> list[torch.Generator]:
     """
     found = [torch.default_generator]
     for device in dict.fromkeys(map(torch.device, devices)):
-        if device.type == "mps":  # it has one device, and no public name for its generator
-            found.append(torch.mps._get_default_mps_generator())
+        if device.type == "mps":  # it has one device
+            found.append(mps_generator())
             continue
         module = getattr(torch, device.type, None)
         if every := getattr(module, "default_generators", ()):

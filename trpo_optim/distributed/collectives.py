@@ -16,6 +16,11 @@ from trpo_optim.errors import RankError, TrustRegionError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+if dist.is_available():
+    # Its functions have group.WORLD for a default, as it is at the import. Imported after
+    # init_process_group(), as every optimizer of torch does, it would keep that group to the end.
+    pass
+
 __all__ = ["Reduction", "require_member"]
 
 _Result = TypeVar("_Result")
