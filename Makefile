@@ -5,7 +5,7 @@ PARALLEL := --numprocesses auto --dist worksteal
 
 .PHONY: demo test quick test-thorough bench bench-sampling bench-scaling bench-learning format clean
 
-demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
+demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev ## ruff, mypy and pytest with coverage
