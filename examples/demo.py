@@ -1,8 +1,9 @@
-"""Compare the three modes on CartPole-v1: a table, and docs/demo.png.
+"""Compare the three modes on CartPole-v1: a table, and a picture.
 
     python examples/demo.py
+    python examples/demo.py --picture docs/demo.png  # the one that README shows
 
-Runs examples/train.py once per mode and seed, on all cores; the runs stay in runs/.
+Runs examples/train.py once per mode and seed, on all cores; runs and picture stay in runs/.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def draw(curves: list[Curves], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(seeds: int = 3, total_steps: int = 100_000, picture: Path = Path("docs/demo.png")) -> None:
+def main(seeds: int = 3, total_steps: int = 100_000, picture: Path = Path("runs/demo.png")) -> None:
     """Train every mode with every seed, print the table, draw the picture.
 
     Args:

@@ -168,6 +168,7 @@ def learn_environment(
     gamma: float,
     critic_lr: float,
     updates: int,
+    batch_size: int = 2000,
 ) -> float:
     """Return the mean return of the last 100 episodes, by the rollouts and GAE of the example.
 
@@ -178,10 +179,16 @@ def learn_environment(
         seed: The environments' seed.
         gamma: The discount factor.
         critic_lr: Adam's learning rate for the critic.
-        updates: How often to learn from 2000 steps of 20 environments.
+        updates: How often to learn from a batch of 20 environments.
+        batch_size: Steps of a batch.
     """
     args = train.Args(
-        seed=seed, num_envs=20, batch_size=2000, gamma=gamma, critic_epochs=10, critic_minibatch=200
+        seed=seed,
+        num_envs=20,
+        batch_size=batch_size,
+        gamma=gamma,
+        critic_epochs=10,
+        critic_minibatch=200,
     )
     policy: Any = learner.policy
     envs = SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)

@@ -29,6 +29,7 @@ def shared(rank: int) -> tuple[Tensor, Tensor, list[int], int]:
     return normalise.mean, normalise.scale, processes.all(rank), processes.seed(5)
 
 
+@pytest.mark.ranks
 def test_statistics_are_those_of_all_processes() -> None:
     whole = values()
     mean, std = whole.mean(0), whole.std(0, correction=0)

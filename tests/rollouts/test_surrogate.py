@@ -101,9 +101,9 @@ def recurrent() -> tuple[Recurrent, SinglePathBatch, Tensor]:
     policy = Recurrent()
     start = (torch.zeros(1, 4, 8),)
     envs = pendulum()
-    first = single_path(envs, policy, steps=50, state=start, seed=0)
-    batch = single_path(envs, policy, steps=50, after=first)
-    return policy, batch, torch.randn(50, 4).masked_fill(~batch.valid, math.nan)
+    first = single_path(envs, policy, steps=20, state=start, seed=0)
+    batch = single_path(envs, policy, steps=20, after=first)
+    return policy, batch, torch.randn(20, 4).masked_fill(~batch.valid, math.nan)
 
 
 def vector_of(policy: nn.Module) -> Tensor:
