@@ -1,17 +1,26 @@
 # Two commands set up everything on a fresh machine: make demo and make test.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test bench bench-sampling bench-scaling bench-learning format clean
+.PHONY: demo test quick test-thorough bench bench-sampling bench-scaling bench-learning format clean
 
-demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes docs/demo.png
+demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses auto --dist worksteal --cov --cov-report=term-missing
+	$(BIN)/pytest $(PARALLEL) -m "not thorough" --cov --cov-report=term-missing
+
+quick: .venv/dev ## ruff, and what neither learns nor starts process groups; properties on 10 examples (a minute)
+	$(BIN)/ruff check .
+	$(BIN)/pytest $(PARALLEL) -m "not learns and not ranks and not package and not thorough" \
+		--hypothesis-profile quick
+
+test-thorough: .venv/dev ## every combination; properties on 1000 examples (half an hour)
+	$(BIN)/pytest $(PARALLEL) --hypothesis-profile thorough --timeout 3600
 
 bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
 	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py

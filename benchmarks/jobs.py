@@ -23,6 +23,7 @@ MUJOCO = train.Args(
     num_envs=4,
     batch_size=2048,
     max_kl=0.007,
+    lr=1.0,
     log_std=0.8,
     per_dimension=True,
     gae_lambda=0.95,
@@ -36,6 +37,7 @@ SWIMMER = replace(MUJOCO, env_id="Swimmer-v5", gamma=0.998, gae_lambda=0.99)
 
 CLASSIC = train.Args(
     max_kl=0.03,
+    lr=1.0,
     log_std=1.0,
     gamma=0.995,
     gae_lambda=0.975,

@@ -15,7 +15,7 @@ from typing import Any
 
 import agent
 import numpy as np
-import train
+import step_length
 import tyro
 from evaluation import EPISODES
 from jobs import CLASSIC, CLASSIC_TASKS, MUJOCO, MUJOCO_TASKS, SETTINGS, SWIMMER, VANILLA_LR, Job
@@ -167,7 +167,8 @@ def radius_of(env_id: str) -> str:
     """Return a task's radius, in words."""
     envs = agent.make_envs(SETTINGS[env_id])
     envs.close()
-    return f"{train.joint_radius(SETTINGS[env_id], envs.single_action_space):.3g} for {env_id}"
+    radius = step_length.joint_radius(SETTINGS[env_id], envs.single_action_space)
+    return f"{radius:.3g} for {env_id}"
 
 
 def wrapped(page: str) -> str:

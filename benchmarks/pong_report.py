@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pong
-import vine
+import vine_agent
 from evaluation import EPISODES
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -79,7 +79,7 @@ def pong_part(picture: Path) -> str:
     runs = pong.finished()
     draw(runs, picture)
     return PART.format(
-        weights=steps_of(sum(each.numel() for each in vine.pixels(6, 1.0).parameters())),
+        weights=steps_of(sum(each.numel() for each in vine_agent.pixels(6, 1.0).parameters())),
         path=pong.SETTINGS["single-path"],
         vine=pong.SETTINGS["vine"],
         episodes=EPISODES,

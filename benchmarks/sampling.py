@@ -22,6 +22,7 @@ import torch
 import train
 import tyro
 import vine
+import vine_agent
 from gymnasium.vector import SyncVectorEnv
 from loop import BATCH, theirs
 from table import table
@@ -73,7 +74,7 @@ def collecting(rounds: int) -> str:
     return table(*rows)
 
 
-def gradient(agent: vine.Agent, closure: Callable[[], Any]) -> Tensor:
+def gradient(agent: vine_agent.Agent, closure: Callable[[], Any]) -> Tensor:
     """Return the gradient of a closure's loss in the policy's parameters."""
     slopes = torch.autograd.grad(closure()[0], list(agent.policy.parameters()))
     return torch.cat([each.reshape(-1) for each in slopes])
@@ -88,7 +89,7 @@ def variances(repeats: int) -> str:
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
         torch.manual_seed(0)
         envs = SyncVectorEnv([partial(gym.make, env_id)] * 8, autoreset_mode="SameStep")
-        agent = vine.Agent(envs)
+        agent = vine_agent.Agent(envs)
         branches = None if agent.discrete else 4
         wide = rollouts.single_path(envs, agent.act, steps=1000, seed=5)
         rollouts.fit_value(
@@ -111,7 +112,7 @@ def variances(repeats: int) -> str:
                     states=SAMPLES // (branches or 2),
                     branches=branches,
                     horizon=30,
-                    discount=0.95,
+                    gamma=0.95,
                     common_random_numbers=common,
                     seed=seed,
                 )
@@ -125,8 +126,8 @@ def variances(repeats: int) -> str:
             q = returns_of(path)
             with torch.no_grad():
                 baseline = agent.value(path.observations)
-            for name, gains in (("path", q), ("baseline", q - baseline)):
-                closure = rollouts.policy_closure(agent.act, path, gains)
+            for name, advantages in (("path", q), ("baseline", q - baseline)):
+                closure = rollouts.policy_closure(agent.act, path, advantages)
                 gradients[name].append(gradient(agent, closure))
         apart, together = (float(torch.cat(differences[each]).var()) for each in (False, True))
         spread = {name: float(torch.stack(each).var(0).sum()) for name, each in gradients.items()}
@@ -150,7 +151,7 @@ def variances(repeats: int) -> str:
 def returns_of(path: rollouts.SinglePathBatch) -> Tensor:
     """Return discounted rewards to the end of each trajectory."""
     nothing = torch.zeros_like(path.rewards)
-    return rollouts.discounted_returns(path.rewards, nothing, path.ends, discount=0.95)
+    return rollouts.discounted_returns(path.rewards, nothing, path.ends, gamma=0.95)
 
 
 def final_return(args: vine.Args | train.Args) -> float:

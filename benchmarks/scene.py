@@ -103,20 +103,34 @@ class Scene:
         return Job(lambda: torch.autograd.grad(closure()[0], self.parameters), self.reset)
 
     def update(
-        self, *, third: bool, share: float = 1.0, chunks: int = 1, defaults: bool = False
+        self,
+        *,
+        third: bool,
+        share: float = 1.0,
+        micro_batches: int = 1,
+        defaults: bool = False,
+        torch_func: bool = True,
     ) -> Job:
-        """Take one step; ``share`` of the batch gives the curvature."""
+        """Take one step; ``share`` of the batch gives the curvature.
+
+        Without ``torch_func``, double backward differentiates closures of two values.
+
+        Returns:
+            The job.
+        """
         solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
         optimizer = TrustRegionOptimizer(
             self.parameters, max_kl=RADIUS, cg_iterations=self.iterations, **solver
         )
-        size = self.samples // chunks
-        parts = [slice(size * index, size * (index + 1)) for index in range(chunks)]
+        if not torch_func:
+            optimizer._engine_choices["parts"].refusal = "double backward is timed"
+        size = self.samples // micro_batches
+        parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
         closures = [self.closure(rows, third=third) for rows in parts]
         part = None
         if share < 1:
             part = self.closure(slice(0, int(share * self.samples)), third=third)
-        whole = closures if chunks > 1 else closures[0]
+        whole = closures if micro_batches > 1 else closures[0]
         return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
 
     def product(self, *, third: bool) -> Job:

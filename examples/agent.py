@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from trpo_optim.rollouts import restorable
+from trpo_optim.snapshots import restorable
 
 if TYPE_CHECKING:
     from train import Args

@@ -15,16 +15,16 @@ from trpo_optim import StepReport
 from trpo_optim.rollouts import ValueFit
 
 if TYPE_CHECKING:
-    from train import Run
+    from training_run import Run
 
 
 def log(run: Run, writer: SummaryWriter, report: StepReport, fit: ValueFit) -> None:
-    """Write every field of report and fit, and the run's own figures, to TensorBoard."""
+    """Write the figures and texts of report and fit, and the run's own figures, to TensorBoard."""
     for name, value in report.as_dict().items():
-        if isinstance(value, str):
-            writer.add_text(f"report/{name}", value, run.step)
-        else:
-            writer.add_scalar(f"report/{name}", value, run.step)
+        writer.add_scalar(f"report/{name}", value, run.step)
+    texts = {"outcome": report.outcome.value, "engine": report.engine, "fallback": report.fallback}
+    for name, text in texts.items():
+        writer.add_text(f"report/{name}", text, run.step)
     writer.add_scalar("charts/recent_return", run.recent_return(), run.step)
     for name, value in asdict(fit).items():
         writer.add_scalar(f"critic/{name}", value, run.step)

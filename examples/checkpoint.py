@@ -18,10 +18,11 @@ from processes import Processes
 from torch import Tensor
 
 from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import Cursor, capture, restore
+from trpo_optim.rollouts import Cursor
+from trpo_optim.snapshots import capture, restore
 
 if TYPE_CHECKING:
-    from train import Run
+    from training_run import Run
 
 __all__ = [
     "comparable",

@@ -58,7 +58,7 @@ class Run:
 def exact_closure(mdp: exact.TabularMDP, logits: Tensor) -> Closure:
     """Return the closure of problem (12) at the present table, its expectations enumerated."""
     old = Categorical(logits=logits.detach().clone())
-    visits = (1 - mdp.discount) * mdp.visitation(old.probs)
+    visits = (1 - mdp.gamma) * mdp.visitation(old.probs)
     advantages = mdp.advantages(old.probs)
 
     def closure() -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from trpo_optim import frozen, mean_kl
 
 if TYPE_CHECKING:
-    from train import Run
+    from training_run import Run
 
 SCALING_SHARE = 0.1
 """Which share of the radius a change of the observations' scaling may take in an update."""

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401  # before there is a group: it would hold one to the end
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it does not say so
@@ -73,18 +72,6 @@ class Processes:
     def of_first(self, make: Callable[[], _Value]) -> _Value:
         """Return what the first process makes; the others wait for it."""
         return self.all(make() if self.first else None)[0]  # type: ignore[return-value]  # the first's
-
-    def standardised(self, values: Tensor) -> Tensor:
-        """Return values with the mean 0 and the variance 1 over all processes."""
-        if self.group is None:
-            return (values - values.mean()) / (values.std() + 1e-8)
-        means, variances, counts = map(
-            np.array, zip(*self.all(moments(values.reshape(-1))), strict=True)
-        )
-        mean = np.average(means, weights=counts)
-        variance = np.average(variances + (means - mean) ** 2, weights=counts)
-        standard: Tensor = (values - float(mean)) / (float(variance) ** 0.5 + 1e-8)
-        return standard
 
     def seed(self, seed: int, *more: int) -> int:
         """Return a seed of this process's own; the first's is that of a single process."""

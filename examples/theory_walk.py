@@ -42,9 +42,9 @@ def local_approximation(mdp: exact.TabularMDP, logits: Tensor, new: Tensor) -> N
     section("The return of π̃ by the advantages of π")
     old = logits.softmax(1)
     gained = (new * mdp.advantages(old)).sum(1)
-    horizon = math.ceil(math.log(1e-12) / math.log(mdp.discount))
+    horizon = math.ceil(math.log(1e-12) / math.log(mdp.gamma))
     on_the_way = sum(
-        mdp.discount**time * float(mdp.state_distribution(new, time) @ gained)
+        mdp.gamma**time * float(mdp.state_distribution(new, time) @ gained)
         for time in range(horizon)
     )
     value, start = mdp.expected_return(new), mdp.expected_return(old)
@@ -73,7 +73,7 @@ def lower_bounds(mdp: exact.TabularMDP, old: Tensor, new: Tensor) -> None:
     bound = exact.conservative_lower_bound(mdp, old, greedy, share)
     claim("(5)", "η((1 − α) π + α π') ≥ η(π), with the bound's best α", value, "≥", start)
     claim("(6)", "and ≥ L − 2εγα²/(1 − γ)²", value, "≥", bound)
-    apart, kl = exact.max_total_variation(old, new), exact.max_kl(old, new)
+    apart, kl = exact.max_total_variation(old, new), exact.max_kl_divergence(old, new)
     claim("(7)", "D_TV² ≤ D_KL, both the largest of a state", apart**2, "≤", kl)
     value, loss = mdp.expected_return(new), coefficient(mdp, old) * apart**2
     claim("(8)", "η(π̃) ≥ L(π̃) − C D_TV²", value, "≥", mdp.surrogate(old, new) - loss)
@@ -86,7 +86,7 @@ def lower_bounds(mdp: exact.TabularMDP, old: Tensor, new: Tensor) -> None:
 
 def coefficient(mdp: exact.TabularMDP, old: Tensor) -> float:
     """Return the paper's C at a policy."""
-    return exact.penalty_coefficient(float(mdp.advantages(old).abs().max()), mdp.discount)
+    return exact.penalty_coefficient(float(mdp.advantages(old).abs().max()), mdp.gamma)
 
 
 def algorithm_1(mdp: exact.TabularMDP, policy: Tensor) -> None:
@@ -105,14 +105,15 @@ def radius_for_penalty(mdp: exact.TabularMDP, old: Tensor) -> None:
     """Equation 11: a constraint that stands for a smaller penalty."""
     section("A radius in place of the penalty")
     new = exact.constrained_step(mdp, old, RADIUS)
-    claim("(11)", "the best step with D_KL ≤ δ has D_KL", exact.max_kl(old, new), "≤", RADIUS)
+    largest = exact.max_kl_divergence(old, new)
+    claim("(11)", "the best step with D_KL ≤ δ has D_KL", largest, "≤", RADIUS)
 
     def best(radius: Tensor) -> float:
         return mdp.surrogate(old, exact.constrained_step(mdp, old, float(radius)))
 
     price = float(slopes(best, torch.tensor([RADIUS], dtype=torch.float64), 1e-6))
     penalised = exact.penalised_step(mdp, old, price)
-    found = mdp.surrogate(old, penalised) - price * exact.max_kl(old, penalised)
+    found = mdp.surrogate(old, penalised) - price * exact.max_kl_divergence(old, penalised)
     worth = mdp.surrogate(old, new) - price * RADIUS
     claim("", "it is the best step at the penalty dL/dδ, too", found, "=", worth)
     claim("", "C beside that penalty", coefficient(mdp, old), "≥", price)
@@ -155,13 +156,14 @@ def practice(mdp: exact.TabularMDP, logits: Tensor) -> None:
     old = logits.softmax(1)
     moved, report = step(mdp, logits, max_kl=RADIUS)
     new = moved.softmax(1)
-    claim("(12)", "TRPO: mean KL ≤ δ", exact.mean_kl(mdp, old, new), "≤", RADIUS)
-    claim("", "the largest of a state, which nothing holds", exact.max_kl(old, new), "≥", RADIUS)
+    claim("(12)", "TRPO: mean KL ≤ δ", exact.mean_kl_divergence(mdp, old, new), "≤", RADIUS)
+    largest = exact.max_kl_divergence(old, new)
+    claim("", "the largest of a state, which nothing holds", largest, "≥", RADIUS)
     rise = mdp.expected_return(new) - mdp.expected_return(old)
     largest = float(mdp.advantages(old).abs().max())
-    bound = exact.improvement_bound(report, advantage=largest, discount=mdp.discount)
+    bound = exact.improvement_bound(report, advantage=largest, gamma=mdp.gamma)
     claim("", "what η rose by, and improvement − C · KL of this step", rise, "≥", bound)
-    visits = (1 - mdp.discount) * mdp.visitation(old)
+    visits = (1 - mdp.gamma) * mdp.visitation(old)
     gradient = (visits[:, None] * old * mdp.advantages(old)).reshape(-1)
     fisher = torch.block_diag(
         *(share * (row.diag() - row.outer(row)) for share, row in zip(visits, old, strict=True))

@@ -15,33 +15,28 @@ another name.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 from agent import Policy, make_envs, mlp
 from charts import draw, log
 from checkpoint import load, prepare, save
-from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers.utils import RunningMeanStd
 from normaliser import Normaliser, follow
 from processes import Processes, leave, moments
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from step_length import anneal, joint_radius
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from training_run import Run
 
 from trpo_optim import StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (
-    Cursor,
     SinglePathBatch,
     ValueFit,
     fit_value,
@@ -75,8 +70,8 @@ class Args:
     deviation by it, which is then at most 1"""
     constraint: Literal["mean", "max"] = "mean"
     """whether the batch's mean KL or its largest is held to the radius (mode trpo)"""
-    lr: float = 1.0
-    """multiplies the policy's step; mode vanilla: the learning rate"""
+    lr: float | None = None
+    """multiplies the policy's step; mode vanilla has no default: there it is the learning rate"""
     resume: bool = False
     """continue from the run's checkpoint, if there is one"""
     device: str = "cpu"
@@ -88,7 +83,7 @@ class Args:
     batch_size: int = 1024
     """environment steps per update, over all environments of all processes"""
     gamma: float = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: float = 0.95
     """GAE's lambda"""
     hidden: int = 64
@@ -111,52 +106,6 @@ class Args:
     def folder(self) -> Path:
         """Return the folder that the run writes to."""
         return self.run_dir or Path("runs") / f"{self.env_id}__{self.mode}__{self.seed}"
-
-
-def mean_of_last(episodes: Sequence[tuple[float, float]]) -> float:
-    """Return the mean return of the last 20 of pairs of step and return."""
-    return float(np.mean([value for _, value in episodes[-20:]] or [math.nan]))
-
-
-@dataclass
-class Run:
-    """Everything that a run carries from one update to the next."""
-
-    args: Args
-    processes: Processes
-    envs: SyncVectorEnv
-    policy: Policy
-    critic: nn.Sequential
-    critic_of_all: nn.Module  # the same, with the gradients of all processes
-    optimizer: TrustRegionOptimizer
-    critic_optimizer: torch.optim.Adam
-    normalise: Normaliser
-    discounted: Tensor  # return so far of each environment's episode, (N,)
-    return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
-    end: Cursor | None = None  # where the environments stand
-    fitted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # last unscaled targets
-    update: int = 0
-    episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
-    kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update
-
-    @property
-    def step(self) -> int:
-        """Environment steps so far."""
-        return self.update * self.args.batch_size
-
-    def recent_return(self) -> float:
-        """Mean return of the last 20 episodes."""
-        return mean_of_last(self.episodes)
-
-    def act(self, observations: Tensor) -> Distribution:
-        """Return the policy on observations as the environments give them."""
-        dist: Distribution = self.policy(self.normalise(observations))
-        return dist
-
-    def value(self, observations: Tensor) -> Tensor:
-        """Return the critic on observations as the environments give them."""
-        value: Tensor = self.critic(self.normalise(observations))
-        return value
 
 
 def new_run(args: Args, processes: Processes | None = None) -> Run:
@@ -239,17 +188,19 @@ def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tenso
     args = run.args
     values, following = batch.values(run.value)
     result = gae(
-        rewards, values, following, batch.ends, discount=args.gamma, gae_lambda=args.gae_lambda
+        rewards, values, following, batch.ends, gamma=args.gamma, gae_lambda=args.gae_lambda
     )
     return result, result + values
 
 
 def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor]:
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
-    advantage, targets = advantages(run, batch, scaled_rewards(run, batch))
-    standard = run.processes.standardised(advantage)
+    estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
     anneal(run)
-    return run.optimizer.step(policy_closure(run.act, batch, standard)), targets
+    closures = policy_closure(
+        run.act, batch, estimates, standardise=True, process_group=run.processes.group
+    )
+    return run.optimizer.step(closures), targets
 
 
 def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
@@ -258,24 +209,6 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     fit = fit_critic(run, batch, targets)
     follow(run, batch.flat(batch.observations))
     return report, fit
-
-
-def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
-    """Return the trust-region radius, before any falling: joint over the action's dimensions."""
-    return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
-
-
-def anneal(run: Run) -> None:
-    """Set the length of the next step."""
-    args = run.args
-    if args.anneal_steps is not None:
-        left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
-        left = min(max(left, 1e-3), 1.0)  # a radius is positive
-        for group in run.optimizer.param_groups:
-            # a step's length goes with the radius' root
-            group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
-            if args.mode == "vanilla":
-                group["lr"] = run.optimizer.defaults["lr"] * left
 
 
 def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
@@ -317,8 +250,8 @@ def train(args: Args) -> Run:
         )
     torch.set_num_threads(args.threads)
     processes = Processes(args.device)
+    run = new_run(args, processes)  # before the folder: it refuses settings that do not fit
     resume = processes.of_first(lambda: prepare(args.folder(), processes, resume=args.resume))
-    run = new_run(args, processes)
     if resume:
         load(run)
         if processes.first:

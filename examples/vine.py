@@ -13,7 +13,6 @@ convolutions on a GPU, which do not repeat themselves there.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,18 +23,14 @@ from typing import Any, Literal
 import ale_py
 import checkpoint
 import gymnasium as gym
-import numpy as np
 import torch
 import tyro
-from agent import mlp
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.utils import RunningMeanStd
-from normaliser import Normaliser
 from processes import seed_of
-from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch import Tensor
 from tqdm import tqdm
-from train import mean_of_last
+from training_run import mean_of_last
+from vine_agent import Agent
 
 from trpo_optim import Closures, StepReport, TrustRegionOptimizer
 from trpo_optim.rollouts import (
@@ -80,7 +75,7 @@ class Args:
     curvature: float | None = None
     """the share of the states that Fisher-vector products are taken on; None: all"""
     gamma: float = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: float = 0.95
     """GAE's lambda: of the critic's targets, and of single path's advantages"""
     critic_lr: float = 1e-3
@@ -105,80 +100,6 @@ def make_envs(args: Args) -> SyncVectorEnv:
         return gym.wrappers.FrameStackObservation(gym.wrappers.StickyAction(frames, 0.25), 4)
 
     return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-def pixels(outputs: int, gain: float) -> nn.Sequential:
-    """Return the paper's network for Atari: two convolutions of 16 channels, then 20 units."""
-    head = nn.Linear(20, outputs)
-    nn.init.orthogonal_(head.weight, gain)
-    first, second = nn.Conv2d(4, 16, 4, 2), nn.Conv2d(16, 16, 4, 2)
-    body = (nn.Flatten(), nn.Linear(16 * 9 * 9, 20), nn.ReLU(), head)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *body)
-
-
-class Frames:
-    """Subtracts each pixel's mean, and divides by the standard deviation over all pixels.
-
-    Without it Pong's ball is lost in the field.
-    """
-
-    def __init__(self, size: tuple[int, ...], device: str) -> None:
-        self.stats = RunningMeanStd(shape=size)
-        self.device = device
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take over the statistics."""
-        self.mean = torch.as_tensor(self.stats.mean, dtype=torch.float32, device=self.device)
-        self.scale = math.sqrt(self.stats.var.mean())
-
-    def update(self, frames: Tensor) -> None:
-        """Count further frames in, the latest of each stack, (B, K, H, W)."""
-        self.stats.update(frames[:, -1].cpu().numpy())
-        self.refresh()
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        """Return them as numbers, in the layout that convolutions are fastest in on a CPU."""
-        numbers = frames.to(torch.float32, memory_format=torch.channels_last)
-        return ((numbers - self.mean) / self.scale).clamp_(-10, 10)
-
-
-class Agent(nn.Module):
-    """Policy and critic, on observations as the environments give them."""
-
-    def __init__(self, envs: SyncVectorEnv, device: str = "cpu") -> None:
-        super().__init__()
-        space, actions = envs.single_observation_space, envs.single_action_space
-        self.discrete = isinstance(actions, gym.spaces.Discrete)
-        outputs = math.prod(actions.shape or ())
-        if isinstance(actions, gym.spaces.Discrete):
-            outputs = int(actions.n)
-        self.scaled: Frames | Normaliser
-        if space.dtype == np.uint8:
-            self.scaled = Frames((space.shape or ())[1:], device)
-            self.policy, self.critic = pixels(outputs, 0.01), pixels(1, 1.0)
-        else:
-            size = math.prod(space.shape or ())
-            self.scaled = Normaliser(size, device)
-            self.policy, self.critic = mlp(size, 64, outputs, 0.01), mlp(size, 64, 1, 1.0)
-        self.log_std = nn.Parameter(torch.zeros(outputs), requires_grad=not self.discrete)
-        self.to(device)
-
-    def act(self, observations: Tensor) -> Distribution:
-        """Return the distribution over actions."""
-        output = self.policy(self.scaled(observations))
-        if self.discrete:
-            return Categorical(logits=output)
-        return Independent(Normal(output, self.log_std.exp()), 1)
-
-    def value(self, observations: Tensor) -> Tensor:
-        """Return the critic's value, shape (B,)."""
-        value: Tensor = self.critic(self.scaled(observations)).squeeze(-1)
-        return value
-
-    def count(self, observations: Tensor) -> None:
-        """Count observations into the normalisation."""
-        self.scaled.update(observations)
 
 
 @dataclass
@@ -272,7 +193,9 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
             seed=seed,
             device=args.device,
         )
-        closures = partial(policy_closure, agent.act, path, curvature=args.curvature)
+        closures = partial(
+            policy_closure, agent.act, path, standardise=True, curvature=args.curvature
+        )
         return path, closures, int(path.valid.sum())
     batch = vine(
         run.envs,
@@ -281,7 +204,7 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
         states=args.states,
         branches=None if agent.discrete else args.branches,
         horizon=args.horizon,
-        discount=args.gamma,
+        gamma=args.gamma,
         critic=agent.value,
         after=run.end,
         seed=seed,
@@ -299,20 +222,20 @@ def improve(run: Run) -> tuple[StepReport, ValueFit]:
     run.end = path.end
     run.steps += price
     values, following = path.values(agent.value)
-    gains = gae(
+    advantages = gae(
         path.rewards,
         values,
         following,
         path.ends,
-        discount=args.gamma,
+        gamma=args.gamma,
         gae_lambda=args.gae_lambda,
     )
-    report = run.optimizer.step(closures(gains - gains.mean()))
+    report = run.optimizer.step(closures(advantages))
     observations = path.flat(path.observations)
     fit = fit_value(
         agent.value,
         observations,
-        path.flat(gains + values),
+        path.flat(advantages + values),
         run.critic_optimizer,
         epochs=args.critic_epochs,
         minibatch=128,

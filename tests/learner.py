@@ -13,6 +13,7 @@ import normaliser
 import numpy as np
 import torch
 import train
+import training_run
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from processes import Processes
 from torch import Tensor, nn
@@ -91,11 +92,11 @@ class Learner:
         self.optimizer = TrustRegionOptimizer(policy.parameters(), max_kl=max_kl)
 
     def update(
-        self, observations: Tensor, actions: Any, gains: Tensor, mask: Tensor | None = None
+        self, observations: Tensor, actions: Any, advantages: Tensor, mask: Tensor | None = None
     ) -> None:
-        """Take one step; gains are rewards or advantages, of any scale and mean."""
-        chosen = torch.ones_like(gains, dtype=torch.bool) if mask is None else mask
-        advantages = (gains - gains[chosen].mean()) / (gains[chosen].std() + 1e-8)
+        """Take one step; advantages of any scale and mean, or rewards."""
+        chosen = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+        advantages = (advantages - advantages[chosen].mean()) / (advantages[chosen].std() + 1e-8)
         policy_before = copy.deepcopy(self.policy)
         with torch.no_grad():
             old = frozen(self.policy(observations))
@@ -167,6 +168,7 @@ def learn_environment(
     gamma: float,
     critic_lr: float,
     updates: int,
+    batch_size: int = 2000,
 ) -> float:
     """Return the mean return of the last 100 episodes, by the rollouts and GAE of the example.
 
@@ -175,17 +177,23 @@ def learn_environment(
         learner: What acts in it.
         critic: Maps observations to values.
         seed: The environments' seed.
-        gamma: The discount.
+        gamma: The discount factor.
         critic_lr: Adam's learning rate for the critic.
-        updates: How often to learn from 2000 steps of 20 environments.
+        updates: How often to learn from a batch of 20 environments.
+        batch_size: Steps of a batch.
     """
     args = train.Args(
-        seed=seed, num_envs=20, batch_size=2000, gamma=gamma, critic_epochs=10, critic_minibatch=200
+        seed=seed,
+        num_envs=20,
+        batch_size=batch_size,
+        gamma=gamma,
+        critic_epochs=10,
+        critic_minibatch=200,
     )
     policy: Any = learner.policy
     envs = SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     size = math.prod(envs.single_observation_space.shape or ())
-    run = train.Run(
+    run = training_run.Run(
         args=args,
         processes=Processes("cpu"),
         envs=envs,
@@ -199,9 +207,9 @@ def learn_environment(
     )
     for _ in range(updates):
         batch = train.collect(run)
-        gains, targets = train.advantages(run, batch, train.scaled_rewards(run, batch))
+        advantages, targets = train.advantages(run, batch, train.scaled_rewards(run, batch))
         observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
-        learner.update(observations, actions, batch.flat(gains))
+        learner.update(observations, actions, batch.flat(advantages))
         train.fit_critic(run, batch, targets)
         run.update += 1
     envs.close()

@@ -47,11 +47,16 @@ class CategoricalPolicy(nn.Module):
 
 @dataclass
 class Problem:
-    """A policy, the batch that its old self collected, and the closure on both."""
+    """A policy, the batch that its old self collected, and the closure on both.
+
+    Attributes:
+        refused: Why torch.func does not serve, where the optimizer is to know it beforehand.
+    """
 
     policy: nn.Module
     observations: Tensor
     seed: int = 0
+    refused: str = ""
     old: Distribution = field(init=False)
     actions: Tensor = field(init=False)
     advantages: Tensor = field(init=False)
@@ -92,7 +97,9 @@ class Problem:
 
     def optimizer(self, **settings: Any) -> TrustRegionOptimizer:
         """Return an optimizer of the policy."""
-        return TrustRegionOptimizer(self.policy.parameters(), **{"lr": 1.0, **settings})
+        optimizer = TrustRegionOptimizer(self.policy.parameters(), **{"lr": 1.0, **settings})
+        optimizer._engine_choices["parts"].refusal = self.refused
+        return optimizer
 
     def vector(self) -> Tensor:
         """Return a copy of the parameters as one vector."""

@@ -24,7 +24,19 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does
 ROOT = Path(__file__).parent.parent
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "trpo_optim", "problems"])
+CONTEXT.set_forkserver_preload(  # once, and not by every rank of every test
+    [
+        "pytest",
+        "gymnasium.vector",
+        "torch._dynamo.testing",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.nn.parallel",
+        "trpo_optim.rollouts",
+        "problems",
+    ]
+)
 
 
 @dataclass(frozen=True)

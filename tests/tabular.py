@@ -11,7 +11,7 @@ from torch import Tensor
 from trpo_optim.theory import TabularMDP
 
 
-def tabular(env: gym.Env[Any, Any], discount: float) -> TabularMDP:
+def tabular(env: gym.Env[Any, Any], gamma: float) -> TabularMDP:
     """Return an environment of toy text by its table; a further state stands for the end."""
     inner: Any = env.unwrapped
     states, actions = int(inner.observation_space.n), int(inner.action_space.n)
@@ -25,7 +25,7 @@ def tabular(env: gym.Env[Any, Any], discount: float) -> TabularMDP:
                 rewards[state, action] += share * reward
     start = torch.zeros(states + 1, dtype=torch.float64)
     start[:states] = torch.as_tensor(inner.initial_state_distrib)
-    return TabularMDP(transitions, rewards, start, discount)
+    return TabularMDP(transitions, rewards, start, gamma)
 
 
 def table(logits: Tensor) -> Tensor:

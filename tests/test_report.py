@@ -9,13 +9,17 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem
+from pickled import EARLY
+from problems import PROBLEMS, Problem, gaussian
+from torch.utils.tensorboard import SummaryWriter
 
 from trpo_optim import Outcome, StepReport, TrustRegionError
+from trpo_optim.hyperparameters import Hyperparameters
 
 FLOATS = (
     "loss_before",
@@ -31,6 +35,7 @@ FLOATS = (
     "cg_residual",
 )
 COUNTS = ("cg_iterations", "backtracks", "closure_evaluations", "fisher_products")
+TEXTS = {"outcome", "engine", "fallback"}
 FIELDS = tuple(entry.name for entry in dataclasses.fields(StepReport))
 
 REJECTIONS = [outcome for outcome in Outcome if outcome is not Outcome.ACCEPTED]
@@ -66,21 +71,99 @@ def test_no_field_can_be_changed(name: str) -> None:
         setattr(report, name, getattr(report, name))
 
 
-def test_as_dict_holds_every_field_by_name_with_its_value() -> None:
+def test_as_dict_holds_every_figure_by_name_with_its_value() -> None:
     report = full_report()
     values = report.as_dict()
-    assert values.keys() == set(FIELDS) >= {"outcome", "accepted", *FLOATS, *COUNTS}
-    assert values["outcome"] == "ACCEPTED"
-    for name in FIELDS:
-        if name != "outcome":
-            assert values[name] == getattr(report, name)
+    assert values.keys() == set(FIELDS) - TEXTS >= {"accepted", *FLOATS, *COUNTS}
+    for name, value in values.items():
+        assert value == getattr(report, name)
 
 
 @each_outcome
-def test_as_dict_is_flat_and_survives_json(outcome: Outcome) -> None:
-    values = full_report(outcome).as_dict()
-    assert {type(value) for value in values.values()} == {float, int, bool, str}
-    assert json.loads(json.dumps(values)) == values
+def test_as_dict_survives_json_and_loggers(outcome: Outcome, tmp_path: Path) -> None:
+    report = full_report(outcome)
+    values = report.as_dict()
+    assert {type(value) for value in values.values()} == {float, int}
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, value in values.items():
+            writer.add_scalar(name, value)
+
+
+def test_as_dict_leaves_out_what_is_not_finite() -> None:
+    report = StepReport(Outcome.NON_FINITE_LOSS, loss_before=math.nan, curvature=math.inf, kl=0.0)
+    values = report.as_dict()
+    assert not {"loss_before", "curvature", "max_kl"} & values.keys()
+    assert values["kl"] == 0.0
+    assert values["accepted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, r"accepted: KL 0\.009\d of 0\.01, loss -0\.\d+, \d trials, 10 products, torch\.func"),
+        ({"mode": "vanilla", "lr": 1e-3}, r"accepted: KL \S+, loss -\S+, 1 trial, autograd"),
+        ({"lr": 0.0}, r"zero learning rate: 10 products, torch\.func"),
+        (
+            {"max_kl": 3.0, "max_backtracks": 0},
+            r"kl above radius: KL \S+ of 3, loss \S+, 1 trial, 10 products, torch\.func",
+        ),
+    ],
+)
+def test_as_a_string_it_is_one_line(settings: dict[str, Any], line: str) -> None:
+    problem = gaussian()
+    report = problem.optimizer(cg_tolerance=0.0, **settings).step(problem.closure)
+    assert re.fullmatch(line, str(report))
+
+
+@each_outcome
+def test_the_longest_line_is_shorter_than_120_characters(outcome: Outcome) -> None:
+    huge = -1.2345e-300
+    figures: dict[str, Any] = dict.fromkeys(("trial_kl", "trial_loss", "loss_before"), huge)
+    report = StepReport(
+        outcome,
+        **{**figures, "loss_before": 1.0},
+        max_kl=1.2345e-300,
+        backtracks=100,
+        fisher_products=10**6,
+        engine="double backward",
+    )
+    assert len(str(report)) < 120
+    assert "\n" not in str(report)
+    assert str(StepReport(outcome)) == outcome.value.replace("_", " ")
+
+
+def test_early_pickles_load() -> None:
+    optimizer = pickle.loads(EARLY)
+    assert optimizer.last_report.outcome is Outcome.ACCEPTED
+    assert optimizer.last_report.accepted
+    assert optimizer.last_report.kl == pytest.approx(0.0194)
+    assert math.isnan(optimizer.last_report.max_kl)
+    (weight,) = optimizer.param_groups[0]["params"]
+    old = weight.detach().clone()
+    report = optimizer.step(lambda: (-weight.sum(), 0.5 * (weight - old).square().sum()))
+    assert (report.accepted, report.max_kl, report.damping) == (True, 0.02, 0.5)
+
+
+def test_pickles_of_later_versions_load() -> None:
+    """Which may know further hyperparameters and figures."""
+    optimizer = gaussian().optimizer(max_kl=0.02)
+    optimizer.defaults["memory"] = optimizer.param_groups[0]["memory"] = 3
+    report = full_report()
+    object.__setattr__(report, "memory", 3.0)
+    optimizer.last_report = report
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert twin.last_report.kl == report.kl
+    assert twin.param_groups[0]["max_kl"] == 0.02
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in dataclasses.fields(Hyperparameters)])
+def test_a_pickle_without_a_hyperparameter_gets_its_default(name: str) -> None:
+    optimizer = gaussian().optimizer()
+    del optimizer.defaults[name], optimizer.param_groups[0][name]
+    twin = pickle.loads(pickle.dumps(optimizer))
+    default = getattr(Hyperparameters(), name)
+    assert twin.param_groups[0][name] == twin.defaults[name] == default
 
 
 def test_an_unreached_figure_is_nan_and_an_unreached_count_zero() -> None:
@@ -107,14 +190,15 @@ def test_copies_are_equal_and_keep_the_outcome_itself(
 
 @each_outcome
 def test_every_outcome_is_made_of_sentences(outcome: Outcome) -> None:
-    assert re.fullmatch(r"[A-Za-z].*\.", outcome.value)
-    assert "  " not in outcome.value
+    assert re.fullmatch(r"[A-Za-z].*\.", outcome.message)
+    assert "  " not in outcome.message
+    assert outcome.value == outcome.name.lower()
 
 
 @pytest.mark.parametrize("outcome", REJECTIONS, ids=lambda outcome: outcome.name)
 def test_every_rejection_says_that_nothing_moved_and_names_a_remedy(outcome: Outcome) -> None:
-    assert re.search("unchanged|withdrawn", outcome.value)
-    *_, remedy = re.split(r"(?<=\.) ", outcome.value)
+    assert re.search("unchanged|withdrawn", outcome.message)
+    *_, remedy = re.split(r"(?<=\.) ", outcome.message)
     assert re.match("(Look|Check|Lower|Raise|Bound) ", remedy)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["NoClosedFormError", "RankError", "TrustRegionError", "blaming"]
+__all__ = ["NoClosedFormError", "RankError", "RolloutError", "TrustRegionError", "blaming"]
 
 
 class TrustRegionError(ValueError):
@@ -27,6 +28,19 @@ class RankError(TrustRegionError):
 
 class NoClosedFormError(TrustRegionError):
     """The KL of two distributions can only be estimated."""
+
+
+class RolloutError(RuntimeError):
+    """An environment failed during a rollout.
+
+    Attributes:
+        batch: What was collected before the failure, of the type that was asked for. None if
+            nothing was collected.
+    """
+
+    def __init__(self, message: str, batch: Any) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 @contextmanager

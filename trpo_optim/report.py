@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -13,57 +14,86 @@ Engine = Literal["Gauss-Newton", "torch.func", "double backward", "autograd"]
 
 
 class Outcome(enum.Enum):
-    """How a step ended; each value says what happened and what to do about it."""
+    """How a step ended; the values are short names that do not change."""
 
-    ACCEPTED = "The step was taken."
-    ZERO_GRADIENT = (
-        "The gradient of the loss is exactly zero, so there is no direction to go; the parameters "
-        "are unchanged. Look for advantages that are all zero, or a policy that has saturated."
-    )
-    ZERO_LEARNING_RATE = (
-        "lr is 0, so the step has no length; the parameters are unchanged. Raise lr, or stop the "
-        "schedule that lowered it."
-    )
-    NON_FINITE_LOSS = (
-        "The loss is NaN or infinite at the current parameters, which are unchanged. Look for NaN "
-        "in the batch (observations, advantages), for overflow in exp(log_prob - old_log_prob), "
-        "and for actions that are masked out or at the very end of a bounded support."
-    )
-    NON_FINITE_KL = (
-        "The KL is NaN or infinite at the current parameters, which are unchanged. Look for zero "
-        "probabilities or scales in the old or the new distribution, and for another action mask "
-        "in one of them."
-    )
-    NON_FINITE_GRADIENT = (
+    ACCEPTED = "accepted"
+    ZERO_GRADIENT = "zero_gradient"
+    ZERO_LEARNING_RATE = "zero_learning_rate"
+    NON_FINITE_LOSS = "non_finite_loss"
+    NON_FINITE_KL = "non_finite_kl"
+    NON_FINITE_GRADIENT = "non_finite_gradient"
+    NON_FINITE_CURVATURE = "non_finite_curvature"
+    NON_FINITE_TRIAL = "non_finite_trial"
+    NON_POSITIVE_CURVATURE = "non_positive_curvature"
+    KL_ABOVE_RADIUS = "kl_above_radius"
+    NO_IMPROVEMENT = "no_improvement"
+
+    @property
+    def message(self) -> str:
+        """What happened, and what to do about it."""
+        return _MESSAGES[self]
+
+    @classmethod
+    def _missing_(cls, value: object) -> Outcome | None:
+        """Find a member by its message, which was its value in early pickles."""
+        return next((each for each in cls if each.message == value), None)
+
+
+_MESSAGES = {
+    Outcome.ACCEPTED: "The step was taken.",
+    Outcome.ZERO_GRADIENT: (
+        "The gradient of the loss is exactly zero, so there is no direction to go; the "
+        "parameters are unchanged. Look for advantages that are all zero, or a policy that has "
+        "saturated."
+    ),
+    Outcome.ZERO_LEARNING_RATE: (
+        "lr is 0, so the step has no length; the parameters are unchanged. Raise lr, or stop "
+        "the schedule that lowered it."
+    ),
+    Outcome.NON_FINITE_LOSS: (
+        "The loss is NaN or infinite at the current parameters, which are unchanged. Look for "
+        "NaN in the batch (observations, advantages), for overflow in exp(log_prob - "
+        "old_log_prob), and for actions that are masked out or at the very end of a bounded "
+        "support."
+    ),
+    Outcome.NON_FINITE_KL: (
+        "The KL is NaN or infinite at the current parameters, which are unchanged. Look for "
+        "zero probabilities or scales in the old or the new distribution, and for another "
+        "action mask in one of them."
+    ),
+    Outcome.NON_FINITE_GRADIENT: (
         "The gradient of the loss holds NaN or infinity; the parameters are unchanged. Look for "
         "sqrt, log or division at zero, or for overflow, in the policy."
-    )
-    NON_FINITE_CURVATURE = (
+    ),
+    Outcome.NON_FINITE_CURVATURE: (
         "A Fisher-vector product holds NaN or infinity; the parameters are unchanged. Look for "
-        "second derivatives of the KL at a point where it is not smooth (clamp, abs, norm at zero)."
-    )
-    NON_FINITE_TRIAL = (
+        "second derivatives of the KL at a point where it is not smooth (clamp, abs, norm at "
+        "zero)."
+    ),
+    Outcome.NON_FINITE_TRIAL: (
         "The step, or the loss or the KL after it, is NaN or infinite; the step was withdrawn. "
-        "Lower max_kl (mode 'vanilla': lr or max_norm), or bound the policy's scales and logits."
-    )
-    NON_POSITIVE_CURVATURE = (
+        "Lower max_kl (mode 'vanilla': lr or max_norm), or bound the policy's scales and "
+        "logits."
+    ),
+    Outcome.NON_POSITIVE_CURVATURE: (
         "The KL does not curve upwards along the gradient, so no step length follows from the "
-        "radius; the parameters are unchanged. Check that the second value is KL(old || new), not "
-        "its negative nor a mean of log-probabilities (sampled_kl has the right derivatives), that "
-        "the distribution is the third value where it is a Laplace, whose KL has a kink, and that "
-        "the policy has not become deterministic; or raise damping."
-    )
-    KL_ABOVE_RADIUS = (
-        "The line search ended with the KL still above max_kl; the step was withdrawn. Check that "
-        "the closure evaluates the same batch each time; raise damping, cg_iterations or "
+        "radius; the parameters are unchanged. Check that the second value is KL(old || new), "
+        "not its negative nor a mean of log-probabilities (sampled_kl has the right "
+        "derivatives), that the distribution is the third value where it is a Laplace, whose KL "
+        "has a kink, and that the policy has not become deterministic; or raise damping."
+    ),
+    Outcome.KL_ABOVE_RADIUS: (
+        "The line search ended with the KL still above max_kl; the step was withdrawn. Check "
+        "that the closure evaluates the same batch each time; raise damping, cg_iterations or "
         "max_backtracks."
-    )
-    NO_IMPROVEMENT = (
+    ),
+    Outcome.NO_IMPROVEMENT: (
         "The line search ended without enough improvement of the loss; the step was withdrawn. "
-        "Lower max_kl, use a larger batch, lower improvement_ratio or raise max_backtracks; if it "
-        "happens at every step, check that the loss depends on the parameters' values and that the "
-        "closure evaluates the same batch each time."
-    )
+        "Lower max_kl, use a larger batch, lower improvement_ratio or raise max_backtracks; if "
+        "it happens at every step, check that the loss depends on the parameters' values and "
+        "that the closure evaluates the same batch each time."
+    ),
+}
 
 
 _NAN = float("nan")
@@ -107,11 +137,13 @@ class StepReport:
         closure_evaluations: How often a closure was called, all of a step's together; with a
             process group, on the rank that called most.
         fisher_products: How many Fisher-vector products were made.
-        engine: What differentiated the closure: ``"Gauss-Newton"`` where its third value allows,
-            else ``"double backward"``, ``"torch.func"`` where that was refused, or ``"autograd"``
-            for first derivatives alone (mode ``"vanilla"``).
-        fallback: Why a third value did not make the products Gauss–Newton, and the Hessian was
-            taken; empty where it did, or where there was none.
+        engine: What differentiated the closure. ``"Gauss-Newton"``: its third value served.
+            ``"torch.func"``: it returned two values. ``"double backward"``: neither was possible.
+            ``"autograd"``: first derivatives alone (mode ``"vanilla"``). Of several closures with
+            different engines, the last of these. Empty: the step did not come so far.
+        fallback: Why the products are not Gauss–Newton, which is the fastest engine. Empty if they
+            are, and in mode ``"vanilla"``.
+        max_kl: The radius δ, in nats; NaN without one, and in mode ``"vanilla"``.
     """
 
     outcome: Outcome
@@ -138,6 +170,7 @@ class StepReport:
     fisher_products: int = 0
     engine: Engine | Literal[""] = ""
     fallback: str = ""
+    max_kl: float = _NAN
 
     def __post_init__(self) -> None:
         """Derive ``accepted`` from the outcome, so that the two cannot disagree."""
@@ -151,7 +184,37 @@ class StepReport:
         """Hash as reports compare."""
         return hash(repr(self))
 
-    def as_dict(self) -> dict[str, float | int | bool | str]:
-        """Return every field by name, flat, for loggers; the outcome by its name."""
+    def __str__(self) -> str:
+        """Return the step in one line of less than 120 characters."""
+        facts = []
+        if math.isfinite(self.trial_kl):
+            radius = f" of {self.max_kl:.3g}" if math.isfinite(self.max_kl) else ""
+            change = self.trial_loss - self.loss_before
+            facts += [f"KL {self.trial_kl:.2g}{radius}", f"loss {change:+.2g}"]
+        if not math.isnan(self.trial_loss):
+            facts.append(_counted(self.backtracks + 1, "trial"))
+        if self.fisher_products:
+            facts.append(_counted(self.fisher_products, "product"))
+        if self.engine:
+            facts.append(self.engine)
+        return ": ".join(filter(None, [self.outcome.value.replace("_", " "), ", ".join(facts)]))
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures that are finite, by name, for loggers.
+
+        Texts are attributes alone. ``accepted`` is 1 or 0. Figures that are NaN or infinite are
+        left out.
+
+        Returns:
+            Plain numbers, ready for TensorBoard, ``log_dict`` and ``json``.
+        """
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {**values, "outcome": self.outcome.name}
+        return {
+            name: int(value) if isinstance(value, bool) else value
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"

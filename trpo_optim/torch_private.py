@@ -40,6 +40,7 @@ __all__ = [
     "is_transformed",
     "kl_of_bases",
     "kl_rule",
+    "mps_generator",
     "norm_of_each",
     "outside_transforms",
     "pop_mode",
@@ -62,6 +63,11 @@ def untransformed(tensor: Tensor) -> Tensor:
     while is_transformed(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def mps_generator() -> torch.Generator:
+    """Return the generator that random numbers on MPS are drawn from."""
+    return torch.mps._get_default_mps_generator()
 
 
 def compiler_is_imported() -> bool:

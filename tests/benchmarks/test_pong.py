@@ -9,7 +9,6 @@ from typing import Any
 import pong
 import pytest
 from pong import finished, recorded, settings_of
-from pong_report import pong_part
 from results import write_archive
 
 
@@ -47,28 +46,3 @@ def test_a_setting_that_is_gone_is_named(archive: Path) -> None:
     write_archive([{"scheme": "single-path", "seed": 0, "settings": old}], archive)
     with pytest.raises(SystemExit, match="gone 3 -> None"):
         finished()
-
-
-def test_the_pages_part_has_a_row_for_each_run_and_a_picture(archive: Path, tmp_path: Path) -> None:
-    runs: list[dict[str, Any]] = [{"scheme": "random", "seed": 0, "sampled": [-21.0, -20.0]}]
-    runs += [
-        {
-            "scheme": "vine",
-            "seed": seed,
-            "settings": recorded(settings_of("vine", seed)),
-            "seconds": 90,
-            "episodes": [[step, -21 + step / 10] for step in range(30)],
-            "sampled": [-20.0, -18.0],
-            "deterministic": [-19.0, -15.0],
-        }
-        for seed in (1, 0)
-    ]
-    write_archive([{"deterministic": [], **run} for run in runs], archive)
-    part = pong_part(tmp_path / "pong.png")
-    rows = [line for line in part.splitlines() if line.startswith(("| vine", "| random"))]
-    assert rows == [
-        "| vine | 0 | 1 400 000 | 2 | 30 | -19.0 ± 1.0 | -17.0 ± 2.0 |",
-        "| vine | 1 | 1 400 000 | 2 | 30 | -19.0 ± 1.0 | -17.0 ± 2.0 |",
-        "| random | 0 | – | – | – | -20.5 ± 0.5 | – |",
-    ]
-    assert (tmp_path / "pong.png").stat().st_size > 10_000

@@ -1,139 +1,20 @@
-"""A step is whole or nothing, wherever it is interrupted."""
+"""Buffers, gradients and randomness are put back, whatever writes them."""
 
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from problems import CategoricalPolicy, Problem, Snapshot, gaussian, give_gradients, switches
+from problem_with_statistics import Statistics, small_problem, take_a_step
+from problems import Problem, gaussian
 from torch import Tensor, nn
-from torch.nn.modules import module as module_registry
 
-import trpo_optim
-from trpo_optim import StepReport, TrustRegionOptimizer
-from trpo_optim.closure import torch_switches
-
-PACKAGE = str(Path(trpo_optim.__file__).parent)
-
-
-class Statistics(nn.Module):
-    """Writes one buffer in every way there is, and replaces another."""
-
-    written: Tensor
-    replaced: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("written", "replaced"):
-            self.register_buffer(name, torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.written += 1
-        self.written.mul_(2)
-        self.written[0] = 5
-        self.written[:2].add_(3)
-        self.written.data.mul_(0.9)
-        torch.add(self.written, 1, out=self.written)
-        self.replaced = self.replaced + 1
-        return x
-
-
-def small_problem() -> Problem:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(2, 3), Statistics(), nn.Dropout(0.2), nn.Linear(3, 2))
-    problem = Problem(CategoricalPolicy(network), torch.randn(6, 2))
-    give_gradients(problem.policy)
-    return problem
-
-
-def take_a_step(problem: Problem, *, rejected: bool = False, mode: str = "trpo") -> StepReport:
-    def closure() -> tuple[Tensor, Tensor]:
-        loss, kl = problem.closure()
-        return loss, (kl if torch.is_grad_enabled() or not rejected else kl * float("nan"))
-
-    optimizer = problem.optimizer(mode=mode, cg_iterations=1, damping=1e-3)
-    report = optimizer.step(closure)
-    assert report.accepted is not rejected
-    return report
-
-
-@contextmanager
-def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[None]:
-    """Raise KeyboardInterrupt before the n-th line that the package executes."""
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            seen.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(seen) == number:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-def lines_of_a_step(rejected: bool, mode: str) -> list[tuple[str, int]]:
-    seen: list[tuple[str, int]] = []
-    with interrupted_at_line(-1, seen):
-        take_a_step(small_problem(), rejected=rejected, mode=mode)
-    return seen
-
-
-def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
-    """Return the first and the last time that each line runs, by number."""
-    first = {line: index + 1 for index, line in reversed(list(enumerate(lines)))}
-    last = {line: index + 1 for index, line in enumerate(lines)}
-    return sorted({*first.values(), *last.values()})
-
-
-@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
-@pytest.mark.parametrize("rejected", [False, True])
-def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
-    rejected: bool, mode: str
-) -> None:
-    finished = small_problem()
-    take_a_step(finished, rejected=rejected, mode=mode)
-    after = Snapshot.of(finished.policy)
-    hooks = dict(module_registry._global_buffer_registration_hooks)
-    numbers = worth_interrupting(lines_of_a_step(rejected, mode))
-    assert len(numbers) > 150
-    outcomes = set()
-    for number in numbers:
-        problem = small_problem()
-        before = Snapshot.of(problem.policy)
-        seen: list[tuple[str, int]] = []
-        with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, seen):
-            take_a_step(problem, rejected=rejected, mode=mode)
-        now = Snapshot.of(problem.policy)
-        changed = before.differences(now)
-        if "switches" in changed and seen[-1][0] == torch_switches.__file__:
-            changed.remove("switches")  # nothing puts back what a line should that was interrupted
-            torch.backends.mha.set_fastpath_enabled(True)
-            torch.compiler.set_stance("default")
-            assert before.switches == switches()
-        if changed:
-            parameters = {name for name, _ in problem.policy.named_parameters()}
-            assert set(changed) <= parameters, (seen[-1], changed)
-            assert torch.equal(problem.vector(), finished.vector()), seen[-1]
-        outcomes.add(bool(changed))
-        assert module_registry._global_buffer_registration_hooks == hooks, seen[-1]
-    assert False in outcomes
-    assert after.training == Snapshot.of(finished.policy).training
+from trpo_optim import TrustRegionOptimizer
 
 
 @pytest.mark.parametrize("rejected", [False, True])

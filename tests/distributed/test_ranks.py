@@ -21,8 +21,9 @@ from torch.distributions import Categorical, kl_divergence
 from trpo_optim import StepReport, TrustRegionOptimizer, joint_kl
 from trpo_optim.rollouts import policy_closure, single_path
 
+pytestmark = pytest.mark.ranks
+
 SAMPLES = 96
-STEPS = 20
 
 Cut = list[list[int]]
 """For every rank the sizes of its closures' batches, one after the other."""
@@ -47,13 +48,20 @@ def problem(dtype: torch.dtype, device: str = "cpu") -> Problem:
 
 
 def trained(
-    task: Problem, group: Any, rank: int, cut: Cut, *, third: bool, settings: dict[str, Any]
+    task: Problem,
+    group: Any,
+    rank: int,
+    cut: Cut,
+    *,
+    steps: int,
+    third: bool,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, list[StepReport]]:
     """Take steps on batches of which this rank has its share."""
     like = task.observations
     optimizer = task.optimizer(process_group=group, **settings)
     reports = []
-    for step in range(STEPS):
+    for step in range(steps):
         torch.manual_seed(step)
         observations, noise, advantages = (
             torch.randn(SAMPLES, *size, dtype=like.dtype).to(like) for size in ((4,), (2,), ())
@@ -103,35 +111,48 @@ VARIANTS: list[Variant] = [
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def all_variants(rank: int, cut: Cut, device: str = "cpu") -> list[tuple[Tensor, list[StepReport]]]:
+def all_variants(
+    rank: int, cut: Cut, steps: int, device: str = "cpu"
+) -> list[tuple[Tensor, list[StepReport]]]:
     """Train in all modes and both precisions, with and without the third value."""
     group = dist.group.WORLD if dist.is_initialized() else None
     found = []
     for mode, dtype, third in VARIANTS:
         settings = {"mode": mode, **({"lr": 0.1} if mode == "vanilla" else {})}
         task = problem(dtype, device)
-        found.append(trained(task, group, rank, cut, third=third, settings=settings))
+        found.append(trained(task, group, rank, cut, steps=steps, third=third, settings=settings))
     return found
 
 
 @functools.cache
-def by_one_process(device: str = "cpu") -> list[tuple[Tensor, list[StepReport]]]:
+def by_one_process(steps: int, device: str = "cpu") -> list[tuple[Tensor, list[StepReport]]]:
     """Train without a group, on every sample."""
-    return all_variants(0, [[SAMPLES]], device)
+    return all_variants(0, [[SAMPLES]], steps, device)
+
+
+ONE_OF_EACH_KIND = ["1", "2 uneven", "3, one of weight 0", "3 in micro-batches, unlike"]
 
 
 @pytest.mark.no_cover
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_steps_are_those_of_one_process(cut: Cut) -> None:
-    require_the_same(by_one_process(), values_of(on_ranks(len(cut), all_variants, cut)))
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *((name, 5) for name in ONE_OF_EACH_KIND),
+        *(pytest.param(name, 20, marks=pytest.mark.thorough) for name in CUTS),
+    ],
+)
+def test_steps_are_those_of_one_process(name: str, steps: int) -> None:
+    cut = CUTS[name]
+    found = values_of(on_ranks(len(cut), all_variants, cut, steps))
+    require_the_same(by_one_process(steps), found)
 
 
 @needs_gpu
 @pytest.mark.parametrize(("backend", "cut"), [("nccl", CUTS["1"]), ("gloo", CUTS["2 uneven"])])
 def test_steps_on_a_gpu_are_those_of_one_process(backend: str, cut: Cut) -> None:
     """NCCL takes one rank a card, gloo several."""
-    found = values_of(on_ranks(len(cut), all_variants, cut, "cuda", backend=backend))
-    require_the_same(by_one_process("cuda"), found)
+    found = values_of(on_ranks(len(cut), all_variants, cut, 20, "cuda", backend=backend))
+    require_the_same(by_one_process(20, "cuda"), found)
 
 
 def require_the_same(alone: Sequence[Any], found: Sequence[Any]) -> None:

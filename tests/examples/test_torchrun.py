@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ import torch
 from devices import needs_gpu
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
-STEPS = 32_768
+STEPS = 10_240
+"""Of a run that is killed halfway: ten updates, saved after five."""
+
+SOLVED = 32_768
 """By when two processes have solved CartPole-v1."""
 
 HOSTS = ("10.77.0.1", "10.77.0.2")
 NAMES = [f"trpo{os.getpid()}{host}" for host in "ab"]
 """Their network namespaces, and the ends of the cable between them."""
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.ranks, pytest.mark.learns, pytest.mark.timeout(900)]
 
 
 def torchrun(
@@ -45,7 +49,7 @@ def torchrun(
         [*command, "--run-dir", str(folder)],
         env={
             **os.environ,
-            "PYTHONPATH": str(SCRIPT.parent),
+            "PYTHONPATH": f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             "GLOO_SOCKET_IFNAME": interface,
             "OMP_NUM_THREADS": "1",
         },
@@ -61,7 +65,7 @@ def one_host(folder: Path, **more: Any) -> list[subprocess.Popen[str]]:
     return [torchrun(folder, "--standalone", "--nproc-per-node", "2", **more)]
 
 
-def two_hosts(folder: Path) -> list[subprocess.Popen[str]]:
+def two_hosts(folder: Path, **more: Any) -> list[subprocess.Popen[str]]:
     """Start one process on each of two hosts, which meet at an address of the first."""
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "trpo"]
     meeting += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOSTS[0]}:29400"]
@@ -71,6 +75,7 @@ def two_hosts(folder: Path) -> list[subprocess.Popen[str]]:
             *meeting,
             *("--rdzv-conf", f"is_host={int(host == 0)}", "--local-addr", address),
             host=host,
+            **more,
         )
         for host, address in enumerate(HOSTS)
     ]
@@ -147,39 +152,6 @@ def killed_halfway(launchers: list[subprocess.Popen[str]], folder: Path) -> str:
     return finished(launchers)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Train on one host without a loss."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finished(one_host(folder))
-    return checkpoint(folder)
-
-
-def test_two_processes_solve_cartpole(undisturbed: dict[str, Any]) -> None:
-    returns = [value for _, value in undisturbed["episodes"][-20:]]
-    assert sum(returns) / len(returns) >= 475
-    assert len(undisturbed["processes"]) == 2
-
-
-@pytest.mark.parametrize("start", [one_host, two_hosts])
-def test_where_one_is_killed_halfway_they_come_to_the_same_end(
-    start: Callable[[Path], list[subprocess.Popen[str]]],
-    tmp_path: Path,
-    undisturbed: dict[str, Any],
-) -> None:
-    apart = start is two_hosts
-    if apart and not namespaces_allowed():
-        pytest.skip("two hosts take the right to make network namespaces")
-    with network() if apart else nullcontext():
-        assert "exitcode: -9" in killed_halfway(start(tmp_path), tmp_path)
-    killed = checkpoint(tmp_path)
-    for name in ("policy", "critic"):
-        for key, value in undisturbed[name].items():
-            assert torch.equal(value, killed[name][key]), key
-    assert killed["episodes"] == undisturbed["episodes"]
-    assert killed["kls"] == undisturbed["kls"]
-
-
 END = """
 from pathlib import Path
 
@@ -200,13 +172,56 @@ print(f"rank {rank}: {len(before)} threads before, {len(gloo())} after", flush=T
 """
 
 
-def test_no_thread_of_gloo_s_is_left_to_abort_a_process_that_ends(tmp_path: Path) -> None:
-    script = tmp_path / "end.py"
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run on one host without a loss: what it saved and what it printed."""
+
+    saved: dict[str, Any]
+    output: str
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    script = folder / "end.py"
     script.write_text(END, "utf-8")
-    output = finished(one_host(tmp_path / "run", script=script, steps=1024))
+    output = finished(one_host(folder / "run", script=script))
+    return Undisturbed(checkpoint(folder / "run"), output)
+
+
+def test_no_thread_of_gloo_s_is_left_to_abort_a_process_that_ends(
+    undisturbed: Undisturbed,
+) -> None:
     for rank in range(2):
         ended = rf"rank {rank}: [1-9]\d* threads before, 0 after"
-        assert re.search(ended, output), output
+        assert re.search(ended, undisturbed.output), undisturbed.output
+
+
+@pytest.mark.parametrize("start", [one_host, pytest.param(two_hosts, marks=pytest.mark.thorough)])
+def test_where_one_is_killed_halfway_they_come_to_the_same_end(
+    start: Callable[[Path], list[subprocess.Popen[str]]], tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    apart = start is two_hosts
+    if apart and not namespaces_allowed():
+        pytest.skip("two hosts take the right to make network namespaces")
+    with network() if apart else nullcontext():
+        assert "exitcode: -9" in killed_halfway(start(tmp_path), tmp_path)
+    whole, killed = undisturbed.saved, checkpoint(tmp_path)
+    assert len(whole["processes"]) == 2
+    for name in ("policy", "critic"):
+        for key, value in whole[name].items():
+            assert torch.equal(value, killed[name][key]), key
+    assert killed["episodes"] == whole["episodes"]
+    assert killed["kls"] == whole["kls"]
+
+
+@pytest.mark.thorough
+def test_two_processes_solve_cartpole(tmp_path: Path) -> None:
+    finished(one_host(tmp_path, steps=SOLVED))
+    saved = checkpoint(tmp_path)
+    returns = [value for _, value in saved["episodes"][-20:]]
+    assert sum(returns) / len(returns) >= 475
+    assert len(saved["processes"]) == 2
 
 
 @needs_gpu

@@ -129,7 +129,7 @@ def test_temporal_differences_are_the_true_advantages(mode: AutoresetMode, limit
         vector(lake, 4, mode), lambda states: Categorical(logits=logits[states]), steps=150, seed=0
     )
     values, following = batch.values(lambda states: true_values[states].float())
-    found = gae(batch.rewards, values, following, batch.ends, discount=0.9, gae_lambda=0.0)
+    found = gae(batch.rewards, values, following, batch.ends, gamma=0.9, gae_lambda=0.0)
     expected = true_advantages[batch.observations, batch.actions].float()
     torch.testing.assert_close(batch.flat(found), batch.flat(expected), rtol=0, atol=1e-6)
     assert batch.terminated.any()

@@ -40,15 +40,15 @@ def test_it_is_the_exact_surrogate_when_every_action_is_weighted_by_its_share() 
     old, new, q = (
         torch.randn((5, 3), generator=noise, dtype=torch.float64).softmax(1) for _ in range(3)
     )
-    share = (1 - mdp.discount) * mdp.visitation(old)[:, None] * q  # of each (s, a), sums to 1
-    for gains in (mdp.action_values(old), mdp.advantages(old)):
+    share = (1 - mdp.gamma) * mdp.visitation(old)[:, None] * q  # of each (s, a), sums to 1
+    for advantages in (mdp.action_values(old), mdp.advantages(old)):
         weights = (share * share.numel()).reshape(-1)
         loss = surrogate(
-            new.log().reshape(-1), q.log().reshape(-1), gains.reshape(-1), weights=weights
+            new.log().reshape(-1), q.log().reshape(-1), advantages.reshape(-1), weights=weights
         )
-        expected = (1 - mdp.discount) * float(mdp.visitation(old) @ (new * gains).sum(1))
+        expected = (1 - mdp.gamma) * float(mdp.visitation(old) @ (new * advantages).sum(1))
         assert float(loss.detach()) == pytest.approx(-expected, abs=1e-12)
-    rise = (mdp.surrogate(old, new) - mdp.expected_return(old)) * (1 - mdp.discount)
+    rise = (mdp.surrogate(old, new) - mdp.expected_return(old)) * (1 - mdp.gamma)
     assert float(loss.detach()) == pytest.approx(-rise, abs=1e-12)
 
 
@@ -101,19 +101,19 @@ def recurrent() -> tuple[Recurrent, SinglePathBatch, Tensor]:
     policy = Recurrent()
     start = (torch.zeros(1, 4, 8),)
     envs = pendulum()
-    first = single_path(envs, policy, steps=50, state=start, seed=0)
-    batch = single_path(envs, policy, steps=50, after=first)
-    return policy, batch, torch.randn(50, 4).masked_fill(~batch.valid, math.nan)
+    first = single_path(envs, policy, steps=20, state=start, seed=0)
+    batch = single_path(envs, policy, steps=20, after=first)
+    return policy, batch, torch.randn(20, 4).masked_fill(~batch.valid, math.nan)
 
 
 def vector_of(policy: nn.Module) -> Tensor:
     return torch.cat([each.detach().reshape(-1).clone() for each in policy.parameters()])
 
 
-def by_hand(policy: Any, batch: SinglePathBatch, gains: Tensor, bonus: float = 0.0) -> Any:
+def by_hand(policy: Any, batch: SinglePathBatch, advantages: Tensor, bonus: float = 0.0) -> Any:
     """The closure as one writes it oneself."""
     observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
-    gain = batch.flat(gains)
+    advantages = batch.flat(advantages)
     with torch.no_grad():
         old = frozen(policy(observations))
         old_log_prob = log_prob(old, actions)
@@ -121,7 +121,7 @@ def by_hand(policy: Any, batch: SinglePathBatch, gains: Tensor, bonus: float = 0
     def closure() -> tuple[Tensor, Tensor]:
         dist = policy(observations)
         ratio = (dist.log_prob(actions) - old_log_prob).exp()
-        loss = -(ratio * gain).mean() - bonus * dist.entropy().mean()
+        loss = -(ratio * advantages).mean() - bonus * dist.entropy().mean()
         return loss, mean_kl(old, dist)
 
     return closure
@@ -133,12 +133,14 @@ def by_hand(policy: Any, batch: SinglePathBatch, gains: Tensor, bonus: float = 0
 def test_the_built_closure_takes_the_handwritten_ones_step(
     micro_batch: int | None, bonus: float, device: str
 ) -> None:
-    policy, batch, gains = feedforward(device=device)
+    policy, batch, advantages = feedforward(device=device)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    expected = TrustRegionOptimizer(policy.parameters()).step(by_hand(policy, batch, gains, bonus))
+    expected = TrustRegionOptimizer(policy.parameters()).step(
+        by_hand(policy, batch, advantages, bonus)
+    )
     wanted = vector_of(policy)
     policy.load_state_dict(before)
-    built = policy_closure(policy, batch, gains, entropy_bonus=bonus, micro_batch=micro_batch)
+    built = policy_closure(policy, batch, advantages, entropy_bonus=bonus, micro_batch=micro_batch)
     report = TrustRegionOptimizer(policy.parameters()).step(built)
     torch.testing.assert_close(vector_of(policy), wanted, rtol=1e-4, atol=1e-6)
     assert report.kl == pytest.approx(expected.kl, rel=1e-3)
@@ -149,7 +151,7 @@ def test_the_built_closure_takes_the_handwritten_ones_step(
 
 @each_device
 def test_curvature_is_taken_on_a_share_drawn_by_the_generator(device: str) -> None:
-    policy, batch, gains = feedforward(device=device)
+    policy, batch, advantages = feedforward(device=device)
     rows = []
 
     def watched(seen: Tensor) -> Distribution:
@@ -158,13 +160,13 @@ def test_curvature_is_taken_on_a_share_drawn_by_the_generator(device: str) -> No
         return dist
 
     noise = torch.Generator().manual_seed(3)
-    built = policy_closure(watched, batch, gains, curvature=0.1, generator=noise)
+    built = policy_closure(watched, batch, advantages, curvature=0.1, generator=noise)
     count = int(batch.valid.sum())
     assert sorted(rows) == sorted([count, round(0.1 * count)])
     assert built.curvature is not None
     first = built.curvature()[1]
     again = policy_closure(
-        policy, batch, gains, curvature=0.1, generator=torch.Generator().manual_seed(3)
+        policy, batch, advantages, curvature=0.1, generator=torch.Generator().manual_seed(3)
     )
     assert again.curvature is not None
     assert torch.equal(first, again.curvature()[1])
@@ -175,10 +177,10 @@ def test_curvature_is_taken_on_a_share_drawn_by_the_generator(device: str) -> No
     "options", [{}, {"micro_batch": 64}, {"curvature": 0.2}, {"curvature": 0.2, "micro_batch": 64}]
 )
 def test_dropout_masks_are_those_of_the_step_that_follows(options: dict[str, Any]) -> None:
-    policy, batch, gains = feedforward()
+    policy, batch, advantages = feedforward()
     policy.network.insert(2, nn.Dropout(0.3))
     report = TrustRegionOptimizer(policy.parameters()).step(
-        policy_closure(policy, batch, gains, **options)
+        policy_closure(policy, batch, advantages, **options)
     )
     assert report.accepted
 
@@ -201,8 +203,8 @@ def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
     acted = torch.stack(
         [dist.log_prob(each[None])[0] for dist, each in zip(logs, batch.actions, strict=True)]
     )
-    gains = torch.ones(30, 4)
-    (closure,) = policy_closure(policy, batch, gains, sampling_log_prob=acted).parts
+    advantages = torch.ones(30, 4)
+    (closure,) = policy_closure(policy, batch, advantages, sampling_log_prob=acted).parts
     loss, kl, _ = closure()  # type: ignore[misc]  # with a distribution
     assert float(loss.detach()) == pytest.approx(-1.0, abs=1e-5)  # every ratio is one
     assert kl.shape == (int(batch.valid.sum()),)
@@ -211,38 +213,38 @@ def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
 def test_a_recurrent_policys_step_is_the_same_in_parts_of_environments() -> None:
     found = []
     for micro_batch in (None, 1, 3):
-        policy, batch, gains = recurrent()
-        built = policy_closure(policy, batch, gains, micro_batch=micro_batch)
+        policy, batch, advantages = recurrent()
+        built = policy_closure(policy, batch, advantages, micro_batch=micro_batch)
         assert len(built.parts) == {None: 1, 1: 4, 3: 2}[micro_batch]
         report = TrustRegionOptimizer(policy.parameters()).step(built)
         assert report.accepted
         found.append(vector_of(policy))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-5)
-    policy, batch, gains = recurrent()
-    built = policy_closure(policy, batch, gains, curvature=0.5)
+    policy, batch, advantages = recurrent()
+    built = policy_closure(policy, batch, advantages, curvature=0.5)
     assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
 
 
 def test_data_of_an_earlier_policy_counts_by_its_weights() -> None:
-    policy, batch, gains = feedforward()
+    policy, batch, advantages = feedforward()
     with torch.no_grad():
         behaviour = policy(batch.observations).log_prob(batch.actions)
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
         present = policy(batch.observations).log_prob(batch.actions)
     weights = trajectory_weights(present - behaviour, batch.starts, largest=5.0)
-    built = policy_closure(policy, batch, gains, weights=weights, sampling_log_prob=behaviour)
+    built = policy_closure(policy, batch, advantages, weights=weights, sampling_log_prob=behaviour)
     loss = built()[0]
-    expected = (weights * (present - behaviour).exp() * gains)[batch.valid].mean()
+    expected = (weights * (present - behaviour).exp() * advantages)[batch.valid].mean()
     assert float(loss.detach()) == pytest.approx(-float(expected), rel=1e-4)
     assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
 
 
 def test_a_kl_without_a_closed_form_is_estimated_on_the_actions() -> None:
-    policy, batch, gains = feedforward()
+    policy, batch, advantages = feedforward()
     report = TrustRegionOptimizer(policy.parameters()).step(
-        policy_closure(policy, batch, gains, sampled=True)
+        policy_closure(policy, batch, advantages, sampled=True)
     )
     assert report.accepted
     assert 0 < report.kl <= 0.01
@@ -251,14 +253,14 @@ def test_a_kl_without_a_closed_form_is_estimated_on_the_actions() -> None:
 @each_device
 def test_the_kit_finds_no_fault_with_built_closures(device: str) -> None:
     for micro_batch in (None, 100):
-        policy, batch, gains = feedforward(device=device)
-        built = policy_closure(policy, batch, gains, micro_batch=micro_batch)
+        policy, batch, advantages = feedforward(device=device)
+        built = policy_closure(policy, batch, advantages, micro_batch=micro_batch)
         assert check_closure(built, policy.parameters()).passed
 
 
 def test_called_the_parts_are_their_weighted_mean() -> None:
-    policy, batch, gains = feedforward()
-    whole, parts = (policy_closure(policy, batch, gains, micro_batch=n) for n in (None, 60))
+    policy, batch, advantages = feedforward()
+    whole, parts = (policy_closure(policy, batch, advantages, micro_batch=n) for n in (None, 60))
     loss, kl = parts()[:2]
     assert float(loss.detach()) == pytest.approx(float(whole()[0].detach()), rel=1e-5)
     assert kl.shape == ()
@@ -266,38 +268,38 @@ def test_called_the_parts_are_their_weighted_mean() -> None:
 
 
 def test_closures_bring_their_own_weights_and_curvature() -> None:
-    policy, batch, gains = feedforward()
-    built = policy_closure(policy, batch, gains)
+    policy, batch, advantages = feedforward()
+    built = policy_closure(policy, batch, advantages)
     with pytest.raises(TrustRegionError, match="Closures, which have their own"):
         TrustRegionOptimizer(policy.parameters()).step(built, curvature=built)
 
 
-POLICY, BATCH, GAINS = feedforward()
+POLICY, BATCH, ADVANTAGES = feedforward()
 ROW = torch.zeros(4)
 
 
-def building(gains: Tensor = GAINS, **options: Any) -> Callable[[], object]:
-    return lambda: policy_closure(POLICY, BATCH, gains, **options)
+def building(advantages: Tensor = ADVANTAGES, **options: Any) -> Callable[[], object]:
+    return lambda: policy_closure(POLICY, BATCH, advantages, **options)
 
 
 def one_nan() -> Tensor:
-    gains = torch.zeros(50, 4)
-    gains[7, 2] = math.nan
-    return gains
+    advantages = torch.zeros(50, 4)
+    advantages[7, 2] = math.nan
+    return advantages
 
 
 def nothing_valid() -> object:
     batch = feedforward()[1]
     batch.valid[:] = False
-    return policy_closure(POLICY, batch, GAINS)
+    return policy_closure(POLICY, batch, ADVANTAGES)
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "gains of flat rows": (
+    "advantages of flat rows": (
         building(torch.zeros(200)),
-        r"gains has shape \(200,\) and the batch \(50, 4\)",
+        r"advantages has shape \(200,\) and the batch \(50, 4\)",
     ),
-    "NaN gains": (building(one_nan()), "gains is nan at step 7 of environment 2"),
+    "NaN advantages": (building(one_nan()), "advantages is nan at step 7 of environment 2"),
     "infinite weights": (
         building(weights=torch.full((50, 4), math.inf)),
         "weights is inf at step 0 of environment 0",
@@ -307,11 +309,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "weights holds -0.5; a weight is a ratio",
     ),
     "a batch of another kind": (
-        lambda: policy_closure(POLICY, (BATCH, GAINS), GAINS),  # type: ignore[arg-type]  # the mistake
+        lambda: policy_closure(POLICY, (BATCH, ADVANTAGES), ADVANTAGES),  # type: ignore[arg-type]  # the mistake
         "got a tuple; it takes what single_path",
     ),
     "an action's dimensions apart": (
-        lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, GAINS),
+        lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, ADVANTAGES),
         r"log-probabilities have shape \(\d+, 1\) and there are \d+ rows.*Independent",
     ),
     "an empty batch": (nothing_valid, "none of its rows is valid"),
@@ -323,7 +325,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         building(sampled=True, sampling_log_prob=torch.zeros(50, 4)),
         "needs actions of the old policy",
     ),
-    "lengths": (lambda: surrogate(ROW, ROW, ROW[:2]), r"gains has shape \(2,\)"),
+    "lengths": (lambda: surrogate(ROW, ROW, ROW[:2]), r"advantages has shape \(2,\)"),
     "a column": (
         lambda: surrogate(ROW, ROW[:, None], ROW),
         r"sampling_log_prob has shape \(4, 1\)",
@@ -349,6 +351,8 @@ def test_discrete_actions_with_whole_episodes_and_idle_environments() -> None:
     envs = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync")
     policy = lambda seen: Categorical(logits=network(seen))  # noqa: E731
     batch = single_path(envs, policy, episodes=3, seed=0)
-    gains = torch.randn(batch.rewards.shape)
-    report = TrustRegionOptimizer(network.parameters()).step(policy_closure(policy, batch, gains))
+    advantages = torch.randn(batch.rewards.shape)
+    report = TrustRegionOptimizer(network.parameters()).step(
+        policy_closure(policy, batch, advantages)
+    )
     assert report.accepted

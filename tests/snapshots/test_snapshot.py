@@ -18,6 +18,7 @@ import pytest
 import torch
 from gymnasium import wrappers
 from gymnasium.vector import SyncVectorEnv
+from profiles import problems
 from torch import nn
 
 from trpo_optim import TrustRegionError
@@ -101,7 +102,7 @@ def begun(env_id: str) -> Env:
 def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:
     env_ids = ADAPTERS[adapter]
     lengths = random.Random(0)
-    pairs = 1000 // len(env_ids) + 1
+    pairs = problems() // len(env_ids) + 1
     for env_id in env_ids:
         env = begun(env_id)
         states: deque[tuple[Any, list[Any], list[Any]]] = deque(maxlen=5)

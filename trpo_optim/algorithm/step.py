@@ -39,6 +39,8 @@ def take_step(
         anywhere.
     """
     mode = MODES[settings.mode]
+    if mode.curved and settings.max_kl is not None:
+        figures["max_kl"] = settings.max_kl
     model = batch.second_order() if mode.curved else batch.first_order()
     sign = 1.0 if settings.maximize else -1.0
     uphill, gradient_norm = _normalized(sign * model.gradient)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.checks import checked_values
-from trpo_optim.closure.evaluation import Closure
+from trpo_optim.closure.evaluation import Closure, ThirdValue
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["Closures", "collected", "shares"]
@@ -34,7 +34,7 @@ class Closures:
     weights: Sequence[float] | None = None
     curvature: Closure | None = None
 
-    def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]:
+    def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]:
         """Return loss and KL of the whole."""
         if len(self.parts) == 1:
             return self.parts[0]()

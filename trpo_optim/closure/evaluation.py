@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import CodeType
-from typing import Any
 
 import torch
 import torch.distributions
 from torch import Tensor
+from torch.distributions import Distribution
 
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
 from trpo_optim.closure.interception import Watch
@@ -21,9 +21,16 @@ from trpo_optim.closure.torch_switches import attention, uncompiled, without_cud
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Closure", "Objective", "RefusedError"]
+__all__ = ["Closure", "Objective", "RefusedError", "ThirdValue"]
 
-Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]]
+_Part = Distribution | Tensor
+_Parts = _Part | Sequence[_Part] | Mapping[str, _Part]
+
+ThirdValue = _Parts | Sequence[_Parts] | Mapping[str, _Parts]
+"""The new policy's distribution, or a tensor, or a sequence or mapping of these, as policies of
+Tuple and Dict spaces return them."""
+
+Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]]
 """Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
 sample, (N,); and the new policy's distribution."""
 
@@ -55,6 +62,10 @@ class Objective:
         transaction: What holds the state that an evaluation may move.
         name: Which of a step's closures it is, or empty where there is one.
 
+    Attributes:
+        evaluations: How often the closure was called.
+        third: Whether it returns a third value; None until that is known.
+
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
     """
@@ -74,6 +85,7 @@ class Objective:
         self.name = name
         self.vector = vector
         self.evaluations = 0
+        self.third: bool | None = None
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.random_state import generators
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
 __all__ = ["Transaction"]
@@ -48,7 +49,7 @@ class Transaction:
         self._vector = vector
         self.origin = vector.current()
         self._grads = [parameter.grad for parameter in vector.parameters]
-        self._random = [(each, each.get_state()) for each in _generators(vector.device)]
+        self._random = [(each, each.get_state()) for each in generators([vector.device])]
         self._written: MutableMapping[Any, dict[_Place, Tensor]] = WeakIdKeyDictionary()
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
@@ -169,11 +170,3 @@ class Transaction:
         ours = threading.get_ident() == self._thread and name in module._buffers
         if ours and key not in self._replaced and module._buffers[name] is not value:
             self._replaced[key] = (module, name, module._buffers[name])
-
-
-def _generators(device: torch.device) -> Iterator[torch.Generator]:
-    """Yield the generators that an evaluation on ``device`` may draw from."""
-    yield torch.default_generator
-    accelerators = getattr(getattr(torch, device.type, None), "default_generators", ())
-    if accelerators:
-        yield accelerators[device.index or 0]

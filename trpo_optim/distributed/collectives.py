@@ -16,6 +16,11 @@ from trpo_optim.errors import RankError, TrustRegionError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+if dist.is_available():
+    # Its functions take group.WORLD, as it is at the import, for a default. Every optimizer of
+    # torch imports it: after init_process_group(), it would hold that group to the end.
+    import torch.distributed.nn.functional  # noqa: F401
+
 __all__ = ["Reduction", "require_member"]
 
 _Result = TypeVar("_Result")

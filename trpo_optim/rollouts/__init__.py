@@ -1,5 +1,18 @@
 """Where the data comes from: trajectories and vines of Gymnasium's environments; the extra gym."""
 
+# vine needs environments that can be captured; imported first, to say so if Gymnasium is missing.
+from trpo_optim.snapshots import (
+    Replayed,
+    Simulator,
+    Snapshot,
+    capture,
+    register_simulator,
+    restorable,
+    restore,
+)
+
+# isort: split
+from trpo_optim.errors import RolloutError
 from trpo_optim.rollouts.policy_closure import policy_closure
 from trpo_optim.rollouts.returns import (
     discounted_returns,
@@ -10,13 +23,10 @@ from trpo_optim.rollouts.returns import (
 )
 from trpo_optim.rollouts.single_path import single_path
 from trpo_optim.rollouts.surrogate import surrogate
-from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
+from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 from trpo_optim.rollouts.value_function import ValueFit, fit_value
 from trpo_optim.rollouts.vine import VineBatch, vine
 from trpo_optim.rollouts.vine_closure import vine_closure
-from trpo_optim.snapshots.replay import Replayed
-from trpo_optim.snapshots.simulators import Simulator, register_simulator
-from trpo_optim.snapshots.snapshot import Snapshot, capture, restorable, restore
 
 __all__ = [
     "Cursor",

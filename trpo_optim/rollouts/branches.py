@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import sample
-from trpo_optim.rollouts.spaces import actions_for, mapped, stacked, tensors_of
+from trpo_optim.distributions.nesting import mapped
+from trpo_optim.rollouts.spaces import actions_for, stacked, tensors_of
 from trpo_optim.snapshots.snapshot import Snapshot, restore
 
 __all__ = ["Branches"]
@@ -27,7 +29,7 @@ class Branches:
     policy: Callable[[Any], Any]
     critic: Callable[[Any], Tensor] | None
     horizon: int
-    discount: float
+    gamma: float
     device: torch.device | str
     steps: int = 0
 
@@ -48,7 +50,7 @@ class Branches:
         if common:
             seeds = seeds[:1].expand(width, -1)
         result = []
-        with torch.random.fork_rng(devices=_devices(self.device)):
+        with random_state_kept([self.device]):
             for index in range(width):
                 own, *noise = seeds[index].tolist()
                 torch.manual_seed(own)
@@ -80,7 +82,7 @@ class Branches:
                     raise ValueError(f"the reward was {reward}")
                 observations[index] = observation
                 returns[index] += weights[index] * float(reward)
-                weights[index] *= self.discount
+                weights[index] *= self.gamma
                 alive[index] = not (terminated or truncated)
                 open_ended[index] = not terminated
                 self.steps += 1
@@ -99,9 +101,3 @@ def _width(actions: Any) -> int:
     while not isinstance(actions, Tensor):
         actions = next(iter(actions.values() if isinstance(actions, Mapping) else actions))
     return actions.shape[1]
-
-
-def _devices(device: torch.device | str) -> list[torch.device]:
-    """Return the devices but the CPU whose random state sampling moves."""
-    made = torch.device(device)
-    return [] if made.type == "cpu" else [made]

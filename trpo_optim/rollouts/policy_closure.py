@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
+from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
-from trpo_optim.rollouts.spaces import mapped
+from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["curvature_rows", "policy_closure"]
 
@@ -25,8 +31,10 @@ __all__ = ["curvature_rows", "policy_closure"]
 def policy_closure(
     policy: Callable[..., Any],
     batch: SinglePathBatch,
-    gains: Tensor,
+    advantages: Tensor,
     *,
+    standardise: bool = False,
+    process_group: ProcessGroup | None = None,
     weights: Tensor | None = None,
     sampling_log_prob: Tensor | None = None,
     entropy_bonus: float = 0.0,
@@ -46,11 +54,17 @@ def policy_closure(
             state the whole trajectories are evaluated, (T, N, …); the environments are the
             second dimension of the state's tensors, as torch.nn's recurrences have them.
         batch: What ``single_path`` returned.
-        gains: Advantages or Q, shape (T, N); those of rows that are not valid are not used.
+        advantages: Advantages or Q, shape (T, N). Rows that are not valid are not used.
+        standardise: Bring the advantages of the valid rows to mean 0 and standard deviation 1. If
+            all of them are equal, they become 0.
+        process_group: With ``standardise=True``: take mean and standard deviation over the valid
+            rows of all ranks. Every rank of the group must then call this function. None: over the
+            rows of this process.
         weights: Importance weights of the states, (T, N), where another policy visited them.
         sampling_log_prob: ln q(a|s) of the actions, (T, N), where another policy drew them. None:
             the old policy did.
-        entropy_bonus: What a nat of the mean entropy is worth, in units of the gains.
+        entropy_bonus: What a nat of the mean entropy is worth, in units of the advantages after
+            standardising.
         sampled: Whether the KL is estimated on the batch's actions, for policies without a closed
             form; it is then a mean.
         curvature: The share of the rows (or environments, with a recurrent state) that
@@ -63,8 +77,9 @@ def policy_closure(
         What ``step`` takes in place of a closure.
 
     Raises:
-        TrustRegionError: If shapes do not fit, a gain or weight that is used is not finite, there
-            are no valid rows, or an option is outside its range.
+        TrustRegionError: If shapes do not fit, an advantage or weight that is used is not finite,
+            there are no valid rows, or an option is outside its range.
+        RankError: With a process group: if another rank raised or was lost.
 
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
@@ -82,21 +97,23 @@ def policy_closure(
             "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
             "drew them. Leave one of them out."
         )
-    given = {"gains": gains, "weights": weights, "sampling_log_prob": sampling_log_prob}
-    for name, value in given.items():
-        if value is not None:
-            _require_rows(name, value, batch.valid)
-    if weights is not None and bool((weights[batch.valid] < 0).any()):
+    if process_group is not None and not standardise:
         raise TrustRegionError(
-            f"weights holds {float(weights[batch.valid].min())}; a weight is a ratio of "
-            "probabilities, which cannot be negative. See trajectory_weights()."
+            "process_group is given and standardise is False. Only standardising needs the other "
+            "ranks: pass standardise=True, or leave process_group out."
         )
+    given = {"advantages": advantages, "weights": weights, "sampling_log_prob": sampling_log_prob}
+    check = partial(_require_numbers, given, batch.valid)
+    if standardise:
+        advantages = standardised(advantages, batch.valid, check, process_group)
+    else:
+        check()
     select, count = (_rows if batch.state is None else _sequences)(policy, batch)
 
     def closure(part: _Part) -> Closure:
         return _closure(
             part,
-            part.numbers(gains),
+            part.numbers(advantages),
             None if weights is None else part.numbers(weights),
             None if sampling_log_prob is None else part.numbers(sampling_log_prob),
             entropy_bonus,
@@ -209,7 +226,7 @@ def _sequences(
 
 def _closure(
     part: _Part,
-    gains: Tensor,
+    advantages: Tensor,
     weights: Tensor | None,
     sampling_log_prob: Tensor | None,
     entropy_bonus: float,
@@ -217,14 +234,13 @@ def _closure(
     sampled: bool,
 ) -> Closure:
     """Return the closure on some rows, the policy as it is being the old one."""
-    accelerators = {gains.device} - {torch.device("cpu")}
-    with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=gains.device.type):
+    with torch.no_grad(), random_state_kept([advantages.device]):
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions))
-        if old_log_prob.shape != gains.shape:
+        if old_log_prob.shape != advantages.shape:
             raise TrustRegionError(
                 f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
-                f"are {len(gains)} rows. Where the last dimension is the action's, the policy "
+                f"are {len(advantages)} rows. Where the last dimension is the action's, the policy "
                 "returns Independent(dist, 1)."
             )
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
@@ -232,7 +248,7 @@ def _closure(
     def closure() -> tuple[Tensor, Tensor, Any]:
         dist = part.evaluate()
         new_log_prob = part.rows(log_prob(dist, part.actions))
-        loss = surrogate(new_log_prob, base, gains, weights=weights)
+        loss = surrogate(new_log_prob, base, advantages, weights=weights)
         if entropy_bonus:
             loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
         if sampled:
@@ -240,6 +256,19 @@ def _closure(
         return loss, joint_kl(old, dist, part.mask), dist
 
     return closure
+
+
+def _require_numbers(given: Mapping[str, Tensor | None], valid: Tensor) -> None:
+    """Check what is given for every row, by its name."""
+    for name, value in given.items():
+        if value is not None:
+            _require_rows(name, value, valid)
+    weights = given["weights"]
+    if weights is not None and bool((weights[valid] < 0).any()):
+        raise TrustRegionError(
+            f"weights holds {float(weights[valid].min())}; a weight is a ratio of "
+            "probabilities, which cannot be negative. See trajectory_weights()."
+        )
 
 
 def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:

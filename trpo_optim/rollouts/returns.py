@@ -23,7 +23,7 @@ def gae(
     next_values: Tensor,
     ends: Tensor,
     *,
-    discount: float,
+    gamma: float,
     gae_lambda: float,
 ) -> Tensor:
     """Return generalised advantage estimates, Σ (γλ)ˡ δₜ₊ₗ up to the trajectory's end.
@@ -33,7 +33,7 @@ def gae(
         values: V(sₜ), shape (T, N).
         next_values: V(sₜ₊₁) of the state that followed, 0 where the episode terminated, (T, N).
         ends: True where the trajectory does not go on with the next row, (T, N).
-        discount: γ, in [0, 1].
+        gamma: Discount factor γ, in [0, 1].
         gae_lambda: λ, in [0, 1]: 0 for the temporal difference, 1 for the return less the value.
 
     Returns:
@@ -47,13 +47,13 @@ def gae(
         Generalized Advantage Estimation", ICLR 2016, equation 16.
     """
     _require_rows(rewards=rewards, values=values, next_values=next_values, ends=ends)
-    require_shares(discount=discount, gae_lambda=gae_lambda)
-    deltas = rewards + discount * next_values - values
-    return _discounted(deltas, torch.zeros_like(deltas), ends, discount * gae_lambda)
+    require_shares(gamma=gamma, gae_lambda=gae_lambda)
+    deltas = rewards + gamma * next_values - values
+    return _discounted(deltas, torch.zeros_like(deltas), ends, gamma * gae_lambda)
 
 
 def discounted_returns(
-    rewards: Tensor, next_values: Tensor, ends: Tensor, *, discount: float
+    rewards: Tensor, next_values: Tensor, ends: Tensor, *, gamma: float
 ) -> Tensor:
     """Return Σ γˡ rₜ₊ₗ, the Monte Carlo Q; where a trajectory is cut, the rest by the critic.
 
@@ -61,7 +61,7 @@ def discounted_returns(
         rewards: rₜ, shape (T, N).
         next_values: V(sₜ₊₁), used where a trajectory ends: 0 where it terminated, (T, N).
         ends: True where the trajectory does not go on with the next row, (T, N).
-        discount: γ, in [0, 1].
+        gamma: Discount factor γ, in [0, 1].
 
     Returns:
         Shape (T, N).
@@ -70,12 +70,12 @@ def discounted_returns(
         TrustRegionError: If shapes differ, there are no rows, or γ is outside [0, 1].
     """
     _require_rows(rewards=rewards, next_values=next_values, ends=ends)
-    require_shares(discount=discount)
-    return _discounted(rewards, next_values, ends, discount)
+    require_shares(gamma=gamma)
+    return _discounted(rewards, next_values, ends, gamma)
 
 
 def n_step_returns(
-    rewards: Tensor, next_values: Tensor, ends: Tensor, *, discount: float, steps: int
+    rewards: Tensor, next_values: Tensor, ends: Tensor, *, gamma: float, steps: int
 ) -> Tensor:
     """Return the n-step Q: n rewards, or those to the end, and the value of what follows.
 
@@ -83,7 +83,7 @@ def n_step_returns(
         rewards: rₜ, shape (T, N).
         next_values: V(sₜ₊₁), 0 where the episode terminated, (T, N).
         ends: True where the trajectory does not go on with the next row, (T, N).
-        discount: γ, in [0, 1].
+        gamma: Discount factor γ, in [0, 1].
         steps: n, at least 1.
 
     Returns:
@@ -93,13 +93,13 @@ def n_step_returns(
         TrustRegionError: If shapes differ, there are no rows, γ is outside [0, 1], or n below 1.
     """
     _require_rows(rewards=rewards, next_values=next_values, ends=ends)
-    require_shares(discount=discount)
+    require_shares(gamma=gamma)
     require_counts(steps=steps)
-    result = rewards + discount * next_values
+    result = rewards + gamma * next_values
     stop = ends | (torch.arange(len(ends), device=ends.device) == len(ends) - 1)[:, None]
     for _ in range(min(steps, len(rewards)) - 1):
         longer = torch.cat([result[1:], result[-1:]])
-        result = torch.where(stop, result, rewards + discount * longer)
+        result = torch.where(stop, result, rewards + gamma * longer)
     return result
 
 

@@ -12,17 +12,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from trpo_optim.distributions import sample
-from trpo_optim.errors import TrustRegionError
+from trpo_optim.distributions.nesting import mapped
+from trpo_optim.errors import RolloutError, TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.spaces import (
     actions_for,
-    mapped,
     one_of,
     require_known,
     stacked,
     tensors_of,
 )
-from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
+from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 
 __all__ = ["single_path"]
 

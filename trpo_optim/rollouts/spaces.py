@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["actions_for", "mapped", "one_of", "require_known", "stacked", "tensors_of"]
+__all__ = ["actions_for", "one_of", "require_known", "stacked", "tensors_of"]
 
 _KNOWN = (
     gym.spaces.Box,
@@ -45,21 +46,6 @@ def require_known(space: gym.Space[Any], what: str) -> None:
             "shape. Flatten or encode them in a wrapper, to Box, Discrete, MultiDiscrete, "
             "MultiBinary, or Tuple and Dict of these."
         )
-
-
-def mapped(change: Callable[..., Any], *values: Any) -> Any:
-    """Return tensors or arrays changed one by one, in the form of the first value.
-
-    Args:
-        change: Takes one of each value.
-        values: Of one form: plain, or nested dicts and tuples.
-    """
-    first = values[0]
-    if isinstance(first, Mapping):
-        return {name: mapped(change, *(value[name] for value in values)) for name in first}
-    if isinstance(first, tuple | list):
-        return tuple(mapped(change, *parts) for parts in zip(*values, strict=True))
-    return change(*values)
 
 
 def tensors_of(observations: Any, device: torch.device | str) -> Any:

@@ -10,16 +10,20 @@ __all__ = ["surrogate"]
 
 
 def surrogate(
-    log_prob: Tensor, sampling_log_prob: Tensor, gains: Tensor, *, weights: Tensor | None = None
+    log_prob: Tensor,
+    sampling_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the surrogate loss, −mean(w · π(a|s)/q(a|s) · gain).
+    """Return the surrogate loss, −mean(w · π(a|s)/q(a|s) · A).
 
-    The gain is Q or an advantage: a baseline changes nothing but the variance.
+    A is an advantage or Q: a baseline changes only the variance of the gradient.
 
     Args:
         log_prob: ln π(a|s) under the new policy, with its graph, shape (B,).
         sampling_log_prob: ln q(a|s) under what drew the actions, usually the old policy; (B,).
-        gains: Q(s, a) or A(s, a), shape (B,).
+        advantages: A(s, a) or Q(s, a), shape (B,).
         weights: What makes the states those of the old policy, where another visited them
             (``trajectory_weights``), shape (B,). None: it was the old policy.
 
@@ -27,12 +31,13 @@ def surrogate(
         A scalar to be lowered.
 
     Raises:
-        TrustRegionError: If shapes differ, there are no rows, or q, gains or weights carry a graph.
+        TrustRegionError: If shapes differ, there are no rows, or q, advantages or weights carry a
+            graph.
 
     Source:
         Schulman et al. (2015), equation 14.
     """
-    given = {"sampling_log_prob": sampling_log_prob, "gains": gains}
+    given = {"sampling_log_prob": sampling_log_prob, "advantages": advantages}
     if weights is not None:
         given["weights"] = weights
     for name, value in given.items():
@@ -45,5 +50,5 @@ def surrogate(
             raise TrustRegionError(f"{name} carries a graph. Compute it under no_grad, before.")
     if log_prob.numel() == 0:
         raise TrustRegionError("There are no actions: the batch is empty.")
-    terms = (log_prob - sampling_log_prob).exp() * gains
+    terms = (log_prob - sampling_log_prob).exp() * advantages
     return -(terms if weights is None else weights * terms).mean()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trpo_optim.rollouts.spaces import mapped
+from trpo_optim.distributions.nesting import mapped
 
-__all__ = ["Cursor", "RolloutError", "SinglePathBatch"]
+__all__ = ["Cursor", "SinglePathBatch"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -107,16 +107,3 @@ class SinglePathBatch:
             cut = critic(self.cut_observations).reshape(-1)
             following[self.cut_rows[:, 0], self.cut_rows[:, 1]] = cut
         return values, following.masked_fill(self.terminated, 0.0)
-
-
-class RolloutError(RuntimeError):
-    """An environment failed in mid-rollout.
-
-    Attributes:
-        batch: What had been collected by then, of the kind that was asked for, or None where that
-            was nothing.
-    """
-
-    def __init__(self, message: str, batch: Any) -> None:
-        super().__init__(message)
-        self.batch = batch

@@ -17,12 +17,13 @@ from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
 from trpo_optim.distributions import log_prob, sample
-from trpo_optim.errors import TrustRegionError
+from trpo_optim.distributions.nesting import mapped
+from trpo_optim.errors import RolloutError, TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts, require_shares
 from trpo_optim.rollouts.branches import Branches
 from trpo_optim.rollouts.single_path import single_path
-from trpo_optim.rollouts.spaces import mapped, one_of, stacked, tensors_of
-from trpo_optim.rollouts.trajectories import Cursor, RolloutError, SinglePathBatch
+from trpo_optim.rollouts.spaces import one_of, stacked, tensors_of
+from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 from trpo_optim.snapshots.snapshot import Snapshot, capture, restore
 
 __all__ = ["VineBatch", "vine"]
@@ -62,7 +63,7 @@ def vine(
     branches: int | None = None,
     sampling: Literal["policy", "uniform"] = "policy",
     horizon: int,
-    discount: float,
+    gamma: float,
     critic: Callable[[Any], Tensor] | None = None,
     common_random_numbers: bool = True,
     after: VineBatch | SinglePathBatch | Cursor | None = None,
@@ -84,7 +85,7 @@ def vine(
             Discrete space, for the estimator (15).
         sampling: What draws K actions, for the estimator (16): the policy, or all alike.
         horizon: Most steps of a branch, the first action's included.
-        discount: γ, in [0, 1].
+        gamma: Discount factor γ, in [0, 1].
         critic: What a branch is worth that was cut off, from observations (B, …) to (B,) or
             (B, 1). None: nothing.
         common_random_numbers: Whether the branches of a state meet the same random numbers, in the
@@ -110,7 +111,7 @@ def vine(
     _require(
         envs, states=states, branches=branches, sampling=sampling, steps=steps, horizon=horizon
     )
-    require_shares(discount=discount)
+    require_shares(gamma=gamma)
     if isinstance(after, VineBatch):
         after = after.trunk
     chosen: list[tuple[int, Snapshot, Any]] = []
@@ -145,7 +146,7 @@ def vine(
         sampling,
         device,
     )
-    branch = Branches(envs.envs, policy, critic, horizon, discount, device)
+    branch = Branches(envs.envs, policy, critic, horizon, gamma, device)
     ending = capture(envs)
     q: list[Tensor] = []
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.policy_closure import curvature_rows
-from trpo_optim.rollouts.spaces import mapped
 from trpo_optim.rollouts.vine import VineBatch
 
 __all__ = ["vine_closure"]
@@ -81,7 +81,8 @@ def vine_closure(
         )
     base = start if batch.sampling_log_prob is None else batch.sampling_log_prob
     shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)
-    gains = batch.q - (shares * batch.q).sum(1, keepdim=True)  # so that the loss begins at zero
+    # With advantages in place of Q the loss begins at zero.
+    advantages = batch.q - (shares * batch.q).sum(1, keepdim=True)
 
     def closure_on(states: Any) -> Closure:
         with torch.no_grad():
@@ -91,9 +92,9 @@ def vine_closure(
             dist = policy(batch.observations)
             logs = _log_probs(dist, batch)
             if batch.sampling_log_prob is None:
-                loss = -(logs.exp() * gains).sum(1).mean()
+                loss = -(logs.exp() * advantages).sum(1).mean()
             else:
-                loss = -((logs - base).softmax(1) * gains).sum(1).mean()
+                loss = -((logs - base).softmax(1) * advantages).sum(1).mean()
             if entropy_bonus:
                 loss = loss - entropy_bonus * entropy(dist).mean()
             new = policy(states)

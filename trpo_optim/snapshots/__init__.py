@@ -1,8 +1,17 @@
 """States of environments that can be put back; needs the extra gym."""
 
-from trpo_optim.snapshots.replay import Replayed
-from trpo_optim.snapshots.simulators import Simulator, register_simulator
-from trpo_optim.snapshots.snapshot import Snapshot, capture, restorable, restore
+try:
+    from trpo_optim.snapshots.replay import Replayed
+    from trpo_optim.snapshots.simulators import Simulator, register_simulator
+    from trpo_optim.snapshots.snapshot import Snapshot, capture, restorable, restore
+except ModuleNotFoundError as error:
+    if error.name != "gymnasium":
+        raise
+    raise ImportError(
+        "trpo_optim.rollouts and trpo_optim.snapshots need Gymnasium, which is not installed. "
+        "Run: pip install 'trpo-optim[gym]'",
+        name=error.name,
+    ) from error
 
 __all__ = [
     "Replayed",

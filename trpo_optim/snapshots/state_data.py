@@ -150,7 +150,7 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     else:
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is a {type_name(kind)}, whose state is "
-            "out of reach. Make it by trpo_optim.rollouts.restorable, which replays such an "
+            "out of reach. Make it by trpo_optim.snapshots.restorable, which replays such an "
             "environment, or make its simulator known with register_simulator."
         )
     memo[id(value)] = (twin, value)  # before its parts, which may refer to it

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trpo_optim.curvature.autograd_graph import graph_leaves
 from trpo_optim.distributions import log_prob
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.findings import Finding, Verdict
-from trpo_optim.testing.observations import mapped, parts, select
+from trpo_optim.testing.observations import parts, select
 from trpo_optim.testing.subject import Subject
 
 __all__ = [

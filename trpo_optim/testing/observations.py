@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["mapped", "parts", "require_observations", "select"]
+__all__ = ["parts", "require_observations", "select"]
 
 
 def parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -19,15 +20,6 @@ def parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from parts(part, f"{key}[{name!r}]")
-
-
-def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return observations or actions with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(change, each) for name, each in value.items()}
-    return type(value)(mapped(change, each) for each in value)
 
 
 def select(value: Any, rows: Tensor) -> Any:

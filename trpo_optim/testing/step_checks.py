@@ -29,7 +29,7 @@ def check_step(subject: Subject) -> Finding:
     report = _step(subject, 1e-2)
     if not report.accepted:
         return Finding(
-            name, Verdict.FAILED, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.value}"
+            name, Verdict.FAILED, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}"
         )
     figures = dict[str, float]()
     for radius in _RADII:

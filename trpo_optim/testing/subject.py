@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.local_model import LocalModel, second_order
 from trpo_optim.distributions import frozen, log_prob, mean_kl, sample
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.parts import leaves
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.averages import average
-from trpo_optim.testing.observations import mapped, require_observations
+from trpo_optim.testing.observations import require_observations
 from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
 
 __all__ = ["Subject", "module_of"]
@@ -102,7 +104,7 @@ class Subject:
             if not torch.equal(buffer, content):
                 buffer.copy_(content)
         usual = torch.get_default_dtype()
-        with torch.random.fork_rng(_devices(self.parameters)):
+        with random_state_kept(each.device for each in self.parameters):
             torch.manual_seed(_SEED)
             try:
                 torch.set_default_dtype(torch.float64 if self._double else usual)
@@ -214,7 +216,8 @@ class Subject:
     def reached(self) -> tuple[Tensor, ...]:
         """The parameters that autograd reaches from the log-probabilities or the KL."""
         dist = self.dist()
-        value = log_prob(dist, self.actions).sum() + _finite(self.kl(dist))
+        kl = self.kl(dist)
+        value = log_prob(dist, self.actions).sum() + (kl if kl.isfinite() else kl * 0)
         if not value.requires_grad:
             return ()
         slopes = torch.autograd.grad(value, self.parameters, allow_unused=True)
@@ -224,7 +227,7 @@ class Subject:
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:
         """Move the parameters by a step, (n,), and put them back."""
-        origin = self.vector.gather([each.detach() for each in self.vector.parameters])
+        origin = self.vector.current()
         try:
             self.vector.write(self.vector.scatter(origin + step))
             yield
@@ -295,11 +298,3 @@ def module_of(policy: Any) -> nn.Module | None:
     """Return the module that a policy is, or is a method of."""
     owner = getattr(policy, "__self__", policy)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _devices(parameters: Iterable[Tensor]) -> list[torch.device]:
-    return list({each.device for each in parameters if each.device.type == "cuda"})
-
-
-def _finite(value: Tensor) -> Tensor:
-    return value if value.isfinite() else value * 0

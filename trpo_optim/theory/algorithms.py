@@ -52,7 +52,7 @@ def conservative_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
     other = policy_iteration_step(mdp, policy)
     gained = (other * mdp.advantages(policy)).sum(1)
     slope = float(mdp.visitation(policy) @ gained)
-    bend = 4 * float(gained.abs().max()) * mdp.discount / (1 - mdp.discount) ** 2
+    bend = 4 * float(gained.abs().max()) * mdp.gamma / (1 - mdp.gamma) ** 2
     share = 1.0 if bend == 0 else min(1.0, max(0.0, slope / bend))
     return (1 - share) * policy + share * other
 
@@ -129,7 +129,7 @@ def monotonic_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
         Schulman et al. (2015), algorithm 1.
     """
     largest = float(mdp.advantages(policy).abs().max())
-    return penalised_step(mdp, policy, penalty_coefficient(largest, mdp.discount))
+    return penalised_step(mdp, policy, penalty_coefficient(largest, mdp.gamma))
 
 
 _LEAST, _MOST = torch.tensor([-60.0, 5.0], dtype=torch.float64)

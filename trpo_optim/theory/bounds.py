@@ -16,9 +16,9 @@ __all__ = [
     "improvement_bound",
     "kl_by_state",
     "lower_bound",
-    "max_kl",
+    "max_kl_divergence",
     "max_total_variation",
-    "mean_kl",
+    "mean_kl_divergence",
     "penalty_coefficient",
     "state_distribution_bound",
 ]
@@ -36,15 +36,15 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
     return kl.clamp_min(0.0)  # rounding may bring it below
 
 
-def max_kl(old: Tensor, new: Tensor) -> float:
+def max_kl_divergence(old: Tensor, new: Tensor) -> float:
     """Return max over s of KL(π_old(·|s) ‖ π_new(·|s)) in nats, of policies (S, A)."""
     _require_policies(old, new)
     return float(kl_by_state(old, new).max())
 
 
-def mean_kl(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
+def mean_kl_divergence(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
     """Return the KL averaged over the normalised visitation of the old policy, in nats."""
-    weights = (1 - mdp.discount) * mdp.visitation(old)
+    weights = (1 - mdp.gamma) * mdp.visitation(old)
     return float(weights @ kl_by_state(old, new))
 
 
@@ -57,12 +57,12 @@ def _require_policies(old: Tensor, new: Tensor) -> None:
     require_probabilities("The new policy", new)
 
 
-def penalty_coefficient(advantage: float, discount: float) -> float:
+def penalty_coefficient(advantage: float, gamma: float) -> float:
     """Return C = 4εγ/(1 − γ)².
 
     Args:
         advantage: ε = max |A_π(s, a)|.
-        discount: γ, in [0, 1).
+        gamma: Discount factor γ, in [0, 1).
 
     Returns:
         The price of a nat of the maximal KL, in units of return.
@@ -73,11 +73,11 @@ def penalty_coefficient(advantage: float, discount: float) -> float:
     Source:
         Schulman et al. (2015), equation 9.
     """
-    if not 0 <= discount < 1:
-        raise TrustRegionError(f"discount is {discount!r}; it must be in [0, 1).")
+    if not 0 <= gamma < 1:
+        raise TrustRegionError(f"gamma is {gamma!r}; it must be in [0, 1).")
     if not advantage >= 0:
         raise TrustRegionError(f"advantage is {advantage!r}; max |A| cannot be negative.")
-    return 4 * advantage * discount / (1 - discount) ** 2
+    return 4 * advantage * gamma / (1 - gamma) ** 2
 
 
 def lower_bound(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
@@ -94,8 +94,9 @@ def lower_bound(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
     Source:
         Schulman et al. (2015), theorem 1 and equation 9.
     """
-    coefficient = penalty_coefficient(float(mdp.advantages(old).abs().max()), mdp.discount)
-    return mdp.surrogate(old, new) - (coefficient * max_kl(old, new) if coefficient else 0.0)
+    coefficient = penalty_coefficient(float(mdp.advantages(old).abs().max()), mdp.gamma)
+    penalty = coefficient * max_kl_divergence(old, new) if coefficient else 0.0
+    return mdp.surrogate(old, new) - penalty
 
 
 def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share: float) -> float:
@@ -121,7 +122,7 @@ def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share:
     if not 0 <= share <= 1:
         raise TrustRegionError(f"share is {share!r}; it must be in [0, 1].")
     advantage = float((other * mdp.advantages(old)).sum(1).abs().max())
-    loss = 2 * advantage * mdp.discount * share**2 / (1 - mdp.discount) ** 2
+    loss = 2 * advantage * mdp.gamma * share**2 / (1 - mdp.gamma) ** 2
     return mdp.surrogate(old, (1 - share) * old + share * other) - loss
 
 
@@ -146,7 +147,7 @@ def state_distribution_bound(time: int, largest_kl: float) -> float:
     return time * math.sqrt(2 * largest_kl)
 
 
-def improvement_bound(report: StepReport, *, advantage: float, discount: float) -> float:
+def improvement_bound(report: StepReport, *, advantage: float, gamma: float) -> float:
     """Return what the theory says of a practical step: improvement/(1 − γ) − C · KL.
 
     The KL is the largest of a sample, where the closure returned one per sample, else the mean. It
@@ -156,7 +157,7 @@ def improvement_bound(report: StepReport, *, advantage: float, discount: float) 
     Args:
         report: Of an accepted step whose loss is the surrogate, in units of advantages.
         advantage: ε = max |A|, in the same units.
-        discount: γ, in [0, 1).
+        gamma: Discount factor γ, in [0, 1).
 
     Returns:
         A lower bound of the increase of the return from the start, where the visitation is
@@ -170,6 +171,6 @@ def improvement_bound(report: StepReport, *, advantage: float, discount: float) 
     """
     if not report.accepted:
         raise TrustRegionError(f"The step was not taken ({report.outcome.name}): nothing improved.")
-    coefficient = penalty_coefficient(advantage, discount)
+    coefficient = penalty_coefficient(advantage, gamma)
     kl = report.kl if math.isnan(report.largest_kl) else report.largest_kl
-    return report.improvement / (1 - discount) - coefficient * kl
+    return report.improvement / (1 - gamma) - coefficient * kl

@@ -23,7 +23,7 @@ class TabularMDP:
         transitions: P(s'|s, a), shape (S, A, S).
         rewards: r(s, a), shape (S, A).
         start: ρ₀(s), shape (S,).
-        discount: γ, in [0, 1).
+        gamma: Discount factor γ, in [0, 1).
 
     Raises:
         TrustRegionError: If shapes do not fit, probabilities do not sum to one, rewards are not
@@ -33,7 +33,7 @@ class TabularMDP:
     transitions: Tensor
     rewards: Tensor
     start: Tensor
-    discount: float
+    gamma: float
 
     def __post_init__(self) -> None:
         """Check the process and bring it to double precision."""
@@ -56,21 +56,21 @@ class TabularMDP:
             require_probabilities(name, value)
         if not self.rewards.isfinite().all():
             raise TrustRegionError("rewards holds NaN or infinity; every reward must be a number.")
-        if not 0 <= self.discount < 1:
+        if not 0 <= self.gamma < 1:
             raise TrustRegionError(
-                f"discount is {self.discount!r}; it must be in [0, 1), or values are infinite."
+                f"gamma is {self.gamma!r}; it must be in [0, 1), or values are infinite."
             )
 
     def state_values(self, policy: Tensor) -> Tensor:
         """Return V_π(s) = E[Σ γᵗ r(sₜ, aₜ) | s₀ = s], shape (S,)."""
         chain, rewards = self._under(policy)
         identity = torch.eye(len(chain), dtype=chain.dtype)
-        solution: Tensor = torch.linalg.solve(identity - self.discount * chain, rewards)
+        solution: Tensor = torch.linalg.solve(identity - self.gamma * chain, rewards)
         return solution
 
     def action_values(self, policy: Tensor) -> Tensor:
         """Return Q_π(s, a), shape (S, A)."""
-        return self.rewards + self.discount * self.transitions @ self.state_values(policy)
+        return self.rewards + self.gamma * self.transitions @ self.state_values(policy)
 
     def advantages(self, policy: Tensor) -> Tensor:
         """Return A_π(s, a) = Q_π(s, a) − V_π(s), shape (S, A)."""
@@ -80,7 +80,7 @@ class TabularMDP:
         """Return ρ_π(s) = Σ γᵗ P(sₜ = s), unnormalised: it sums to 1/(1 − γ); shape (S,)."""
         chain, _ = self._under(policy)
         identity = torch.eye(len(chain), dtype=chain.dtype)
-        solution: Tensor = torch.linalg.solve((identity - self.discount * chain).T, self.start)
+        solution: Tensor = torch.linalg.solve((identity - self.gamma * chain).T, self.start)
         return solution
 
     def state_distribution(self, policy: Tensor, time: int) -> Tensor:
@@ -162,13 +162,13 @@ def require_probabilities(name: str, value: Tensor) -> None:
         )
 
 
-def random_mdp(states: int, actions: int, discount: float, seed: int) -> TabularMDP:
+def random_mdp(states: int, actions: int, gamma: float, seed: int) -> TabularMDP:
     """Return a process with random sparse transitions and Gaussian rewards.
 
     Args:
         states: S.
         actions: A.
-        discount: γ.
+        gamma: Discount factor γ.
         seed: Of all draws; the global random state is not touched.
 
     Returns:
@@ -185,5 +185,5 @@ def random_mdp(states: int, actions: int, discount: float, seed: int) -> Tabular
         transitions=weights / weights.sum(-1, keepdim=True),
         rewards=torch.randn((states, actions), generator=generator, dtype=torch.float64),
         start=(start := -noise(states).log()) / start.sum(),
-        discount=discount,
+        gamma=gamma,
     )

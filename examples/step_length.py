@@ -1,0 +1,30 @@
+"""How long a step of the policy may be: the radius of a task, and how it falls."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from train import Args
+    from training_run import Run
+
+
+def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
+    """Return the trust-region radius, before any falling: joint over the action's dimensions."""
+    return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
+
+
+def anneal(run: Run) -> None:
+    """Set the length of the next step."""
+    args = run.args
+    if args.anneal_steps is not None:
+        left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
+        left = min(max(left, 1e-3), 1.0)  # a radius is positive
+        for group in run.optimizer.param_groups:
+            # a step's length goes with the radius' root
+            group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
+            if args.mode == "vanilla":
+                group["lr"] = run.optimizer.defaults["lr"] * left

@@ -1,0 +1,108 @@
+"""A step is whole or nothing, before whichever line it is interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from problem_with_statistics import small_problem, take_a_step
+from problems import Snapshot, switches
+from profiles import problems
+from torch.nn.modules import module as module_registry
+
+import trpo_optim
+from trpo_optim.closure import torch_switches
+
+PACKAGE = str(Path(trpo_optim.__file__).parent)
+
+
+@contextmanager
+def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[None]:
+    """Raise KeyboardInterrupt before the n-th line that the package executes."""
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) == number:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def lines_of_a_step(rejected: bool, mode: str) -> list[tuple[str, int]]:
+    seen: list[tuple[str, int]] = []
+    with interrupted_at_line(-1, seen):
+        take_a_step(small_problem(), rejected=rejected, mode=mode)
+    return seen
+
+
+OTHER_STEPS = [(True, "trpo"), (False, "vanilla"), (True, "vanilla")]
+
+
+def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
+    """Return the first and the last time that each line runs, by number."""
+    first = {line: index + 1 for index, line in reversed(list(enumerate(lines)))}
+    last = {line: index + 1 for index, line in enumerate(lines)}
+    return sorted({*first.values(), *last.values()})
+
+
+@pytest.mark.parametrize(
+    ("rejected", "mode", "only_new"),
+    [
+        (False, "trpo", False),
+        *((*variant, True) for variant in OTHER_STEPS),
+        *(pytest.param(*variant, False, marks=pytest.mark.thorough) for variant in OTHER_STEPS),
+    ],
+)
+def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
+    rejected: bool, mode: str, only_new: bool
+) -> None:
+    """Of the other steps, only before the lines that an accepted one of TRPO does not run."""
+    finished = small_problem()
+    take_a_step(finished, rejected=rejected, mode=mode)
+    after = Snapshot.of(finished.policy)
+    hooks = dict(module_registry._global_buffer_registration_hooks)
+    lines = lines_of_a_step(rejected, mode)
+    numbers = worth_interrupting(lines)
+    assert len(numbers) > 150
+    if only_new:
+        known = {*lines_of_a_step(rejected=False, mode="trpo")}
+        numbers = [number for number in numbers if lines[number - 1] not in known]
+        assert numbers
+    numbers = numbers[:: max(1, 100 // problems())]
+    outcomes = set()
+    for number in numbers:
+        problem = small_problem()
+        before = Snapshot.of(problem.policy)
+        seen: list[tuple[str, int]] = []
+        with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, seen):
+            take_a_step(problem, rejected=rejected, mode=mode)
+        now = Snapshot.of(problem.policy)
+        changed = before.differences(now)
+        if "switches" in changed and seen[-1][0] == torch_switches.__file__:
+            changed.remove("switches")  # nothing puts back what a line should that was interrupted
+            torch.backends.mha.set_fastpath_enabled(True)
+            torch.compiler.set_stance("default")
+            assert before.switches == switches()
+        if changed:
+            parameters = {name for name, _ in problem.policy.named_parameters()}
+            assert set(changed) <= parameters, (seen[-1], changed)
+            assert torch.equal(problem.vector(), finished.vector()), seen[-1]
+        outcomes.add(bool(changed))
+        assert module_registry._global_buffer_registration_hooks == hooks, seen[-1]
+    assert False in outcomes or only_new
+    assert after.training == Snapshot.of(finished.policy).training

@@ -1,0 +1,76 @@
+"""Log-probability and entropy of parts, and copies that share nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as td
+from families import FAMILIES
+from networks import SAMPLES
+from pairs import pair, parts
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import AffineTransform, ComposeTransform, TanhTransform
+
+from trpo_optim import (
+    entropy,
+    frozen,
+    log_prob,
+)
+
+
+def test_log_probability_and_entropy_are_summed_over_parts() -> None:
+    dist, _ = pair(FAMILIES["tuple (MultiDiscrete)"])
+    actions = [each.sample() for each in dist]
+    expected = sum(each.log_prob(action) for each, action in zip(dist, actions, strict=True))
+    torch.testing.assert_close(log_prob(dist, actions), expected)
+    torch.testing.assert_close(log_prob(dist, torch.stack(actions, -1)), expected)
+    torch.testing.assert_close(entropy(dist), sum(each.entropy() for each in dist))
+    parts, _ = pair(FAMILIES["dict (Dict)"])
+    moves = {name: each.sample() for name, each in parts.items()}
+    expected = sum(each.log_prob(moves[name]) for name, each in parts.items())
+    torch.testing.assert_close(log_prob(parts, moves), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_copy_shares_neither_graph_nor_memory(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(SAMPLES, 6, requires_grad=True)
+    free = torch.randn(3, requires_grad=True)
+    dist = FAMILIES[name].make(x, free)
+    action = [each.sample() for each in parts(dist)]
+    before = [each.log_prob(a).detach() for each, a in zip(parts(dist), action, strict=True)]
+    copied = frozen(dist)
+    assert type(copied) is type(dist)
+    for tensor in held_by(dist):
+        tensor.data.zero_()  # the very memory
+    for each, a, expected in zip(parts(copied), action, before, strict=True):
+        value = each.log_prob(a)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def held_by(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Distribution):
+        value = vars(value)
+    if not isinstance(value, dict | list | tuple):
+        return []
+    within = value.values() if isinstance(value, dict) else value
+    return [each for part in within for each in held_by(part)]
+
+
+def test_transforms_are_frozen_too() -> None:
+    scale = torch.full((3,), 2.0, requires_grad=True)
+    chain = ComposeTransform([AffineTransform(torch.zeros(3), scale), TanhTransform(cache_size=1)])
+    dist = td.TransformedDistribution(td.Normal(torch.zeros(4, 3), 1.0), [chain])
+    dist.rsample()
+    copied = frozen(dist)
+    with torch.no_grad():
+        scale.zero_()
+    inner: Any = copied.transforms[0]
+    assert inner.parts[0].scale.tolist() == [2.0] * 3
+    assert not copied.rsample().requires_grad

@@ -1,0 +1,165 @@
+"""The KL of every family, joint over the parts of an action and averaged over the batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributions as td
+from families import FAMILIES, without_some
+from networks import SAMPLES
+from pairs import one, pair, parts
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+from torch.distributions.transforms import TanhTransform
+
+from trpo_optim import (
+    frozen,
+    mean_kl,
+)
+
+CLOSED = [name for name, family in FAMILIES.items() if not family.sampled]
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_kl_is_the_mean_log_ratio_of_many_samples(name: str) -> None:
+    family = FAMILIES[name]
+    old, new = pair(family)
+    torch.manual_seed(1)
+    draws = 40_000
+    counted = family.mask(SAMPLES) if family.mask else torch.ones(SAMPLES, dtype=torch.bool)
+    total, variance = torch.zeros(2, int(counted.sum()), dtype=torch.float64)
+    for ours, theirs in zip(parts(old), parts(new), strict=True):
+        actions = ours.sample((draws,))
+        ratios = (ours.log_prob(actions) - theirs.log_prob(actions))[:, counted]
+        total += ratios.mean(0)
+        variance += ratios.var(0) / draws
+    error = 4 * variance.sum().sqrt().item() / len(total)
+    assert mean_kl(old, new, family.mask(SAMPLES) if family.mask else None).item() == pytest.approx(
+        total.mean().item(), abs=error
+    )
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_kl_of_a_frozen_copy_is_zero(name: str) -> None:
+    family = FAMILIES[name]
+    old, _ = pair(family)
+    kl = mean_kl(frozen(old), old, family.mask(SAMPLES) if family.mask else None)
+    assert kl.item() == pytest.approx(0, abs=1e-14)
+
+
+def test_parts_are_joint_and_elements_averaged() -> None:
+    old, new = pair(FAMILIES["dict (Dict)"])
+    expected = torch.stack([kl_divergence(old[key], new[key]) for key in old]).sum(0)
+    torch.testing.assert_close(mean_kl(old, new), expected.mean())
+    nested = mean_kl({"a": old, "b": (old["gear"],)}, {"a": new, "b": [new["gear"]]})
+    gear = kl_divergence(old["gear"], new["gear"])
+    torch.testing.assert_close(nested, (expected + gear).mean())
+
+
+def test_a_mask_leaves_out_what_it_covers() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 7, 3).double()
+    mask = torch.arange(5) < torch.tensor([[1], [2], [5], [3], [4], [0], [5]])
+    mask = mask.T
+    old, new = td.Categorical(logits=logits[0]), td.Categorical(logits=logits[1])
+    expected = kl_divergence(old, new)[mask].mean()
+    torch.testing.assert_close(mean_kl(old, new, mask), expected)
+    torch.testing.assert_close(mean_kl(old, new, mask.double()), expected)
+    spoilt = logits[1].masked_fill(~mask[..., None], torch.nan)
+    spoilt_new = td.Categorical(logits=spoilt, validate_args=False)
+    torch.testing.assert_close(mean_kl(old, spoilt_new, mask), expected)
+
+
+def test_dimensions_beyond_the_mask_belong_to_the_action() -> None:
+    torch.manual_seed(0)
+    old, new = (td.Normal(torch.randn(4, 5, 3), 1.0) for _ in range(2))
+    per_step = kl_divergence(old, new).sum(-1)
+    mask = torch.rand(4, 5) > 0.3
+    torch.testing.assert_close(mean_kl(old, new, mask), per_step[mask].mean())
+    old_joint, new_joint = td.Independent(old, 1), td.Independent(new, 1)
+    torch.testing.assert_close(mean_kl(old_joint, new_joint, mask), per_step[mask].mean())
+    torch.testing.assert_close(mean_kl(old_joint, new_joint), per_step.mean())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_actions_masked_out_of_a_categorical_bring_no_nan(order: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(SAMPLES, 6, dtype=torch.float64, requires_grad=True)
+    old = frozen(td.Categorical(logits=without_some(x)))
+    assert (old.probs == 0).any()
+
+    def kl(y: Tensor) -> Tensor:
+        return mean_kl(old, td.Categorical(logits=without_some(y)))
+
+    moved = (x.detach() + 0.1 * torch.randn_like(x)).requires_grad_()
+    compared = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
+    assert compared(kl, [moved])
+
+
+def test_an_action_newly_masked_out_is_infinitely_far() -> None:
+    old = td.Categorical(logits=torch.zeros(2, 3))
+    new = td.Categorical(logits=torch.tensor([[0.0, 0.0, -math.inf], [0.0, 0.0, 0.0]]))
+    assert mean_kl(old, new).item() == math.inf
+    assert mean_kl(new, old).item() == pytest.approx(math.log(1.5) / 2)
+
+
+@pytest.mark.parametrize("logit", [0.0, 5.0, 16.0, 30.0, 80.0, -16.0, -80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_that_round_to_0_or_1_bring_no_infinity(
+    logit: float, dtype: torch.dtype
+) -> None:
+    logits = torch.full((4,), logit)
+    pairs = [
+        (td.Bernoulli(logits=each), td.Bernoulli(logits=each + 1.5))
+        for each in (logits.to(dtype), logits.double())
+    ]
+    coarse, exact = (mean_kl(*each).item() for each in pairs)
+    assert coarse == pytest.approx(exact, rel=3e-2 if dtype is torch.bfloat16 else 1e-4, abs=1e-30)
+    five = [td.Binomial(5, logits=each.logits) for each in pairs[0]]
+    assert mean_kl(five[0], five[1]).item() == pytest.approx(5 * coarse, rel=1e-2)
+    for limit in (torch.inf, -torch.inf):
+        certain = td.Bernoulli(logits=torch.full((4,), limit))
+        assert mean_kl(certain, td.Bernoulli(logits=torch.full((4,), limit))).item() == 0
+
+
+def test_a_family_that_torch_transforms_keeps_its_own_kl() -> None:
+    old, new = td.Gumbel(one(4), one(4)), td.Gumbel(one(4), 2 * one(4))
+    torch.testing.assert_close(mean_kl(frozen(old), new), kl_divergence(old, new).mean())
+
+
+class Halved(TanhTransform):
+    """A transform of the user's own, equal to itself alone."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by identity."""
+        return self is other
+
+    __hash__ = TanhTransform.__hash__
+
+
+def test_transforms_without_tensors_may_compare_by_identity_or_be_inverted() -> None:
+    for transform in (Halved(), td.transforms.SigmoidTransform().inv):
+        old, new = (
+            td.TransformedDistribution(td.Normal(shift * one(4), 1.0), [transform])
+            for shift in (0.0, 0.1)
+        )
+        assert mean_kl(frozen(old), new).item() == pytest.approx(0.005)
+        assert frozen(old).log_prob(0.5 * one(4)).isfinite().all()
+
+
+def test_values_that_torch_derives_are_not_held_against_the_policy() -> None:
+    half = td.Categorical(logits=torch.randn(64, 6).half(), validate_args=False)
+    assert half.probs.dtype is torch.half  # computed, and summing to 1 but roughly
+    frozen(half)
+    for dist in (td.Uniform(one(4), 2 * one(4)), Bare(one(4))):
+        frozen(dist)
+
+
+class Bare(Distribution):
+    """A distribution that declares nothing."""
+
+    def __init__(self, loc: Tensor) -> None:
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)

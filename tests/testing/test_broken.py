@@ -1,0 +1,186 @@
+"""Every broken policy and closure is found by the check meant for it; docs/testing.md says so."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_closures import BROKEN_CLOSURES
+from broken_policies import BROKEN_POLICIES
+from broken_reports import policy_report
+
+from trpo_optim.testing import (
+    CLOSURE_CHECKS,
+    POLICY_CHECKS,
+    ClosureReport,
+    Finding,
+    Verdict,
+    check_closure,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+
+
+def closure_report(name: str, *, skip: set[str] | None = None) -> ClosureReport:
+    broken = BROKEN_CLOSURES[name]
+    problem = broken.problem()
+    closure = broken.make(problem)
+    return check_closure(
+        closure, problem.parameters(), skip=skip or set(), **broken.options(problem)
+    )
+
+
+@pytest.mark.parametrize("name", BROKEN_POLICIES)
+def test_a_broken_policy_is_found_by_the_check_meant_for_it(name: str) -> None:
+    broken = BROKEN_POLICIES[name]
+    finding = policy_report(name)[broken.check]
+    assert finding.verdict is Verdict.FAILED
+    assert re.search(broken.says, f"{finding.cause} {finding.remedy}")
+    assert without_figures(told(finding)) == without_figures(written("Policies", name))
+
+
+@pytest.mark.parametrize("name", BROKEN_CLOSURES)
+def test_a_broken_closure_is_found_by_the_check_meant_for_it(name: str) -> None:
+    broken = BROKEN_CLOSURES[name]
+    finding = closure_report(name)[broken.check]
+    assert finding.verdict is Verdict.FAILED
+    assert re.search(broken.says, f"{finding.cause} {finding.remedy}")
+    assert without_figures(told(finding)) == without_figures(written("Closures", name))
+
+
+@pytest.mark.parametrize("check", POLICY_CHECKS)
+def test_without_any_one_check_a_broken_policy_gets_through(check: str) -> None:
+    meant = [name for name, broken in BROKEN_POLICIES.items() if broken.check == check]
+    assert any(policy_report(name, skip={check}).passed for name in meant)
+
+
+@pytest.mark.parametrize("check", CLOSURE_CHECKS)
+def test_without_any_one_check_a_broken_closure_gets_through(check: str) -> None:
+    meant = [name for name, broken in BROKEN_CLOSURES.items() if broken.check == check]
+    assert any(closure_report(name, skip={check}).passed for name in meant)
+
+
+SECTIONS: dict[str, dict[str, Any]] = {"Policies": BROKEN_POLICIES, "Closures": BROKEN_CLOSURES}
+
+
+def told(finding: Finding) -> str:
+    """Return what a finding says, in one line."""
+    return " ".join(f"{finding.cause} {finding.remedy}".split())
+
+
+def head(name: str, check: str) -> str:
+    """Return how a fault is introduced on the page."""
+    return f"**{name[0].upper()}{name[1:]}** (`{check}`). "
+
+
+def written(heading: str, name: str) -> str:
+    """Return what the page says of a fault."""
+    _, _, section = PAGE.read_text().partition(f"## {heading}\n")
+    start = head(name, SECTIONS[heading][name].check)
+    lines = [line for line in section.splitlines() if line.startswith(start)]
+    return lines[0].removeprefix(start) if lines else ""
+
+
+def found(heading: str, name: str) -> str:
+    """Return what the kit says of it now."""
+    report = policy_report if heading == "Policies" else closure_report
+    return told(report(name)[SECTIONS[heading][name].check])
+
+
+def page(said: Callable[[str, str], str]) -> str:
+    """Return docs/testing.md, with what is said of each fault."""
+    sections = []
+    for heading, names in SECTIONS.items():
+        sections.append(f"## {heading}\n")
+        for name, broken in names.items():
+            sections.append(f"{head(name, broken.check)}{said(heading, name)}\n")
+    return INTRODUCTION + "\n".join(sections)
+
+
+INTRODUCTION = """# Testing a policy
+
+`check_policy` finds out whether a policy is sound; `check_closure` does the same for a handwritten
+closure.
+
+```python
+import torch
+from trpo_optim.testing import PolicyTests, assert_policy, check_closure, check_policy
+
+print(check_policy(policy, observations))  # a table: what was checked, measured, found
+assert_policy(policy, observations)  # raises with that table
+
+
+class TestMyPolicy(PolicyTests):  # in pytest, which this needs: one test per check
+    policy = MyPolicy()
+    observations = torch.randn(256, 17)
+
+
+print(  # where step() would be called
+    check_closure(
+        closure,
+        policy.parameters(),
+        log_prob=lambda: log_prob(policy(observations), actions),
+        advantages=advantages,
+    )
+)
+```
+
+```sh
+python -m trpo_optim.testing package.module:make_policy --observation-space 17
+```
+
+A policy is a module, a method of one (`agent.dist`) or, with `parameters=`, any function from
+observations to a distribution, or a tuple or dict of them; observations are a tensor, or a tuple or
+dict of them. Pass real ones where you have them. Findings come in the order in which a fault is
+best read: what fails first explains what fails after it. `kl=` takes a KL of your own; without it,
+that of policies that have none in closed form is estimated. `skip=` leaves checks out: `score`
+where the policy computes in lower precision than its parameters have (autocast), so that
+differences are rounding. A policy over sequences of tokens is checked as `Independent(dist, 1)`.
+
+`check_closure` takes `maximize=True` where the optimizer has it. A closure's `sampled_kl` passes
+with `low_variance=True`; the plain one has a slope on any one sample.
+
+| check | finds |
+| --- | --- |
+| `state` | parameters, buffers, observations and flags that an evaluation moves |
+| `one action per row` | log_prob that is not one number per observation |
+| `deterministic` | dropout, noise |
+| `rows` | batch normalisation and reductions across the batch |
+| `parameters` | what is detached on the way; it names what the policy does not use |
+| `finite` | NaN and infinity at zeros and at the corners of the observations' range |
+| `density` | log_prob that does not normalise |
+| `sampler` | samples that do not follow log_prob |
+| `entropy` | entropy() that is not the mean of −log_prob |
+| `score` | a gradient of log_prob that is not its slope |
+| `zero kl` | a KL that is not zero, least and smooth where both policies are one |
+| `kl` | a KL that is not the mean of ln(old/new), such as one averaged over dimensions |
+| `second order` | operations without second derivatives |
+| `fisher` | Fisher-vector products that are not the KL's curvature and the scores' spread |
+| `step` | a step that fails, or does not do what the local model says as the radius shrinks |
+
+Averages over drawn actions are compared within what noise explains: each comparison finds a sound
+policy at fault once in ten million. `undecided` is a check that does not apply, such as the entropy
+of a family that states none, or whose averages would be noise, such as those over fifty dimensions.
+
+`trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies;
+`trpo_optim.testing.plugin` the fixture `assert_sound` (`pytest_plugins = [...]` in conftest.py).
+
+What follows is what the kit says of policies and closures with one fault each, written by
+`UPDATE_DOCS=1 pytest tests/testing/test_broken.py`.
+
+"""
+
+
+def without_figures(text: str) -> str:
+    return re.sub(r"-?\d[\d.e+-]*", "#", text)
+
+
+def test_the_page_has_every_fault_in_its_order() -> None:
+    """What it says of each is compared where the fault is found."""
+    if os.environ.get("UPDATE_DOCS"):
+        PAGE.write_text(page(found))
+    assert PAGE.read_text() == page(written)

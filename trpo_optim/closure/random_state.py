@@ -1,0 +1,55 @@
+"""Torch's random state, on the CPU and on the devices that an evaluation may draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trpo_optim.torch_private import mps_generator
+
+__all__ = ["generators", "random_state_kept"]
+
+
+def generators(devices: Iterable[torch.device | str]) -> list[torch.Generator]:
+    """Return the default generators that an evaluation may draw from.
+
+    Args:
+        devices: Where the evaluation's tensors are. A device without an index is the current one of
+            its type.
+
+    Returns:
+        The CPU's generator, and that of each further device. A device without random numbers of
+        its own, such as ``meta``, has none.
+    """
+    found = [torch.default_generator]
+    for device in dict.fromkeys(map(torch.device, devices)):
+        if device.type == "mps":  # it has one device
+            found.append(mps_generator())
+            continue
+        module = getattr(torch, device.type, None)
+        if every := getattr(module, "default_generators", ()):
+            found.append(every[module.current_device() if device.index is None else device.index])
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device | str]) -> Iterator[None]:
+    """Put the random state back at the end of a ``with`` block.
+
+    It does what ``torch.random.fork_rng`` does, for devices of any type and of several types at
+    once.
+
+    Args:
+        devices: Whose random state is kept, besides the CPU's.
+
+    Yields:
+        Nothing.
+    """
+    before = [(each, each.get_state()) for each in generators(devices)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
