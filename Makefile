@@ -59,5 +59,30 @@ format: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
 	touch $@
 
+# The package's tests under the oldest and the newest releases of what it stands on.
+FLOOR_PYTHON ?= python3.10
+NEWEST_PYTHON ?= $(PYTHON)
+PACKAGE_TESTS := -m "not thorough" tests --ignore=tests/examples --ignore=tests/benchmarks \
+	--ignore=tests/test_package.py --ignore=tests/test_layers.py
+
+.PHONY: test-floor test-newest
+test-floor: .venv-floor/installed ## the package's tests with torch 2.6, Gymnasium 1.1 and Python 3.10
+	.venv-floor/bin/python -m pytest --numprocesses auto --dist worksteal $(PACKAGE_TESTS)
+
+test-newest: .venv-newest/installed ## the same with the newest torch and Gymnasium on PyPI
+	.venv-newest/bin/python -m pytest --numprocesses auto --dist worksteal $(PACKAGE_TESTS)
+
+.venv-floor/installed: pyproject.toml constraints-floor.txt
+	$(FLOOR_PYTHON) -m venv --clear .venv-floor
+	.venv-floor/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-floor/bin/pip install --quiet --constraint constraints-floor.txt --editable ".[examples]" --group test
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-newest/bin/pip install --quiet --editable ".[examples]" --group test
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-floor .venv-newest runs

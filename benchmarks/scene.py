@@ -103,13 +103,27 @@ class Scene:
         return Job(lambda: torch.autograd.grad(closure()[0], self.parameters), self.reset)
 
     def update(
-        self, *, third: bool, share: float = 1.0, micro_batches: int = 1, defaults: bool = False
+        self,
+        *,
+        third: bool,
+        share: float = 1.0,
+        micro_batches: int = 1,
+        defaults: bool = False,
+        torch_func: bool = True,
     ) -> Job:
-        """Take one step; ``share`` of the batch gives the curvature."""
+        """Take one step; ``share`` of the batch gives the curvature.
+
+        Without ``torch_func``, double backward differentiates closures of two values.
+
+        Returns:
+            The job.
+        """
         solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
         optimizer = TrustRegionOptimizer(
             self.parameters, max_kl=RADIUS, cg_iterations=self.iterations, **solver
         )
+        if not torch_func:
+            optimizer._engine_choices["parts"].refusal = "double backward is timed"
         size = self.samples // micro_batches
         parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
         closures = [self.closure(rows, third=third) for rows in parts]

@@ -89,6 +89,24 @@ def in_gradients(settings: Settings) -> str:
     return table(*rows)
 
 
+def engines(settings: Settings) -> str:
+    """Return the table of what an update costs by each engine, in updates by double backward."""
+    by: dict[str, dict[str, Any]] = {
+        "double backward": {"third": False, "torch_func": False},
+        "torch.func": {"third": False},
+        "Gauss–Newton": {"third": True},
+    }
+    rows = [["samples", "double backward (ms)", "torch.func", "Gauss–Newton"]]
+    for samples in (64, 256, 2048, 8192):
+        scene = Scene(64, samples, settings.device)
+        jobs = {name: scene.update(**how) for name, how in by.items()}
+        times = taken_in_turn(jobs, 3 * settings.rounds, settings.device)
+        unit = times["double backward"]
+        ratios = [times[name].over(unit) for name in ("torch.func", "Gauss–Newton")]
+        rows.append([str(samples), f"{1000 * unit.median:.2f}", *ratios])
+    return table(*rows)
+
+
 def beside_peers(settings: Settings, *, defaults: bool) -> str:
     """Return the table of how many times faster an update is than a peer's."""
     peers = {"sb3-contrib": Sb3Contrib} if defaults else PEERS
@@ -191,6 +209,7 @@ def main(settings: Settings) -> None:
         versions=versions,
         rounds=settings.rounds,
         in_gradients=in_gradients(settings),
+        engines=engines(settings),
         beside_peers=beside_peers(settings, defaults=False),
         at_defaults=beside_peers(settings, defaults=True),
         memory=memory(settings),
@@ -213,6 +232,14 @@ actions; the third value is the closure's distribution.
 The unit is one evaluation of the closure with the gradient of its loss.
 
 {in_gradients}
+
+## By engine
+
+A closure of two values is differentiated by `torch.func`, and by double backward where `torch.func`
+refuses it. With the third value, products are Gauss–Newton. The unit is one update of ten products
+by double backward; 17–64–64–6.
+
+{engines}
 
 ## Beside other libraries
 

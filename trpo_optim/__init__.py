@@ -15,6 +15,8 @@ from trpo_optim.errors import RankError, TrustRegionError
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import Outcome, StepReport
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Closure",
     "Closures",

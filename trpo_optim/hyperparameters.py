@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -90,6 +91,31 @@ class Hyperparameters:
                 f"and lr was not given. No rate fits all losses. Pass lr, for example lr=0.01, or "
                 f"{name}, for example {name}={example}."
             )
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[dict[str, Any]]) -> Hyperparameters:
+        """Return the hyperparameters that all groups agree on.
+
+        Args:
+            groups: ``param_groups``, at least one. Their values become plain numbers, since those
+                of NumPy would not load with ``weights_only``.
+
+        Raises:
+            TrustRegionError: If a value is not valid, or the groups do not agree.
+        """
+        names = cls.names()
+        found = [cls(**{name: group[name] for name in names}) for group in groups]
+        for group, own in zip(groups, found, strict=True):
+            group.update(asdict(own))
+        for index, name in product(range(1, len(groups)), names):
+            first, here = getattr(found[0], name), getattr(found[index], name)
+            if here != first:
+                raise TrustRegionError(
+                    f"{name} is {first!r} in param_groups[0] and {here!r} in "
+                    f"param_groups[{index}]. One step has one radius and one length: give every "
+                    "group the same value."
+                )
+        return found[0]
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

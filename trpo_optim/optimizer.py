@@ -14,10 +14,10 @@ from torch.optim.optimizer import ParamsT
 from trpo_optim.algorithm.step import take_step
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.parameters import ParameterVector, require_real
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
-from trpo_optim.curvature.engine_choice import EngineChoice
+from trpo_optim.curvature.engine_choice import no_choices
 from trpo_optim.distributed.collectives import Reduction, require_member
 from trpo_optim.distributed.consistency import Ready, agreed
 from trpo_optim.distributed.ddp import unwrapped
@@ -110,7 +110,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
-        self._engine_choices = _no_choices()
+        self._engine_choices = no_choices()
         self._lr_given = lr is not None
         defaults = Hyperparameters(
             mode=mode,
@@ -214,7 +214,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         self._lr_given |= "lr" in param_group
         super().add_param_group(param_group)
         try:
-            _require_real(self.param_groups[-1])
+            require_real(self.param_groups[-1])
             self._settings()
         except BaseException:
             del self.param_groups[-1]
@@ -258,7 +258,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
-        self.__dict__.setdefault("_engine_choices", _no_choices())
+        self.__dict__.setdefault("_engine_choices", no_choices())
         for group in self.param_groups:
             for entry in fields(Hyperparameters):
                 group.setdefault(entry.name, self.defaults.setdefault(entry.name, entry.default))
@@ -294,37 +294,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
     def _settings(self) -> Hyperparameters:
         """Return the hyperparameters that all groups agree on, checked anew."""
-        names = Hyperparameters.names()
-        settings = None
-        for index, group in enumerate(self.param_groups):
-            own = Hyperparameters(**{name: group[name] for name in names})
-            group.update(asdict(own))  # plain numbers: NumPy's would not load with weights_only
-            settings = own if settings is None else settings
-            for name in names:
-                first, here = getattr(settings, name), getattr(own, name)
-                if here != first:
-                    raise TrustRegionError(
-                        f"{name} is {first!r} in param_groups[0] and {here!r} in "
-                        f"param_groups[{index}]. One step has one radius and one length: give "
-                        "every group the same value."
-                    )
-        assert settings is not None  # torch.optim refuses an empty list of parameters
+        settings = Hyperparameters.of_groups(self.param_groups)
         if not self._lr_given:
             settings.require_lr()
         return settings
-
-
-def _no_choices() -> dict[str, EngineChoice]:
-    """Return what a new optimizer knows of the engines of its closures."""
-    return {"parts": EngineChoice(), "curvature": EngineChoice()}
-
-
-def _require_real(group: dict[str, Any]) -> None:
-    names = group.get("param_names", range(len(group["params"])))
-    for name, parameter in zip(names, group["params"], strict=True):
-        if not parameter.is_floating_point():
-            raise TrustRegionError(
-                f"Parameter {name!r} is {parameter.dtype}; every parameter must be real floating "
-                "point. Leave integers to buffers, and view complex ones as real "
-                "(torch.view_as_real)."
-            )

@@ -242,6 +242,20 @@ def test_the_report_tells_of_every_engine_and_of_a_third_value_that_did_not_serv
         assert "other than through" in report.fallback
 
 
+def test_unlike_parts_are_each_evaluated_once_a_product() -> None:
+    """What one part returns says nothing of another."""
+    problem = gaussian()
+    parts = [
+        on_rows(problem, slice(0, 32), third=True),
+        on_rows(problem, slice(32, 64)),
+    ]
+    optimizer = problem.optimizer(cg_tolerance=0.0, cg_iterations=3)
+    report = optimizer.step(parts)
+    assert (report.engine, report.fisher_products) == ("torch.func", 3)
+    once = 2 * (1 + 3 + 1 + report.backtracks)
+    assert once <= report.closure_evaluations <= once + 2  # to learn what each returns
+
+
 def test_what_a_closure_returned_is_not_taken_for_closures() -> None:
     problem = gaussian()
     with pytest.raises(TrustRegionError, match=r"Pass the closure itself: step\(closure\), not"):

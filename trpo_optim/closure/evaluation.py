@@ -62,6 +62,10 @@ class Objective:
         transaction: What holds the state that an evaluation may move.
         name: Which of a step's closures it is, or empty where there is one.
 
+    Attributes:
+        evaluations: How often the closure was called.
+        third: Whether it returns a third value; None until that is known.
+
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
     """
@@ -81,6 +85,7 @@ class Objective:
         self.name = name
         self.vector = vector
         self.evaluations = 0
+        self.third: bool | None = None
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.

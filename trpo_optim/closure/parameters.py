@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import compress, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from trpo_optim.closure.dtensor import local, part_like, require_differentiable,
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import copy_each, norm_of_each
 
-__all__ = ["ParameterVector"]
+__all__ = ["ParameterVector", "require_real"]
 
 
 class ParameterVector:
@@ -93,3 +94,22 @@ class ParameterVector:
         if targets:
             with torch.no_grad():
                 copy_each(targets, sources)
+
+
+def require_real(group: dict[str, Any]) -> None:
+    """Check that the parameters of a group are real floating point.
+
+    Args:
+        group: One of ``param_groups``.
+
+    Raises:
+        TrustRegionError: If one is not; it is named.
+    """
+    names = group.get("param_names", range(len(group["params"])))
+    for name, parameter in zip(names, group["params"], strict=True):
+        if not parameter.is_floating_point():
+            raise TrustRegionError(
+                f"Parameter {name!r} is {parameter.dtype}; every parameter must be real floating "
+                "point. Leave integers to buffers, and view complex ones as real "
+                "(torch.view_as_real)."
+            )

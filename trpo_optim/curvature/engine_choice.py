@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["EngineChoice", "seems_to_return_three"]
+from trpo_optim.closure.evaluation import Objective
+
+__all__ = ["EngineChoice", "no_choices", "seems_to_return_three"]
 
 
 @dataclass
@@ -18,21 +20,39 @@ class EngineChoice:
     """What an optimizer has learned of a closure, for as long as the optimizer lives.
 
     Attributes:
-        third: Whether the closure returns a third value; None until it was evaluated.
+        third: Whether the last closure returned a third value; None until one was evaluated.
         refusal: Why ``torch.func`` does not serve, or empty.
     """
 
     third: bool | None = None
     refusal: str = ""
 
-    def torch_func_first(self, closure: Callable[[], Any]) -> bool:
+    def torch_func_first(self, objective: Objective) -> bool:
         """Return whether ``torch.func`` is to evaluate a closure.
 
         Args:
-            closure: The user's closure.
+            objective: The closure. What it returned in this step counts before what others did.
         """
-        third = seems_to_return_three(closure) if self.third is None else self.third
+        third = self.third if objective.third is None else objective.third
+        if third is None:
+            third = seems_to_return_three(objective.closure)
         return not (self.refusal or third)
+
+    def learn(self, objective: Objective, *, third: bool, refusal: str) -> None:
+        """Keep what an evaluation has shown.
+
+        Args:
+            objective: The closure that was evaluated.
+            third: Whether it returned a third value.
+            refusal: Why ``torch.func`` does not serve, or empty.
+        """
+        objective.third = self.third = third
+        self.refusal = refusal
+
+
+def no_choices() -> dict[str, EngineChoice]:
+    """Return what a new optimizer knows of the parts of its batch and of its curvature."""
+    return {"parts": EngineChoice(), "curvature": EngineChoice()}
 
 
 def seems_to_return_three(closure: Callable[[], Any]) -> bool:

@@ -106,29 +106,23 @@ def second_order(
     """
     choice = EngineChoice() if choice is None else choice
     refusal = choice.refusal
-
-    def by_func() -> LocalModel | None:
-        nonlocal refusal
+    if first := choice.torch_func_first(objective):
         try:
-            made = by_torch_func(objective, gradient=gradient)
+            found = by_torch_func(objective, gradient=gradient)
         except ThirdValueError:
-            return None
+            pass
         except RefusedError as error:
             refusal = str(error)
-            return None
-        choice.third = False
-        return _model(objective.name, *made, "torch.func", NO_THIRD_VALUE)
-
-    first = choice.torch_func_first(objective.closure)
-    if first and (model := by_func()) is not None:
-        return model
+        else:
+            choice.learn(objective, third=False, refusal="")
+            return _model(objective.name, *found, "torch.func", NO_THIRD_VALUE)
     vector = objective.vector
     started = now()
     values = objective.with_graph()
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
-    choice.refusal, choice.third = refusal, values.third is not None
-    if not (first or refusal or choice.third) and (model := by_func()) is not None:
-        return model
+    choice.learn(objective, third=values.third is not None, refusal=refusal)
+    if not (first or refusal or objective.third):  # it was expected to return three
+        return second_order(objective, choice, gradient=gradient)
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
     require_attached(wanted, vector.parameters, started)

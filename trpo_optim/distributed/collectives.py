@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 if dist.is_available():
-    # Its functions have group.WORLD for a default, as it is at the import. Imported after
-    # init_process_group(), as every optimizer of torch does, it would keep that group to the end.
-    pass
+    # Its functions take group.WORLD, as it is at the import, for a default. Every optimizer of
+    # torch imports it: after init_process_group(), it would hold that group to the end.
+    import torch.distributed.nn.functional  # noqa: F401
 
 __all__ = ["Reduction", "require_member"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from trpo_optim.distributions.kl import kl_of_family
+from trpo_optim.distributions.masks import checked_mask, masked_mean, require_fit
 from trpo_optim.distributions.parts import (
     constant_transforms,
     leaves,
@@ -50,8 +51,8 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
             plain which dimensions are the action's, the old one carries a graph, or the mask does
             not fit.
     """
-    counted = None if mask is None else _checked(mask)
-    kl = _mean(_kl_of_batch(old, new, counted), counted)
+    counted = None if mask is None else checked_mask(mask)
+    kl = masked_mean(_kl_of_batch(old, new, counted), counted)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
         for part in leaves(old):
             require_valid(part)
@@ -74,11 +75,11 @@ def joint_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
     Raises:
         TrustRegionError: As ``mean_kl``.
     """
-    counted = None if mask is None else _checked(mask)
+    counted = None if mask is None else checked_mask(mask)
     kl = _kl_of_batch(old, new, counted)
     if counted is None:
         return kl
-    _require_fit(counted, kl)
+    require_fit(counted, kl)
     return kl[counted]
 
 
@@ -128,15 +129,15 @@ def sampled_kl(
             "The old log-probabilities carry a graph. Compute them under no_grad before the step, "
             "and pass them first, the new ones second."
         )
-    counted = None if mask is None else _checked(mask)
+    counted = None if mask is None else checked_mask(mask)
     log_ratio = new_log_prob - old_log_prob
     if counted is not None and counted.shape == log_ratio.shape:
         log_ratio = log_ratio.masked_fill(~counted, 0)  # padding may be infinite, its slope not
-    excess = _mean(torch.expm1(log_ratio) - log_ratio, counted)
+    excess = masked_mean(torch.expm1(log_ratio) - log_ratio, counted)
     if low_variance:
         return excess
     slope_alone = (excess - excess.detach()).nan_to_num(0.0)  # far away, the exponential overflows
-    return _mean(-log_ratio, counted).detach() + slope_alone
+    return masked_mean(-log_ratio, counted).detach() + slope_alone
 
 
 def log_prob(dist: PolicyT, action: Any) -> Tensor:
@@ -285,31 +286,3 @@ def _summed(parts: Sequence[Tensor]) -> Tensor:
             "dimensions in Independent, so that all have the batch's."
         )
     return torch.stack(list(parts)).sum(0)
-
-
-def _checked(mask: Tensor) -> Tensor:
-    """Return a mask as one of bools with something in it."""
-    if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-        raise TrustRegionError(
-            f"The mask is {mask.dtype} with values other than 0 and 1. Pass a mask of bools."
-        )
-    chosen = mask.bool()
-    if not chosen.any():
-        raise TrustRegionError(
-            f"The mask of shape {tuple(mask.shape)} is all false: there is nothing to average."
-        )
-    return chosen
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    _require_fit(mask, values)
-    return values.masked_fill(~mask, 0).sum() / mask.sum()
-
-
-def _require_fit(mask: Tensor, values: Tensor) -> None:
-    if mask.shape != values.shape:
-        raise TrustRegionError(
-            f"The mask has shape {tuple(mask.shape)} and the batch {tuple(values.shape)}."
-        )

@@ -216,7 +216,8 @@ class Subject:
     def reached(self) -> tuple[Tensor, ...]:
         """The parameters that autograd reaches from the log-probabilities or the KL."""
         dist = self.dist()
-        value = log_prob(dist, self.actions).sum() + _finite(self.kl(dist))
+        kl = self.kl(dist)
+        value = log_prob(dist, self.actions).sum() + (kl if kl.isfinite() else kl * 0)
         if not value.requires_grad:
             return ()
         slopes = torch.autograd.grad(value, self.parameters, allow_unused=True)
@@ -226,7 +227,7 @@ class Subject:
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:
         """Move the parameters by a step, (n,), and put them back."""
-        origin = self.vector.gather([each.detach() for each in self.vector.parameters])
+        origin = self.vector.current()
         try:
             self.vector.write(self.vector.scatter(origin + step))
             yield
@@ -297,7 +298,3 @@ def module_of(policy: Any) -> nn.Module | None:
     """Return the module that a policy is, or is a method of."""
     owner = getattr(policy, "__self__", policy)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _finite(value: Tensor) -> Tensor:
-    return value if value.isfinite() else value * 0
