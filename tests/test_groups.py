@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
 from trpo_optim.hyperparameters import Hyperparameters
@@ -58,9 +59,21 @@ def quadratic(*parameters: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     return closure
 
 
-@pytest.mark.parametrize(
-    "settings", [{"mode": "vanilla"}, {"mode": "natural", "max_kl": None}], ids=str
-)
+RATES = [{"mode": "vanilla"}, {"mode": "natural", "max_kl": None}]
+"""Settings under which ``lr`` is the rate of the step."""
+
+
+@pytest.mark.parametrize("settings", RATES, ids=str)
+def test_an_lr_that_is_set_on_the_group_is_given(settings: dict[str, Any]) -> None:
+    by_hand, scheduled = build(), build()
+    by_hand.param_groups[0]["lr"] = 0.01
+    LambdaLR(scheduled, lambda _: 0.01)
+    for optimizer in (by_hand, scheduled, copy.deepcopy(scheduled)):
+        optimizer.param_groups[0].update(settings)
+        assert optimizer.step(quadratic(optimizer.param_groups[0]["params"][0])).accepted
+
+
+@pytest.mark.parametrize("settings", RATES, ids=str)
 def test_a_mode_switched_to_on_the_group_needs_an_lr_too(settings: dict[str, Any]) -> None:
     for given, raises in (({}, True), ({"lr": 1.0}, False)):
         optimizer = copy.deepcopy(build(**given))

@@ -295,6 +295,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     def _settings(self) -> Hyperparameters:
         """Return the hyperparameters that all groups agree on, checked anew."""
         settings = Hyperparameters.of_groups(self.param_groups)
+        self._lr_given |= settings.lr != 1.0  # it was set on the groups, by hand or a schedule
         if not self._lr_given:
             settings.require_lr()
         return settings

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import GaussianPolicy, Problem, gaussian
+from problems import GaussianPolicy, Problem, Snapshot, gaussian, give_gradients
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -148,3 +148,40 @@ def test_a_graph_from_before_the_step_is_left_alone() -> None:
     assert problem.optimizer().step(closure).accepted
     features.sum().backward()
     assert encoder.weight.grad is not None
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_a_graph_of_somebody_elses_parameters_is_left_alone(third: bool) -> None:
+    """Features of another optimizer's encoder, made when the closure first needs them."""
+    problem = gaussian()
+    encoder = nn.Linear(4, 4).double()
+    cache: list[Tensor] = []
+
+    def closure() -> Any:
+        if not cache:
+            cache.append(encoder(problem.observations))
+        dist = problem.policy(problem.observations + 0 * cache[0].detach())
+        values = problem.values(dist)
+        return (*values, dist) if third else values
+
+    assert problem.optimizer().step(closure).accepted
+    cache[0].sum().backward()
+    assert encoder.weight.grad is not None
+
+
+def test_what_cannot_be_made_plain_costs_nothing_else() -> None:
+    problem = gaussian()
+    give_gradients(problem.policy)
+    before = Snapshot.of(problem.policy)
+    kept: list[Any] = []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss, kl = problem.closure()
+        if torch.is_grad_enabled():
+            held = 2 * loss
+            kept.append((held, torch._C._WeakTensorRef(held)))  # type: ignore[attr-defined]  # private
+        return loss, kl
+
+    assert problem.optimizer(lr=0.0).step(closure).outcome is Outcome.ZERO_LEARNING_RATE
+    assert kept
+    assert before.differences(Snapshot.of(problem.policy)) == []

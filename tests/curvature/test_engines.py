@@ -27,6 +27,110 @@ from trpo_optim import TrustRegionError
 from trpo_optim.curvature.local_model import NO_THIRD_VALUE
 
 
+class Cut(nn.Module):
+    """A layer that takes a part of what flows through it out of the graph, in some way."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = 1 * x
+    y.data.mul_(1.5)
+    return y
+
+
+def masked(x: Tensor) -> Tensor:
+    y = 1 * x
+    y.data[:, 0] = -5.0
+    return y
+
+
+def hooked(x: Tensor) -> Tensor:
+    y = 1 * x
+    if y.requires_grad:
+        y.register_hook(lambda grad: 2 * grad)
+    return y
+
+
+def hooked_node(x: Tensor) -> Tensor:
+    y = 1 * x
+    if y.grad_fn is not None:
+        y.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
+    return y
+
+
+CUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "straight through": (lambda x: x + ((8 * x).round() / 8 - x).data, "torch.func"),
+    "a baseline": (lambda x: x - 0.5 * x.data, "torch.func"),
+    "statistics": (lambda x: x / (x.data.std() + 1), "torch.func"),
+    "detached in place": (lambda x: x / ((1 * x).detach_().std() + 1), "double backward"),
+    "scaled in place": (in_place, "torch.func"),
+    "written in place": (masked, "torch.func"),
+    "a hook": (hooked, "double backward"),
+    "a hook on the node": (hooked_node, "double backward"),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_cut_out_of_the_graph_is_cut_out_of_both_derivatives(name: str) -> None:
+    change, engine = CUTS[name]
+    with linearized(with_middle(Cut(change)), torch_func) as (model, _):
+        products, gradient = dense(model), model.gradient
+        assert model.engine == engine
+    with linearized(with_middle(Cut(change)), double_backward) as (model, _):
+        torch.testing.assert_close(products, dense(model), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, model.gradient, rtol=0, atol=1e-12)
+
+
+def test_a_step_under_saved_tensor_hooks_is_taken() -> None:
+    problem = gaussian()
+    with torch.autograd.graph.save_on_cpu():
+        report = problem.optimizer().step(problem.closure)
+    assert (report.accepted, report.engine) == (True, "double backward")
+    assert "saved tensor hooks" in report.fallback
+
+
+class NoMemory(torch.autograd.Function):
+    """Whose backward finds no memory."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 1 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("third", [True, False])
+def test_a_lack_of_memory_is_no_refusal(third: bool) -> None:
+    problem = with_middle(Cut(NoMemory.apply))
+    closure = problem.closure_with_dist if third else problem.closure
+    optimizer = problem.optimizer()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(closure)
+    assert optimizer._engine_choices["parts"].refusal == ""
+
+
+def test_where_hooks_have_gone_torch_func_serves_again() -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer()
+    handle = problem.parameters()[0].register_hook(lambda grad: grad)
+    assert optimizer.step(problem.closure).engine == "double backward"
+    handle.remove()
+    problem = Problem(problem.policy, problem.observations, 1)
+    assert optimizer.step(problem.closure).engine == "torch.func"
+
+
 def draws(problem: Problem) -> None:
     problem.policy = CategoricalPolicy(
         nn.Sequential(nn.Dropout(0.1), problem.policy.get_submodule("network"))

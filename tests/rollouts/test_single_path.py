@@ -1,4 +1,4 @@
-"""Trajectories of real environments: which rows enter a batch, and what follows each of them."""
+"""Single path: every step that was taken, what followed it, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,34 +11,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from small_environments import Env, cartpole, coin, each_mode, vector
 from tabular import table, tabular
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical
 
-from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import RolloutError, SinglePathBatch, capture, gae, restore, single_path
-
-MODES = list(AutoresetMode)
-each_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-
-Env = gym.Env[Any, Any]
-
-
-def vector(
-    make: Callable[[], Env], count: int = 3, mode: AutoresetMode = AutoresetMode.SAME_STEP
-) -> SyncVectorEnv:
-    return SyncVectorEnv([make] * count, autoreset_mode=mode)
-
-
-def cartpole() -> Env:
-    return gym.make("CartPole-v1", max_episode_steps=15)
-
-
-def coin(observations: Tensor) -> Categorical:
-    """A policy that tosses a coin for every observation."""
-    return Categorical(logits=torch.zeros(len(observations), 2))
+from trpo_optim.rollouts import SinglePathBatch, capture, gae, restore, single_path
 
 
 class Recorded(gym.Wrapper[Any, Any, Any, Any]):
@@ -226,242 +205,9 @@ def test_a_recurrent_state_runs_through_an_episode_and_no_further(mode: Autorese
                     assert int(part.actions[step, env]) == expected
 
 
-SPACES: dict[str, tuple[gym.Space[Any], Callable[[Any], Any], Callable[[Tensor], Any]]] = {
-    "MultiDiscrete": (
-        gym.spaces.MultiDiscrete([2, 3], start=[0, 5]),
-        lambda action: int(action[0]),
-        lambda n: (Categorical(torch.ones(len(n), 2)), Categorical(torch.ones(len(n), 3))),
-    ),
-    "MultiBinary": (
-        gym.spaces.MultiBinary(3),
-        lambda action: int(action[0]),
-        lambda n: Independent(torch.distributions.Bernoulli(torch.full((len(n), 3), 0.5)), 1),
-    ),
-    "Box": (
-        gym.spaces.Box(-0.1, 0.1, (2, 2), np.float32),
-        lambda action: int(action[0, 1] > 0),
-        lambda n: Independent(Normal(torch.zeros(len(n), 4), torch.ones(4)), 1),
-    ),
-    "Discrete from -1 on": (
-        gym.spaces.Discrete(2, start=-1),
-        lambda action: int(action) + 1,
-        coin,
-    ),
-    "Dict of a Tuple": (
-        gym.spaces.Dict(
-            {
-                "push": gym.spaces.Discrete(2),
-                "rest": gym.spaces.Tuple([gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(3)]),
-            }
-        ),
-        lambda action: int(action["push"]),
-        lambda n: {
-            "push": coin(n),
-            "rest": (
-                Independent(Normal(torch.zeros(len(n), 1), torch.ones(1)), 1),
-                Categorical(torch.ones(len(n), 3)),
-            ),
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SPACES)
-def test_actions_of_every_space_reach_the_environments_in_its_form(name: str) -> None:
-    space, push, dist = SPACES[name]
-    seen = []
-
-    def taken(action: Any) -> int:
-        assert space.contains(action), action
-        seen.append(action)
-        return int(push(action))
-
-    envs = vector(lambda: wrappers.TransformAction(cartpole(), taken, space), 2)
-    batch = single_path(envs, dist, steps=30, seed=0)
-    assert len(seen) == 60
-    assert len({str(each) for each in seen}) > 1
-    assert int(batch.valid.sum()) == 60
-
-
-def test_observations_of_nested_spaces_keep_their_form() -> None:
-    space = gym.spaces.Dict(
-        {
-            "all": gym.spaces.Box(-np.inf, np.inf, (4,), np.float64),
-            "more": gym.spaces.Tuple(
-                [gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (2, 2, 1), np.uint8)]
-            ),
-        }
-    )
-
-    def nested(observation: Any) -> Any:
-        image = np.full((2, 2, 1), int(abs(observation[2]) * 1000) % 256, np.uint8)
-        return {
-            "all": observation.astype(np.float64),
-            "more": (np.int64(observation[0] > 0), image),
-        }
-
-    forms = []
-
-    def policy(seen: Any) -> Categorical:
-        forms.append((seen["all"].dtype, seen["more"][0].shape, seen["more"][1].dtype))
-        return coin(seen["all"])
-
-    envs = vector(lambda: wrappers.TransformObservation(cartpole(), nested, space), 2)
-    batch = single_path(envs, policy, steps=40, seed=0)
-    assert set(forms) == {(torch.float32, (2,), torch.uint8)}
-    assert batch.observations["more"][1].shape == (40, 2, 2, 2, 1)
-    assert batch.flat(batch.observations)["all"].shape == (80, 4)
-    values, following = batch.values(lambda seen: seen["all"][:, 0])
-    assert values.shape == following.shape == (40, 2)
-    assert len(batch.cut_rows) == len(batch.cut_observations["more"][0]) > 2
-
-
-def test_a_policy_may_return_the_actions_themselves() -> None:
-    batch = single_path(vector(cartpole), lambda seen: (seen[:, 3] > 0).long(), steps=30, seed=0)
-    assert torch.equal(batch.actions, (batch.observations[..., 3] > 0).long())
-
-
-def test_environments_that_reuse_their_memory_do_no_harm() -> None:
-    def collected(*, copy: bool) -> SinglePathBatch:
-        torch.manual_seed(0)
-        return single_path(
-            SyncVectorEnv([cartpole] * 2, copy=copy, autoreset_mode="SameStep"),
-            coin,
-            steps=30,
-            seed=0,
-        )
-
-    shared, own = collected(copy=False), collected(copy=True)
-    assert torch.equal(shared.observations, own.observations)
-    assert torch.equal(shared.cut_observations, own.cut_observations)
-
-
-def test_continuous_actions_are_kept_as_they_were_drawn() -> None:
-    envs = vector(lambda: gym.make("Pendulum-v1"), 2)
-    wide = lambda seen: Independent(Normal(torch.zeros(len(seen), 1), torch.full((1,), 9.0)), 1)  # noqa: E731
-    assert single_path(envs, wide, steps=30, seed=0).actions.abs().max() > 2.0
-
-
 def test_a_cursor_shares_no_memory_with_the_environments() -> None:
     envs = SyncVectorEnv([cartpole] * 2, copy=False, autoreset_mode="SameStep")
     batch = single_path(envs, coin, steps=5, seed=0)
     before = batch.end.observations.copy()
     single_path(envs, coin, steps=5, after=batch)
     assert np.array_equal(batch.end.observations, before)
-
-
-class Unresettable(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment that begins once."""
-
-    begun = False
-
-    def reset(self, **options: Any) -> Any:
-        if self.begun:
-            raise ConnectionError("no further episode")
-        self.begun = True
-        return self.env.reset(**options)
-
-
-def test_where_a_reset_fails_what_followed_the_last_row_is_still_known() -> None:
-    """The first environment's episode ends after 5 steps; no pole falls as soon as that."""
-    makes = [lambda: Unresettable(gym.make("CartPole-v1", max_episode_steps=5)), cartpole]
-    envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.DISABLED)
-    with pytest.raises(RolloutError, match="no further episode") as it:
-        single_path(envs, coin, steps=100, seed=0)
-    batch = it.value.batch
-    assert batch.cut_rows.tolist() == [[4, 0], [4, 1]]
-    assert not torch.equal(batch.cut_observations[1], batch.observations[-1, 1])
-
-
-class Failing(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment that dies, or loses count, after so many steps."""
-
-    def __init__(self, env: Env, steps: int, reward: float | None = None) -> None:
-        super().__init__(env)
-        self.left, self.odd = steps, reward
-
-    def step(self, action: Any) -> Any:
-        self.left -= 1
-        if self.left < 0 and self.odd is None:
-            raise ConnectionError("the simulator is gone")
-        observation, reward, *rest = self.env.step(action)
-        return (observation, self.odd if self.left < 0 else reward, *rest)
-
-
-@each_mode
-def test_what_came_before_an_environment_died_is_kept(mode: AutoresetMode) -> None:
-    envs = vector(lambda: Failing(cartpole(), 20), 2, mode)
-    with pytest.raises(
-        RolloutError, match=r"Step \d+ .*ConnectionError: the simulator is gone"
-    ) as it:
-        single_path(envs, coin, steps=100, seed=0)
-    batch = it.value.batch
-    assert 38 <= int(batch.valid.sum()) <= 42
-    assert isinstance(it.value.__cause__, ConnectionError)
-    values, following = batch.values(lambda seen: seen[:, 0])
-    assert values.shape == following.shape == batch.rewards.shape
-    with pytest.raises(RolloutError) as at_once:
-        single_path(vector(lambda: Failing(cartpole(), 0), 2), coin, steps=100, seed=0)
-    assert at_once.value.batch is None
-
-
-@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
-def test_a_reward_that_is_no_number_is_told_with_its_place(reward: float) -> None:
-    envs = vector(lambda: Failing(cartpole(), 20, reward), 2)
-    with pytest.raises(RolloutError, match=rf"Environment 0 .* reward {reward} at step 20") as it:
-        single_path(envs, coin, steps=30, seed=0)
-    assert len(it.value.batch.rewards) == 30
-
-
-def start(**options: Any) -> Callable[[], object]:
-    return lambda: single_path(vector(cartpole), coin, **options)
-
-
-def collected() -> SinglePathBatch:
-    return single_path(vector(cartpole), coin, steps=2, seed=0)
-
-
-def with_sequences() -> SyncVectorEnv:
-    space = gym.spaces.Sequence(gym.spaces.Discrete(3))
-    return vector(lambda: wrappers.TransformObservation(cartpole(), lambda seen: (1, 2), space))
-
-
-REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "neither steps nor episodes": (start(), "either steps or episodes"),
-    "both": (start(steps=1, episodes=1), "either steps or episodes"),
-    "no steps": (start(steps=0), "steps is 0; it must be a whole number of at least 1"),
-    "no episodes": (start(episodes=-1), "episodes is -1"),
-    "after and a seed": (lambda: start(steps=1, after=collected(), seed=1)(), "Leave one of them"),
-    "after and episodes": (lambda: start(episodes=1, after=collected())(), "Leave one of them"),
-    "one environment": (
-        lambda: single_path(cartpole(), coin, steps=1),  # type: ignore[arg-type]  # the mistake
-        "got a TimeLimit; it takes vector environments",
-    ),
-    "a state without its environments": (
-        start(steps=1, state=(torch.zeros(1, 3, 4), torch.zeros(3, 4))),
-        r"state holds a tensor of shape \(3, 4\); its second dimension must be the \d environments",
-    ),
-    "another number of environments": (
-        lambda: single_path(vector(cartpole, 2), coin, steps=1, after=collected()),
-        "after is a rollout of 3 environments, and there are 2 here",
-    ),
-    "a space without a shape": (
-        lambda: single_path(with_sequences(), coin, steps=1),
-        "observations hold a Sequence.*Flatten or encode",
-    ),
-    "actions of another shape": (
-        lambda: single_path(
-            vector(lambda: gym.make("Pendulum-v1")),
-            lambda seen: Independent(Normal(torch.zeros(len(seen), 2), torch.ones(2)), 1),
-            steps=1,
-        ),
-        r"actions have shape \(3, 2\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
-    call, message = REFUSED[name]
-    with pytest.raises(TrustRegionError, match=message):
-        call()

@@ -1,4 +1,4 @@
-"""The surrogate against exact sums, and closures built from batches against handwritten ones."""
+"""The surrogate and the closures that are built on it, beside handwritten ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import gymnasium as gym
 import pytest
 import torch
 from devices import each_device
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from pendulum_batches import feedforward, vector_of
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Categorical, Distribution
 
 from trpo_optim import (
     Closures,
@@ -27,7 +27,6 @@ from trpo_optim.rollouts import (
     policy_closure,
     single_path,
     surrogate,
-    trajectory_weights,
 )
 from trpo_optim.testing import check_closure
 from trpo_optim.theory import random_mdp
@@ -50,64 +49,6 @@ def test_it_is_the_exact_surrogate_when_every_action_is_weighted_by_its_share() 
         assert float(loss.detach()) == pytest.approx(-expected, abs=1e-12)
     rise = (mdp.surrogate(old, new) - mdp.expected_return(old)) * (1 - mdp.gamma)
     assert float(loss.detach()) == pytest.approx(-rise, abs=1e-12)
-
-
-class Gaussian(nn.Module):
-    """An MLP's mean and one free scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
-        self.log_std = nn.Parameter(torch.zeros(1))
-
-    def forward(self, seen: Tensor) -> Distribution:
-        return Independent(Normal(self.network(seen), self.log_std.exp()), 1)
-
-
-class Recurrent(nn.Module):
-    """A GRU whose state is put to zero where an episode starts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(3, 8)
-        self.head = nn.Linear(8, 1)
-
-    def forward(self, seen: Tensor, state: Any, starts: Tensor) -> tuple[Distribution, Any]:
-        outputs = []
-        for now, begins in zip(seen, starts, strict=True):
-            kept = state[0] * ~begins[None, :, None]
-            output, after = self.gru(now[None], kept)
-            state = (after,)
-            outputs.append(output[0])
-        mean = self.head(torch.stack(outputs))
-        return Independent(Normal(mean, torch.ones(1)), 1), state
-
-
-def pendulum(mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> SyncVectorEnv:
-    return SyncVectorEnv(
-        [lambda: gym.make("Pendulum-v1", max_episode_steps=17)] * 4, autoreset_mode=mode
-    )
-
-
-def feedforward(seed: int = 0, device: str = "cpu") -> tuple[Gaussian, SinglePathBatch, Tensor]:
-    torch.manual_seed(seed)
-    policy = Gaussian().to(device)
-    batch = single_path(pendulum(), policy, steps=50, seed=0, device=device)
-    return policy, batch, torch.randn(50, 4).to(device).masked_fill(~batch.valid, math.nan)
-
-
-def recurrent() -> tuple[Recurrent, SinglePathBatch, Tensor]:
-    torch.manual_seed(0)
-    policy = Recurrent()
-    start = (torch.zeros(1, 4, 8),)
-    envs = pendulum()
-    first = single_path(envs, policy, steps=20, state=start, seed=0)
-    batch = single_path(envs, policy, steps=20, after=first)
-    return policy, batch, torch.randn(20, 4).masked_fill(~batch.valid, math.nan)
-
-
-def vector_of(policy: nn.Module) -> Tensor:
-    return torch.cat([each.detach().reshape(-1).clone() for each in policy.parameters()])
 
 
 def by_hand(policy: Any, batch: SinglePathBatch, advantages: Tensor, bonus: float = 0.0) -> Any:
@@ -183,62 +124,6 @@ def test_dropout_masks_are_those_of_the_step_that_follows(options: dict[str, Any
         policy_closure(policy, batch, advantages, **options)
     )
     assert report.accepted
-
-
-def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
-    torch.manual_seed(0)
-    policy = Recurrent()
-    logs = []
-
-    def acting(seen: Tensor, state: Any, starts: Tensor) -> Any:
-        dist, state = policy(seen, state, starts)
-        logs.append(dist)
-        return dist, state
-
-    start = (torch.zeros(1, 4, 8),)
-    envs = pendulum()
-    first = single_path(envs, acting, steps=20, state=start, seed=0)
-    logs.clear()
-    batch = single_path(envs, acting, steps=30, after=first)
-    acted = torch.stack(
-        [dist.log_prob(each[None])[0] for dist, each in zip(logs, batch.actions, strict=True)]
-    )
-    advantages = torch.ones(30, 4)
-    (closure,) = policy_closure(policy, batch, advantages, sampling_log_prob=acted).parts
-    loss, kl, _ = closure()  # type: ignore[misc]  # with a distribution
-    assert float(loss.detach()) == pytest.approx(-1.0, abs=1e-5)  # every ratio is one
-    assert kl.shape == (int(batch.valid.sum()),)
-
-
-def test_a_recurrent_policys_step_is_the_same_in_parts_of_environments() -> None:
-    found = []
-    for micro_batch in (None, 1, 3):
-        policy, batch, advantages = recurrent()
-        built = policy_closure(policy, batch, advantages, micro_batch=micro_batch)
-        assert len(built.parts) == {None: 1, 1: 4, 3: 2}[micro_batch]
-        report = TrustRegionOptimizer(policy.parameters()).step(built)
-        assert report.accepted
-        found.append(vector_of(policy))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-5)
-    policy, batch, advantages = recurrent()
-    built = policy_closure(policy, batch, advantages, curvature=0.5)
-    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
-
-
-def test_data_of_an_earlier_policy_counts_by_its_weights() -> None:
-    policy, batch, advantages = feedforward()
-    with torch.no_grad():
-        behaviour = policy(batch.observations).log_prob(batch.actions)
-        for parameter in policy.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        present = policy(batch.observations).log_prob(batch.actions)
-    weights = trajectory_weights(present - behaviour, batch.starts, largest=5.0)
-    built = policy_closure(policy, batch, advantages, weights=weights, sampling_log_prob=behaviour)
-    loss = built()[0]
-    expected = (weights * (present - behaviour).exp() * advantages)[batch.valid].mean()
-    assert float(loss.detach()) == pytest.approx(-float(expected), rel=1e-4)
-    assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
 
 
 def test_a_kl_without_a_closed_form_is_estimated_on_the_actions() -> None:

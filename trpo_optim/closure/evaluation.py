@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
-from trpo_optim.closure.interception import Watch
+from trpo_optim.closure.interception import RefusedError, Watch
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.torch_switches import attention, uncompiled, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Closure", "Objective", "RefusedError", "ThirdValue"]
+__all__ = ["Closure", "Objective", "ThirdValue"]
 
 _Part = Distribution | Tensor
 _Parts = _Part | Sequence[_Part] | Mapping[str, _Part]
@@ -45,10 +45,6 @@ _OF_TRANSFORMS = (
     "TensorWrapper",
 )
 """What torch says where a transform of torch.func is in the way."""
-
-
-class RefusedError(Exception):
-    """Torch refuses to differentiate the closure by torch.func; the text is torch's reason."""
 
 
 class Objective:
@@ -114,7 +110,7 @@ class Objective:
         watch = self._watch(dict(zip(identities, twins, strict=True)))
         try:
             return self._watched(watch)
-        except (TrustRegionError, torch.OutOfMemoryError):
+        except (RefusedError, TrustRegionError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _is_refusal(error, watch.failure):

@@ -17,7 +17,23 @@ from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import OpOverload, current_mode, is_transformed, pop_mode
 
-__all__ = ["Watch", "written_by"]
+__all__ = ["RefusedError", "Watch", "written_by"]
+
+
+_DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009 (mypy sees a property)
+
+_HOOKS = "the closure asks for hooks on tensors or for their nodes, which only one level would see"
+
+_REFUSED: dict[Any, str] = {
+    Tensor.detach_: "the closure calls detach_(), which cuts only one of two derivatives",
+    Tensor.register_hook: _HOOKS,
+    getattr(Tensor.grad_fn, "__get__"): _HOOKS,  # noqa: B009 (as above)
+}
+"""What the transforms of torch.func take without an error, and get wrong."""
+
+
+class RefusedError(Exception):
+    """torch.func does not serve a closure; the text is the reason."""
 
 
 class Watch(TorchFunctionMode):
@@ -74,6 +90,11 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         for tensor in written_by(func, args, keywords):
             self._transaction.remember_written(tensor)
+        if self._twins and func == _DATA:
+            # A transform of torch.func cuts .data at its own level, and detach() at all of them.
+            func = Tensor.detach
+        elif self._twins and (reason := _REFUSED.get(func)) is not None:
+            raise RefusedError(reason)
         if func is torch_private.weight_norm:
             func = weight_norm
         recurrent = is_recurrence(func)
@@ -109,6 +130,8 @@ class Watch(TorchFunctionMode):
                     "such as the scale of the old distribution: it would move with every trial. "
                     "clone() it when the old distribution is made."
                 )
+            if id(value) not in self._own:
+                self._transaction.kept.add(value)
             return self._twins.get(id(value), value)
         if type(value) in (list, tuple):
             return type(value)(self._replaced(each) for each in value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -41,21 +42,40 @@ class KeptTensors:
         """Drop the notes on tensors that nobody holds any more."""
         self._made = [each for each in self._made if each() is not None]
 
-    def make_plain(self, without: Collection[int]) -> None:
+    def make_plain(self, parameters: Sequence[Tensor]) -> None:
         """Turn what is still held into plain tensors of the same values, in place.
 
         Args:
-            without: The ids of tensors that are left alone.
+            parameters: The optimizer's. A graph that does not reach them belongs to somebody else,
+                and stays.
         """
+        targets = set(map(id, parameters))
         for reference in self._made:
             tensor = reference()
-            if tensor is None or id(tensor) in without:
+            if tensor is None or id(tensor) in targets:
                 continue
-            if is_transformed(tensor) or self._has_new_graph(tensor):
-                swap_contents(tensor, untransformed(tensor).detach())
+            if is_transformed(tensor):
+                plain = untransformed(tensor)
+            elif self._has_graph_of(targets, tensor):
+                plain = tensor.detach()
+            else:
+                continue
+            with suppress(RuntimeError):  # torch keeps a reference of its own to it
+                swap_contents(tensor, plain)
         self._made.clear()
 
-    def _has_new_graph(self, tensor: Tensor) -> bool:
-        """Whether the graph is an evaluation's: a function may return what it was given."""
+    def _has_graph_of(self, targets: set[int], tensor: Tensor) -> bool:
+        """Whether an evaluation has made a tensor from parameters."""
         node = tensor.grad_fn
-        return node is not None and node._sequence_nr() >= self._started
+        if node is None or node._sequence_nr() < self._started:
+            return False  # a function may return what it was given
+        stack, seen = [node], set[object]()
+        while stack:
+            here = stack.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            if id(getattr(here, "variable", None)) in targets:
+                return True
+            stack.extend(child for child, _ in here.next_functions if child is not None)
+        return False

@@ -156,13 +156,15 @@ class Transaction:
         self._vector.write(self._vector.scatter(vector), self._moved)
 
     def _settle(self) -> None:
-        self.rewind()
-        self.kept.make_plain(without=set(map(id, self._vector.parameters)))
-        for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
-            parameter.grad = grad
-        if self._hook is not None:
-            self._hook.remove()
-        self._ended = True
+        try:
+            self.rewind()
+            self.kept.make_plain(self._vector.parameters)
+        finally:
+            for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
+                parameter.grad = grad
+            if self._hook is not None:
+                self._hook.remove()
+            self._ended = True
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""

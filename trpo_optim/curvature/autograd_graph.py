@@ -118,8 +118,9 @@ def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int
             if earlier:
                 raise TrustRegionError(
                     "The closure depends on the parameters through a tensor that was computed "
-                    "before it ran, such as the old log-probabilities or the old distribution. "
-                    "Compute these under torch.no_grad(), or detach() them."
+                    "before it ran, such as the old log-probabilities or the old distribution, or "
+                    "in another thread. Compute the old ones under torch.no_grad(), or detach() "
+                    "them, and the new ones in the thread that calls step()."
                 )
             found = True
     return found

@@ -25,10 +25,15 @@ def by_double_backward(
 
     Returns:
         The gradient, shape (n,), or None, and the product; or the refusal.
+
+    Raises:
+        OutOfMemoryError: If there is no memory left.
     """
     try:
         gradient = None if loss is None else gradient_of(loss, vector, retain_graph=True)
         kl_gradient = gradient_of(kl, vector, create_graph=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return str(error)
     if not have_second_derivatives([kl_gradient]):

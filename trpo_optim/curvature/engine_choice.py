@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["EngineChoice", "no_choices", "seems_to_return_three"]
 
 @dataclass
 class EngineChoice:
-    """What an optimizer has learned of a closure, for as long as the optimizer lives.
+    """What an optimizer has learned of its closures, for as long as the optimizer lives.
 
     Attributes:
         third: Whether the last closure returned a third value; None until one was evaluated.
@@ -65,7 +66,9 @@ def seems_to_return_three(closure: Callable[[], Any]) -> bool:
     """
     while isinstance(closure, functools.partial):
         closure = closure.func
-    function: Any = inspect.unwrap(closure)
+    function: Any = closure
+    with suppress(ValueError):  # a callable that claims to wrap itself
+        function = inspect.unwrap(closure)
     if not inspect.isroutine(function):
         function = type(function).__call__
     code = getattr(function, "__code__", None)

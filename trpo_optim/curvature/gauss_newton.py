@@ -34,6 +34,9 @@ def gauss_newton(
     Returns:
         The gradient, if wanted, and v ↦ Fv, for vectors of shape (n,); or why the third value does
         not serve.
+
+    Raises:
+        OutOfMemoryError: If there is no memory left.
     """
     parameters = vector.parameters
     cut = find_cut(kl, third, parameters)
@@ -60,6 +63,8 @@ def gauss_newton(
                 outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
             )
             pulled = vector.gather(pieces)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return str(error)
     if not have_second_derivatives([pulled]):

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.checks import Values
-from trpo_optim.closure.evaluation import Objective, RefusedError
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.interception import RefusedError
 from trpo_optim.closure.torch_switches import remedy
 from trpo_optim.curvature.autograd_graph import now, require_attached, require_twice_differentiable
 from trpo_optim.curvature.double_backward import by_double_backward, gradient_of
 from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.curvature.gauss_newton import gauss_newton
-from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func
+from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func, obstacle
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.report import Engine
 
@@ -105,8 +106,10 @@ def second_order(
         RuntimeError: Whatever the closure itself raises.
     """
     choice = EngineChoice() if choice is None else choice
+    vector = objective.vector
+    hindered = obstacle(vector.parameters)
     refusal = choice.refusal
-    if first := choice.torch_func_first(objective):
+    if first := not hindered and choice.torch_func_first(objective):
         try:
             found = by_torch_func(objective, gradient=gradient)
         except ThirdValueError:
@@ -116,19 +119,20 @@ def second_order(
         else:
             choice.learn(objective, third=False, refusal="")
             return _model(objective.name, *found, "torch.func", NO_THIRD_VALUE)
-    vector = objective.vector
     started = now()
     values = objective.with_graph()
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
     choice.learn(objective, third=values.third is not None, refusal=refusal)
-    if not (first or refusal or objective.third):  # it was expected to return three
+    if not (first or hindered or refusal or objective.third):  # it was expected to return three
         return second_order(objective, choice, gradient=gradient)
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
     require_attached(wanted, vector.parameters, started)
     require_twice_differentiable(values.kl)
     if values.third is None:
-        refusal = refusal or "the closure returns a third value at some evaluations only"
+        refusal = (
+            hindered or refusal or "the closure returns a third value at some evaluations only"
+        )
         fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
     else:
         made = gauss_newton(loss, values.kl, values.third, vector)
@@ -139,7 +143,8 @@ def second_order(
     if isinstance(made, str):
         raise TrustRegionError(
             f"The closure cannot be differentiated twice. {remedy(made)} {_VANILLA}\n"
-            f"double backward: {made}\ntorch.func: {refusal or 'not tried'}"
+            f"double backward: {made}\n"
+            f"torch.func: {hindered or refusal or 'not tried'}"
         )
     return _model(objective.name, values, *made, "double backward", fallback)
 
@@ -157,6 +162,8 @@ def _model(
     def named_product(direction: Tensor) -> Tensor:
         try:
             return product(direction)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise TrustRegionError(
                 f"The KL cannot be differentiated twice. {remedy(str(error))} {_VANILLA}\n"

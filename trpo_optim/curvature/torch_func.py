@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,29 @@ from torch import Tensor
 
 from trpo_optim.closure.checks import DETACHED, Values
 from trpo_optim.closure.dtensor import is_sharded
-from trpo_optim.closure.evaluation import Objective, RefusedError
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.interception import RefusedError
 from trpo_optim.curvature.autograd_graph import now, reaches, require_twice_differentiable
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["ThirdValueError", "by_torch_func"]
+__all__ = ["ThirdValueError", "by_torch_func", "obstacle"]
 
 
 class ThirdValueError(Exception):
     """The closure returns a third value, and so another engine is faster."""
+
+
+def obstacle(parameters: Sequence[Tensor]) -> str:
+    """Return why torch.func cannot serve closures of these parameters, or empty.
+
+    Args:
+        parameters: The optimizer's, as they are now.
+    """
+    if any(parameter._backward_hooks for parameter in parameters):
+        return "it ignores the hooks on the parameters' gradients"
+    if any(map(is_sharded, parameters)):
+        return "some parameters are DTensors"
+    return ""
 
 
 def by_torch_func(
@@ -41,19 +55,20 @@ def by_torch_func(
         RefusedError: If torch.func cannot differentiate the closure, or would do so wrongly.
         ThirdValueError: If the closure returns a third value.
         TrustRegionError: If loss or KL does not depend on the parameters.
+        OutOfMemoryError: If there is no memory left.
     """
     vector = objective.vector
-    if any(parameter._backward_hooks for parameter in vector.parameters):
-        raise RefusedError("it ignores the hooks on the parameters' gradients")
-    if any(map(is_sharded, vector.parameters)):
-        raise RefusedError("some parameters are DTensors")
     count = len(vector.parameters)
-    evaluated, attached = False, True
+    attached = True
+    own: BaseException | None = None
 
     def kl_of(*inputs: Tensor) -> Any:
-        nonlocal evaluated, attached
-        values = objective.at(*inputs)
-        evaluated = True
+        nonlocal attached, own
+        try:
+            values = objective.at(*inputs)
+        except Exception as error:
+            own = error
+            raise
         if values.third is not None:
             raise ThirdValueError
         require_twice_differentiable(values.kl)
@@ -78,10 +93,10 @@ def by_torch_func(
     try:
         with torch.enable_grad():
             made = torch.func.vjp(kl_slopes_of, *twins, has_aux=True)
-    except (RefusedError, ThirdValueError, TrustRegionError):
+    except (RefusedError, ThirdValueError, TrustRegionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not evaluated:
+        if error is own:
             raise
         raise RefusedError(str(error)) from error  # double backward tells what it is
     _, pull, (slopes, values) = made

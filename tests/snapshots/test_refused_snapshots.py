@@ -1,0 +1,77 @@
+"""Environments that cannot be captured, and states of others, are refused by name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from captured import Env, Holding, begun, box2d
+from gymnasium.vector import SyncVectorEnv
+
+from trpo_optim import TrustRegionError
+from trpo_optim.rollouts import (
+    capture,
+    restore,
+)
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "Box2D": (lambda: gym.make("LunarLander-v3"), r"LunarLander.world.*SwigPyObject.*restorable"),
+    "sticky emulator": (
+        lambda: gym.make("ALE/Pong-v5"),
+        r"repeat_action_probability=0.*StickyAction",
+    ),
+    "processes": (
+        lambda: gym.make_vec("CartPole-v1", 2, vectorization_mode="async"),
+        "AsyncVectorEnv keeps its environments in other processes.*SyncVectorEnv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@box2d
+def test_an_environment_that_cannot_be_captured_is_refused_by_name(name: str) -> None:
+    build, message = REFUSED[name]
+    env = build()
+    env.reset()
+    with pytest.raises(TrustRegionError, match=message):
+        capture(env)
+    env.close()
+
+
+def test_a_state_of_another_environment_is_refused_and_nothing_changes() -> None:
+    snapshot = capture(begun("Hopper-v5"))
+    for other in ("Swimmer-v5", "CartPole-v1"):
+        env = begun(other)
+        before = pickle.dumps(capture(env))
+        with pytest.raises(
+            TrustRegionError, match=r"captured from .*Hopper-v5.*Make it in the same"
+        ):
+            restore(env, snapshot)
+        assert pickle.dumps(capture(env)) == before
+    bare = gym.make("Hopper-v5")
+    with pytest.raises(TrustRegionError, match="wrappers included"):
+        restore(bare, snapshot)
+
+
+def test_a_mujoco_state_of_another_model_is_refused_and_nothing_changes() -> None:
+    hoppers = SyncVectorEnv([lambda: gym.make("Hopper-v5")] * 2)
+    hoppers.reset(seed=0)
+    snapshot = capture(hoppers)
+    hoppers.step(hoppers.action_space.sample())
+    inner: Any = hoppers.envs[1].unwrapped
+    inner.model.opt.gravity[2] = -5.0
+    before = pickle.dumps(capture(hoppers))
+    with pytest.raises(TrustRegionError, match=r"other parameters by now.*Replayed"):
+        restore(hoppers, snapshot)
+    assert pickle.dumps(capture(hoppers)) == before
+
+
+@pytest.mark.parametrize("hide", [lambda env: {"other": env}, lambda env: [0, env]])
+def test_an_environment_out_of_reach_is_refused(hide: Callable[[Env], Any]) -> None:
+    env = Holding(gym.make("CartPole-v1"), hide(gym.make("CartPole-v1")))
+    env.reset()
+    with pytest.raises(TrustRegionError, match=r"Holding.held\[.*an environment of its own"):
+        capture(env)
