@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-__all__ = ["environment_of", "files_of", "requirements_of", "run"]
+__all__ = ["environment_of", "requirements_of", "run"]
 
 
 def environment_of(name: str, folder: Path) -> Path:
