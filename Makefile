@@ -63,7 +63,7 @@ format: .venv/dev
 FLOOR_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
 PACKAGE_TESTS := -m "not thorough" tests --ignore=tests/examples --ignore=tests/benchmarks \
-	--ignore=tests/test_package.py --ignore=tests/test_layers.py
+	--ignore=tests/test_layers.py --ignore=tests/test_package.py --ignore=tests/test_types.py
 
 .PHONY: test-floor test-newest
 test-floor: .venv-floor/installed ## the package's tests with torch 2.6, Gymnasium 1.1 and Python 3.10
