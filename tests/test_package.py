@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import email
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
 import sys
 import tarfile
 import venv
@@ -19,68 +16,31 @@ from typing import Any, cast
 
 import pytest
 import trove_classifiers
-from packaging.requirements import Requirement
+from torch_alone import PROBE, ROOT, closure_of, files_of, run
 
 import trpo_optim
 
 pytestmark = pytest.mark.package
 
-ROOT = Path(__file__).parents[1]
 
 LARGEST_SDIST = 400_000
+
+
 LARGEST_FILE = 100_000
 """In bytes: what ships with the source is text, and short."""
 
+
 PICTURES_AND_ARCHIVES = {".bz2", ".gif", ".gz", ".jpg", ".pdf", ".png", ".svg", ".xz", ".zip"}
 
-PROBE = """
-import importlib
-import json
-import sys
-
-import torch
-from torch.distributions import Categorical
-
-import trpo_optim
-from trpo_optim import TrustRegionOptimizer, frozen, mean_kl
-
-policy = torch.nn.Linear(4, 2)
-observations, actions = torch.randn(32, 4), torch.randint(2, (32,))
-advantages = torch.randn(32)
-old = frozen(Categorical(logits=policy(observations)))
-
-
-def closure():
-    new = Categorical(logits=policy(observations))
-    ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
-    return -(ratio * advantages).mean(), mean_kl(old, new), new
-
-
-def error_of_importing(module):
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-report = TrustRegionOptimizer(policy.parameters()).step(closure)
-print(
-    json.dumps(
-        {
-            "accepted": report.accepted,
-            "errors": {module: error_of_importing(module) for module in sys.argv[1:]},
-            "file": trpo_optim.__file__,
-            "version": trpo_optim.__version__,
-        }
-    )
-)
-"""
-"""Takes a step, then imports the modules that it is given."""
 
 NOT_OF_TORCH = ("gymnasium", "hypothesis", "numpy", "packaging", "pytest")
+
+
 WITHOUT_EXTRAS = ("trpo_optim.testing", "trpo_optim.theory")
+
+
 OF_THE_EXTRA_GYM = ("trpo_optim.rollouts", "trpo_optim.snapshots")
+
 
 NEW_MODULES = """
 import sys
@@ -92,6 +52,7 @@ import trpo_optim
 
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
+
 
 RELATIVE_LINKS = re.compile(
     r"""
@@ -144,54 +105,6 @@ def found(python: Path) -> dict[str, Any]:
     """What `PROBE` finds in that environment."""
     output = run(str(python), "-c", PROBE, *NOT_OF_TORCH, *WITHOUT_EXTRAS, *OF_THE_EXTRA_GYM)
     return cast("dict[str, Any]", json.loads(output))
-
-
-def run(*command: str) -> str:
-    """Run ``command`` where neither this checkout nor the user's settings are found."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    result = subprocess.run(
-        command,
-        cwd=ROOT.anchor,
-        env=kept | {"PIP_CONFIG_FILE": os.devnull, "PYTHONNOUSERSITE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def closure_of(name: str) -> set[str]:
-    """Return the distributions that ``name`` requires, and theirs, as far as they are installed."""
-    found: set[str] = set()
-    todo = [name]
-    while todo:
-        distribution = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if distribution in found:
-            continue
-        try:
-            requirements = importlib.metadata.requires(distribution) or []
-        except (
-            importlib.metadata.PackageNotFoundError
-        ):  # of a platform that torch was not built for
-            continue
-        found.add(distribution)
-        todo += (
-            requirement.name
-            for requirement in map(Requirement, requirements)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        )
-    return found
-
-
-def files_of(distributions: set[str]) -> set[Path]:
-    """Return what ``distributions`` have put into site-packages, at its top level."""
-    return {
-        Path(str(distribution.locate_file(file.parts[0])))
-        for distribution in map(importlib.metadata.distribution, distributions)
-        for file in distribution.files or []
-        if file.parts[0] not in {"..", "__pycache__"} and file.suffix != ".pth"
-    }
 
 
 def sdist_members(built: Path) -> Iterator[tuple[Path, int]]:

@@ -207,8 +207,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             param_group: ``params``, and hyperparameters where they are given.
 
         Raises:
-            TrustRegionError: If a parameter is not real floating point, or a hyperparameter is not
-                valid or not that of the other groups.
+            TrustRegionError: If a parameter is not real, or a hyperparameter not valid or another.
         """
         lr_given = self._lr_given
         self._lr_given |= "lr" in param_group
