@@ -23,6 +23,7 @@ from trpo_optim.rollouts import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("horizon", "common"),
     [
@@ -63,6 +64,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         assert abs(float(here.mean())) < 4 * spread / math.sqrt(len(here)) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_common_random_numbers_make_differences_more_certain() -> None:
     """Two actions of the policy from the same state, over many such pairs."""
@@ -104,6 +106,7 @@ class Balance(nn.Module):
         return Categorical(logits=self.network(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("make", "policy", "branches"), [(cartpoles, Balance(), None), (pendulums, Swing(), 4)]

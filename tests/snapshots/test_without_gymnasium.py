@@ -19,6 +19,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["trpo_optim.rollouts", "trpo_optim.snapshots", "trpo_optim.rollouts.returns"]
 )

@@ -65,6 +65,7 @@ def test_no_false_alarm_on_any_network(network: str, device: str) -> None:
     require_sound(network, "Categorical", 0, device)
 
 
+@pytest.mark.slow
 @each_device
 @pytest.mark.parametrize("family", SOUND_FAMILIES)
 def test_no_false_alarm_on_any_family(family: str, device: str) -> None:
@@ -189,6 +190,7 @@ class Many(nn.Module):
         return Independent(Normal(self.mean(observed), self.log_std.exp()), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("actions", [50, pytest.param(100, marks=pytest.mark.thorough)])
 def test_no_false_alarm_on_actions_of_many_dimensions(actions: int) -> None:
     torch.manual_seed(0)
