@@ -34,7 +34,7 @@ NOT_BY_TORCH_FUNC = {
     "TransformerEncoder, dropout": ("random numbers", DRAWS),
     "batch norm": ("in-place operation", "in training mode it writes its statistics in place"),
     "dropout": ("random numbers", DRAWS),
-    "checkpoint, not reentrant": ("saved tensor hooks", "checkpoints use saved-tensor hooks"),
+    "checkpoint, not reentrant": ("hooks", "checkpoints use saved-tensor hooks"),
     "autograd.Function": ("setup_context", "the function has no `setup_context`"),
 }
 """A part of torch's refusal, and the reason in the page's words."""
