@@ -85,6 +85,7 @@ def exact_engines(setting: Setting, tolerance: float = 1e-6) -> tuple[str, str]:
     return exact, refusal
 
 
+@pytest.mark.no_cover
 @each_device
 @pytest.mark.parametrize("network", NETWORKS)
 def test_products_are_exact(network: str, device: str, found: dict[str, dict[str, str]]) -> None:

@@ -56,10 +56,12 @@ OTHER_STEPS = [(True, "trpo"), (False, "vanilla"), (True, "vanilla")]
 
 
 def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
-    """Return the first and the last time that each line runs, by number."""
+    """Return when each line runs first or, of every other line, last; thorough: both; by number."""
     first = {line: index + 1 for index, line in reversed(list(enumerate(lines)))}
     last = {line: index + 1 for index, line in enumerate(lines)}
-    return sorted({*first.values(), *last.values()})
+    if problems() > 100:
+        return sorted({*first.values(), *last.values()})
+    return sorted({(first, last)[index % 2][line] for index, line in enumerate(sorted(first))})
 
 
 @pytest.mark.parametrize(

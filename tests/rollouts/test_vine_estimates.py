@@ -45,7 +45,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         envs,
         policy,
         steps=60,
-        states=600,
+        states=300,
         horizon=horizon,
         gamma=GAMMA,
         critic=None if horizon == 200 else lambda states: values[states],
@@ -53,7 +53,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         seed=0,
     )
     off = batch.q.double() - exact[batch.observations]
-    assert batch.q.shape == (600, 4)
+    assert batch.q.shape == (300, 4)
     for action in range(4):
         error = float(off[:, action].std()) / math.sqrt(len(off))
         assert abs(float(off[:, action].mean())) < 4 * error + 1e-6
@@ -118,7 +118,7 @@ def test_per_sample_the_gradient_varies_less_than_single_paths(
     torch.manual_seed(0)
     envs = make()
     found: dict[str, list[Tensor]] = {"vine": [], "path": []}
-    for seed in range(8):
+    for seed in range(6):
         branched = vine(
             envs,
             policy,

@@ -23,6 +23,8 @@ from trpo_optim.testing import (
 )
 from trpo_optim.testing.strategies import SmallPolicy, observations, policies
 
+pytestmark = pytest.mark.no_cover
+
 UNSOUND = {"batch norm", "dropout", "spectral norm", "TransformerEncoder, dropout"}
 """Networks of the optimizer's matrix that do not act as they are updated: these are findings."""
 
@@ -54,7 +56,13 @@ SOUND_NETWORKS = [
     pytest.param(name, marks=[pytest.mark.thorough] * (name not in ONE_OF_EACH_KIND))
     for name in sorted(NETWORKS.keys() - UNSOUND)
 ]
-SOUND_FAMILIES = sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
+FAMILIES_OF_EACH_KIND = {"Categorical, masked", "Bernoulli (MultiBinary)", "Poisson", "Normal"}
+FAMILIES_OF_EACH_KIND |= {"Normal, tanh-squashed", "MultivariateNormal, precision", "Dirichlet"}
+FAMILIES_OF_EACH_KIND |= {"Beta", "Laplace", "tuple (MultiDiscrete)", "dict (Dict)"}
+SOUND_FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.thorough] * (name not in FAMILIES_OF_EACH_KIND))
+    for name in sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
+]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -124,7 +132,7 @@ def test_no_false_alarm_on_policies_as_ppo_scripts_have_them(
     assert_policy(Script(activation, SCRIPTS[family]), observed)
 
 
-@settings(max_examples=problems(share=0.2))
+@settings(max_examples=problems(share=0.1))
 @given(policies(), observations())
 def test_no_false_alarm_on_small_policies(policy: SmallPolicy, observed: Tensor) -> None:
     assert_policy(policy, observed)
