@@ -16,7 +16,7 @@ test: .venv/dev ## ruff, mypy and pytest with coverage
 
 quick: .venv/dev ## ruff, and what neither learns nor starts process groups; properties on 10 examples (a minute)
 	$(BIN)/ruff check .
-	$(BIN)/pytest $(PARALLEL) -m "not learns and not ranks and not package and not thorough" \
+	$(BIN)/pytest $(PARALLEL) -m "not (learns or ranks or slow or package or thorough)" \
 		--hypothesis-profile quick
 
 test-thorough: .venv/dev ## every combination; properties on 1000 examples (half an hour)

@@ -15,9 +15,9 @@ profiles.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage while something is trained: it would take half as long again."""
+    """Measure no coverage where a test is long: it would take half as long again."""
     for item in items:
-        if item.get_closest_marker("learns"):
+        if item.get_closest_marker("learns") or item.get_closest_marker("slow"):
             item.add_marker("no_cover")
 
 

@@ -79,7 +79,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
 REFUSED_BY_TORCH_FUNC = {
     "batch norm, training": "in-place operation",
     "function without setup_context": "setup_context",
-    "checkpoint": "saved tensor hooks",
+    "checkpoint": "hooks",
     "buffers that move": "in-place operation",
 }
 

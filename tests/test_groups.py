@@ -86,6 +86,18 @@ def test_a_mode_switched_to_on_the_group_needs_an_lr_too(settings: dict[str, Any
             assert optimizer.step(closure).accepted
 
 
+@pytest.mark.parametrize("settings", RATES, ids=str)
+def test_a_saved_default_is_no_lr_that_was_given(settings: dict[str, Any]) -> None:
+    resumed = build()
+    resumed.load_state_dict(build().state_dict())
+    resumed.param_groups[0].update(settings)
+    with pytest.raises(TrustRegionError, match="lr was not given"):
+        resumed.step(quadratic(resumed.param_groups[0]["params"][0]))
+    resumed = build()
+    resumed.load_state_dict(build(**settings, lr=1.0).state_dict())
+    assert resumed.step(quadratic(resumed.param_groups[0]["params"][0])).accepted
+
+
 @pytest.mark.parametrize(("name", "value"), [("lr", np.float64(0.5)), ("mode", np.str_("natural"))])
 def test_a_numpy_value_set_on_a_group_is_plain_again_after_a_step(name: str, value: Any) -> None:
     optimizer = build()

@@ -161,6 +161,7 @@ torch.save(problem.vector(), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     problem = gaussian()
     optimizer = problem.optimizer(max_kl=0.02)

@@ -14,6 +14,7 @@ from devices import each_device
 from families import FAMILIES
 from networks import NETWORKS
 from policy_settings import Policy, Setting
+from profiles import problems
 from torch.distributions import Distribution
 
 from trpo_optim.closure.evaluation import Objective
@@ -33,7 +34,7 @@ NOT_BY_TORCH_FUNC = {
     "TransformerEncoder, dropout": ("random numbers", DRAWS),
     "batch norm": ("in-place operation", "in training mode it writes its statistics in place"),
     "dropout": ("random numbers", DRAWS),
-    "checkpoint, not reentrant": ("saved tensor hooks", "checkpoints use saved-tensor hooks"),
+    "checkpoint, not reentrant": ("hooks", "checkpoints use saved-tensor hooks"),
     "autograd.Function": ("setup_context", "the function has no `setup_context`"),
 }
 """A part of torch's refusal, and the reason in the page's words."""
@@ -84,6 +85,7 @@ def exact_engines(setting: Setting, tolerance: float = 1e-6) -> tuple[str, str]:
     return exact, refusal
 
 
+@pytest.mark.no_cover
 @each_device
 @pytest.mark.parametrize("network", NETWORKS)
 def test_products_are_exact(network: str, device: str, found: dict[str, dict[str, str]]) -> None:
@@ -93,13 +95,16 @@ def test_products_are_exact(network: str, device: str, found: dict[str, dict[str
     if (network, device) in IN_SINGLE_PRECISION:
         tolerance = 5e-3
         families = {name: each for name, each in FAMILIES.items() if name not in LESS_EXACT}
+    if problems() < 100:  # quick: a seventh of the families, and of the next network the next
+        first = list(NETWORKS).index(network) % 7
+        families = dict(list(families.items())[first::7])
     words, _ = NOT_BY_TORCH_FUNC.get(network, ("", ""))
     exact = {}
     for name, family in families.items():
         exact[name], refusal = exact_engines(Setting(Policy(body, family)), tolerance)
         assert bool(words) == bool(refusal)
         assert words in refusal
-    if device == "cpu":
+    if device == "cpu" and families is FAMILIES:
         found[network] = exact
     assert exact == {
         name: "".join(

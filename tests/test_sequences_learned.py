@@ -105,7 +105,7 @@ RECALL = Bandit(show_symbols, lambda actions, symbols: (actions == symbols).floa
 
 def test_an_lstm_recalls_the_first_symbol_of_a_sequence() -> None:
     learner = Learner(LSTMPolicy(every_step=False), categorical_kl)
-    assert RECALL.learn(learner, updates=40) > 0.9  # chance: 0.25
+    assert RECALL.learn(learner, updates=20) > 0.9  # chance: 0.25
 
 
 def test_an_lstm_that_acts_at_every_step_learns_on_padded_sequences() -> None:
@@ -113,12 +113,12 @@ def test_an_lstm_that_acts_at_every_step_learns_on_padded_sequences() -> None:
         show_symbols, lambda actions, symbols: (actions == symbols[:, None]).float(), mask=valid
     )
     learner = Learner(LSTMPolicy(every_step=True), categorical_kl)
-    assert task.learn(learner, updates=40) > 0.9  # chance: 0.25
+    assert task.learn(learner, updates=20) > 0.9  # chance: 0.25
 
 
 def test_attention_recalls_the_first_symbol_of_a_sequence() -> None:
     learner = Learner(AttentionPolicy(), categorical_kl)
-    assert RECALL.learn(learner, updates=40) > 0.9  # chance: 0.25
+    assert RECALL.learn(learner, updates=25) > 0.9  # chance: 0.25
 
 
 def test_without_memory_the_first_symbol_is_never_recalled() -> None:

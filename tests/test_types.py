@@ -34,6 +34,7 @@ def errors() -> dict[int, str]:
     return {int(line): text for line, text in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", EXPECTED)
 def test_a_wrong_use_is_an_error_that_names_the_mistake(use: str, errors: dict[int, str]) -> None:
     lines = WRONG_USES.read_text("utf-8").splitlines()

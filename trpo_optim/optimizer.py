@@ -18,7 +18,7 @@ from trpo_optim.closure.parameters import ParameterVector, require_real
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import no_choices
-from trpo_optim.distributed.collectives import Reduction, require_member
+from trpo_optim.distributed.collectives import GROUP_DESTROYED, Reduction, require_member
 from trpo_optim.distributed.consistency import Ready, agreed
 from trpo_optim.distributed.ddp import unwrapped
 from trpo_optim.distributed.rank_batch import SharedBatch
@@ -141,10 +141,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             return None
         group = self._process_group()
         if group is None:
-            raise TrustRegionError(
-                "The optimizer's process_group was destroyed. Set process_group to a living group, "
-                "or to None to step alone."
-            )
+            raise TrustRegionError(GROUP_DESTROYED)
         return group
 
     @process_group.setter
@@ -207,8 +204,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             param_group: ``params``, and hyperparameters where they are given.
 
         Raises:
-            TrustRegionError: If a parameter is not real floating point, or a hyperparameter is not
-                valid or not that of the other groups.
+            TrustRegionError: If a parameter is not real, or a hyperparameter not valid or another.
         """
         lr_given = self._lr_given
         self._lr_given |= "lr" in param_group
@@ -236,7 +232,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
                 "other settings mean something else. Load a TrustRegionOptimizer's state."
             )
         super().load_state_dict(state_dict)
-        self._lr_given = True
+        self._lr_given |= Hyperparameters.of_groups(self.param_groups).lr_is_the_rate
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and the last report.

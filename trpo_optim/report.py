@@ -195,7 +195,7 @@ class StepReport:
             facts.append(_counted(self.backtracks + 1, "trial"))
         if self.fisher_products:
             facts.append(_counted(self.fisher_products, "product"))
-        if self.engine:
+        if facts and self.engine:
             facts.append(self.engine)
         return ": ".join(filter(None, [self.outcome.value.replace("_", " "), ", ".join(facts)]))
 

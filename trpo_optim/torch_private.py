@@ -17,15 +17,20 @@ Some are attributes, which cannot be imported:
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _DisableFuncTorch as outside_transforms
 from torch._C import _swap_tensor_impl as swap_contents
 from torch._C._autograd import _get_sequence_nr as autograd_clock
-from torch._C._functorch import get_unwrapped
+from torch._C._functorch import _grad_decrement_nesting, get_unwrapped
 from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
-from torch._ops import OpOverload
+from torch._C._functorch import maybe_current_level as _maybe_current_level
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.distributions.kl import _dispatch_kl as kl_rule
 from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
 from torch.overrides import _get_current_function_mode as current_mode
@@ -40,18 +45,40 @@ __all__ = [
     "is_transformed",
     "kl_of_bases",
     "kl_rule",
+    "may_draw",
     "mps_generator",
     "norm_of_each",
     "outside_transforms",
     "pop_mode",
     "swap_contents",
+    "transforms_undone",
     "untransformed",
     "weight_norm",
 ]
 
+_PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", "gru"}
+"""Functions that call others which draw, and have no tag."""
+
 copy_each = torch._foreach_copy_
 norm_of_each = torch._foreach_norm
 weight_norm = torch._weight_norm
+
+
+@cache
+def may_draw(func: Callable[..., Any]) -> bool:
+    """Return whether a torch function may draw random numbers, by torch's own tags.
+
+    Args:
+        func: What ``__torch_function__`` is given.
+    """
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name in _PYTHON_THAT_DRAWS:
+        return True
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    return isinstance(packet, OpOverloadPacket) and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+        for overload in packet.overloads()
+    )
 
 
 def untransformed(tensor: Tensor) -> Tensor:
@@ -68,6 +95,21 @@ def untransformed(tensor: Tensor) -> Tensor:
 def mps_generator() -> torch.Generator:
     """Return the generator that random numbers on MPS are drawn from."""
     return torch.mps._get_default_mps_generator()
+
+
+@contextmanager
+def transforms_undone() -> Iterator[None]:
+    """Leave no transform of torch.func open, should an interrupt keep torch from closing it.
+
+    Yields:
+        Nothing.
+    """
+    before = _maybe_current_level() or 0
+    try:
+        yield
+    finally:
+        while (_maybe_current_level() or 0) > before:
+            _grad_decrement_nesting()
 
 
 def compiler_is_imported() -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from devices import each_device
 from problems import MODES, PROBLEMS, GaussianPolicy, Problem, categorical, gaussian
+from profiles import problems
 from taken import taken
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
@@ -72,7 +73,7 @@ def test_the_scale_of_the_loss_changes_no_trust_region_step(
     assert other.improvement == pytest.approx(factor * report.improvement, rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(problems(share=0.25)))
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_every_accepted_step_keeps_the_region_and_improves(
     make: Callable[..., Problem], seed: int

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 MAIN = """
 import os, sys, time
 from pathlib import Path
@@ -33,6 +35,7 @@ def alive(pid: int) -> bool:
     return not (status.exists() and status.read_text().rpartition(") ")[2].startswith("Z"))
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     main, mark = tmp_path / "main.py", tmp_path / "pid"
     main.write_text(MAIN)

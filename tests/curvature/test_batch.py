@@ -114,6 +114,7 @@ def test_one_closure_at_a_time_holds_a_graph_and_none_during_the_trials(
     assert before == [0] * report.closure_evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
 def test_eight_micro_batches_need_a_fifth_of_the_memory(third: bool) -> None:
     problem = gaussian(dtype=torch.float32, samples=2048, hidden=32)

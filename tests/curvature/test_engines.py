@@ -254,7 +254,7 @@ def test_an_error_where_both_engines_refuse_names_both() -> None:
         weight = problem.parameters()[0]
         return loss + torch.igamma(weight.exp(), torch.ones_like(weight)).mean(), kl
 
-    with pytest.raises(TrustRegionError, match=r"torch\.func: .*saved tensor hooks") as caught:
+    with pytest.raises(TrustRegionError, match=r"torch\.func: .*hooks") as caught:
         problem.optimizer().step(closure)
     assert "double backward: the derivative for 'igamma: input' is not" in str(caught.value)
 

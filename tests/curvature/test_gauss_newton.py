@@ -128,6 +128,7 @@ def test_a_step_is_the_same_with_the_third_value_and_without(
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("third", [lambda dist: dist, None], ids=["gauss-newton", "hessian"])
 def test_many_categories_need_little_more_memory_than_a_gradient(third: Third | None) -> None:
     torch.manual_seed(0)

@@ -59,8 +59,17 @@ def replicated(
     return task.vector(), report, gradient.clone(), [before, after]
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=["", "unused"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        *((mode, {}) for mode in MODES),
+        ("trpo", {"find_unused_parameters": True}),
+        *(
+            pytest.param(mode, {"find_unused_parameters": True}, marks=pytest.mark.thorough)
+            for mode in ("natural", "vanilla")
+        ),
+    ],
+)
 def test_policies_in_ddp_take_the_step_of_plain_ones(mode: str, options: dict[str, Any]) -> None:
     task = gaussian()
     task.policy = Normalised(task.policy)

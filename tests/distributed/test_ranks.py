@@ -137,7 +137,7 @@ ONE_OF_EACH_KIND = ["1", "2 uneven", "3, one of weight 0", "3 in micro-batches, 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *((name, 5) for name in ONE_OF_EACH_KIND),
+        *((name, 3) for name in ONE_OF_EACH_KIND),
         *(pytest.param(name, 20, marks=pytest.mark.thorough) for name in CUTS),
     ],
 )

@@ -99,8 +99,8 @@ def said(optimizer: TrustRegionOptimizer, task: Problem) -> str:
 
 
 def struck_at(blow: str, name: str) -> Any:
-    """Return a case; where a rank hangs the others wait: within a step and at its end is enough."""
-    dear = blow == "hung" and name not in ("first product", "conclusion")
+    """Return a case; beside a death before each collective, one within a step and at its end."""
+    dear = blow != "killed before" and name not in ("first product", "conclusion")
     return pytest.param(blow, name, marks=[pytest.mark.thorough] * dear)
 
 

@@ -200,24 +200,6 @@ def test_what_is_no_group_is_refused_where_it_is_set() -> None:
     assert optimizer.process_group is None
 
 
-@pytest.mark.parametrize("name", PARTED)
-def test_what_is_wrong_on_one_rank_is_an_error_on_all_and_no_rank_moves(name: str) -> None:
-    prepare, whose, text = PARTED[name]
-    for rank, (said, changed, after) in enumerate(values_of(on_ranks(3, attempted, prepare, {}))):
-        error, message = said
-        assert text in message
-        assert changed == []
-        assert after is Outcome.ACCEPTED
-        if whose == "all":
-            assert isinstance(error, TrustRegionError)
-        elif rank == int(whose):
-            assert not isinstance(error, RankError)
-        else:
-            assert isinstance(error, RankError)
-            assert f"rank {whose} raised" in message
-            assert error.lost == name.startswith("interrupted")
-
-
 class Numbers:
     """A closure whose values on rank 1 become NaN or infinite in one way."""
 
@@ -243,11 +225,49 @@ class Numbers:
         return {"args": [closure]}
 
 
-@pytest.mark.parametrize("where", ["loss", "KL", "gradient", "curvature", "trial"])
-def test_what_is_not_finite_on_one_rank_is_the_same_outcome_on_all(where: str) -> None:
-    results = values_of(on_ranks(3, attempted, Numbers(where), {}))
-    for (outcome, report), changed, after in results:
+WHERE = ["loss", "KL", "gradient", "curvature", "trial"]
+
+
+def all_attempted(rank: int) -> dict[str, tuple[Any, ...]]:
+    """Attempt each in turn: after an error of all ranks they step again."""
+    faults = {name: prepare for name, (prepare, *_) in PARTED.items()}
+    faults |= {where: Numbers(where) for where in WHERE}
+    return {name: attempted(rank, prepare, {}) for name, prepare in faults.items()}
+
+
+@pytest.fixture(scope="module")
+def attempts() -> list[dict[str, tuple[Any, ...]]]:
+    """Return what three ranks say of every fault."""
+    return values_of(on_ranks(3, all_attempted))
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all_and_no_rank_moves(
+    name: str, attempts: list[dict[str, tuple[Any, ...]]]
+) -> None:
+    _, whose, text = PARTED[name]
+    for rank, (said, changed, after) in enumerate(each[name] for each in attempts):
+        error, message = said
+        assert text in message
+        assert changed == []
+        assert after is Outcome.ACCEPTED
+        if whose == "all":
+            assert isinstance(error, TrustRegionError)
+        elif rank == int(whose):
+            assert not isinstance(error, RankError)
+        else:
+            assert isinstance(error, RankError)
+            assert f"rank {whose} raised" in message
+            assert error.lost == name.startswith("interrupted")
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_what_is_not_finite_on_one_rank_is_the_same_outcome_on_all(
+    where: str, attempts: list[dict[str, tuple[Any, ...]]]
+) -> None:
+    (_, first), *_ = attempts[0][where]
+    for (outcome, report), changed, after in (each[where] for each in attempts):
         assert outcome is Outcome[f"NON_FINITE_{where.upper()}"]
-        assert report == results[0][0][1]
+        assert report == first
         assert changed == []
         assert after is Outcome.ACCEPTED

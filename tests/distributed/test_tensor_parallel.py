@@ -42,8 +42,15 @@ def parallel(rank: int, copies: int, third: bool) -> tuple[Tensor, StepReport]:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="refused, as tested below")
-@pytest.mark.parametrize("third", [False, True], ids=["pair", "third value"])
-@pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 2)], ids=["parts", "parts and copies"])
+@pytest.mark.parametrize(
+    ("ranks", "copies", "third"),
+    [
+        pytest.param(2, 1, False, id="parts-pair"),
+        pytest.param(4, 2, True, id="parts and copies-third value"),
+        pytest.param(2, 1, True, id="parts-third value", marks=pytest.mark.thorough),
+        pytest.param(4, 2, False, id="parts and copies-pair", marks=pytest.mark.thorough),
+    ],
+)
 def test_tensor_parallel_parameters_take_the_step_of_plain_ones(
     ranks: int, copies: int, third: bool
 ) -> None:

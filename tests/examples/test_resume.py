@@ -89,11 +89,11 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
 ) -> None:
     changes: dict[str, Any] = {"env_id": env_id, "critic_batches": 2, "anneal_steps": 2048}
     changes["device"] = device
-    train.train(small(tmp_path / "whole", **changes))
-    for total_steps in (128, 512, 640, 1024):
+    train.train(small(tmp_path / "whole", **changes, total_steps=640))
+    for total_steps in (128, 384, 640):
         train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
-    assert whole["update"] == 8
+    assert whole["update"] == 5
     assert same(without_pickles(whole), without_pickles(parts))
 
 

@@ -37,6 +37,7 @@ def test_a_statement_that_does_not_hold_stops_the_walk(
     theory_walk.claim("", "but for rounding", 1.0, relation, 1.0 + 1e-15)
 
 
+@pytest.mark.slow
 def test_algorithm_1_keeps_its_promise_and_trpo_is_faster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,11 +39,13 @@ def torchrun(
     host: int | None = None,
     script: Path = SCRIPT,
     steps: int = STEPS,
+    critic_epochs: int = 2,
 ) -> subprocess.Popen[str]:
     """Start the example by torchrun, as a user would; in a network namespace or not."""
     inside = [] if host is None else ["ip", "netns", "exec", NAMES[host]]
     command = [*inside, sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
     command += [*options, str(script), "--env-id", "CartPole-v1", "--total-steps", str(steps)]
+    command += ["--critic-epochs", str(critic_epochs)]
     interface = "lo" if host is None else NAMES[host]
     return subprocess.Popen(
         [*command, "--run-dir", str(folder)],
@@ -217,7 +219,7 @@ def test_where_one_is_killed_halfway_they_come_to_the_same_end(
 
 @pytest.mark.thorough
 def test_two_processes_solve_cartpole(tmp_path: Path) -> None:
-    finished(one_host(tmp_path, steps=SOLVED))
+    finished(one_host(tmp_path, steps=SOLVED, critic_epochs=20))
     saved = checkpoint(tmp_path)
     returns = [value for _, value in saved["episodes"][-20:]]
     assert sum(returns) / len(returns) >= 475

@@ -206,7 +206,7 @@ def test_the_demo_compares_the_modes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # of processes, which take longer than the runs
-    demo.main(seeds=1, total_steps=4096, picture=tmp_path / "new" / "demo.png")
+    demo.main(seeds=1, total_steps=2048, picture=tmp_path / "new" / "demo.png")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[1] for row in rows] == ["mode", "---", "trpo", "natural", "vanilla"]
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000

@@ -76,6 +76,7 @@ def test_a_recurrent_policy_is_evaluated_as_it_acted() -> None:
     assert kl.shape == (int(batch.valid.sum()),)
 
 
+@pytest.mark.slow
 def test_a_recurrent_policys_step_is_the_same_in_parts_of_environments() -> None:
     found = []
     for micro_batch in (None, 1, 3):

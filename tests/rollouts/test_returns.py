@@ -128,6 +128,7 @@ def test_nan_beyond_an_end_does_not_reach_what_came_before() -> None:
         assert found[:6].isfinite().all()
 
 
+@pytest.mark.slow
 def test_monte_carlo_returns_visits_and_advantages_agree_with_the_exact_solution() -> None:
     gamma = 0.9
 
@@ -176,6 +177,7 @@ def test_weights_are_the_ratios_of_the_actions_before() -> None:
     assert trajectory_weights(logs, starts, largest=2.0).max() == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_weights_make_an_earlier_policys_trajectories_count_as_the_present_ones() -> None:
     """Per-decision importance sampling estimates the exact return of the other policy."""

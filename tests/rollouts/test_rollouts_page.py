@@ -12,6 +12,7 @@ import torch
 PAGE = Path(__file__).parents[2] / "docs" / "rollouts.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Box2D's bindings, when imported
 def test_every_block_of_the_page_runs_in_its_order() -> None:
     torch.manual_seed(0)

@@ -119,6 +119,7 @@ def on_rank(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@pytest.mark.ranks
 def test_on_several_ranks_mean_and_deviation_are_those_of_all_rows() -> None:
     results = values_of(on_ranks(3, on_rank))
     ranks = [rows_of(rank) for rank in range(3)]

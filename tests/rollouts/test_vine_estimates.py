@@ -23,6 +23,7 @@ from trpo_optim.rollouts import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("horizon", "common"),
     [
@@ -44,7 +45,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         envs,
         policy,
         steps=60,
-        states=600,
+        states=300,
         horizon=horizon,
         gamma=GAMMA,
         critic=None if horizon == 200 else lambda states: values[states],
@@ -52,7 +53,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         seed=0,
     )
     off = batch.q.double() - exact[batch.observations]
-    assert batch.q.shape == (600, 4)
+    assert batch.q.shape == (300, 4)
     for action in range(4):
         error = float(off[:, action].std()) / math.sqrt(len(off))
         assert abs(float(off[:, action].mean())) < 4 * error + 1e-6
@@ -63,6 +64,7 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
         assert abs(float(here.mean())) < 4 * spread / math.sqrt(len(here)) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_common_random_numbers_make_differences_more_certain() -> None:
     """Two actions of the policy from the same state, over many such pairs."""
@@ -104,6 +106,7 @@ class Balance(nn.Module):
         return Categorical(logits=self.network(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("make", "policy", "branches"), [(cartpoles, Balance(), None), (pendulums, Swing(), 4)]
@@ -115,7 +118,7 @@ def test_per_sample_the_gradient_varies_less_than_single_paths(
     torch.manual_seed(0)
     envs = make()
     found: dict[str, list[Tensor]] = {"vine": [], "path": []}
-    for seed in range(8):
+    for seed in range(6):
         branched = vine(
             envs,
             policy,

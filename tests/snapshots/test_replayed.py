@@ -26,6 +26,7 @@ def test_only_what_hides_its_state_is_replayed() -> None:
     assert isinstance(restorable(functools.partial(gym.make, "ALE/Pong-v5")), Replayed)
 
 
+@pytest.mark.slow
 def test_a_replayed_environment_is_the_environment() -> None:
     """Seeds, clocks and spaces are those of the one inside; the emulator repeats actions."""
     make = functools.partial(gym.make, "ALE/Pong-v5", obs_type="ram")

@@ -52,12 +52,14 @@ def test_a_broken_closure_is_found_by_the_check_meant_for_it(name: str) -> None:
     assert without_figures(told(finding)) == without_figures(written("Closures", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", POLICY_CHECKS)
 def test_without_any_one_check_a_broken_policy_gets_through(check: str) -> None:
     meant = [name for name, broken in BROKEN_POLICIES.items() if broken.check == check]
     assert any(policy_report(name, skip={check}).passed for name in meant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CLOSURE_CHECKS)
 def test_without_any_one_check_a_broken_closure_gets_through(check: str) -> None:
     meant = [name for name, broken in BROKEN_CLOSURES.items() if broken.check == check]

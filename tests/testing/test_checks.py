@@ -108,11 +108,11 @@ def test_the_loss_is_checked_whatever_the_mean_of_the_advantages(
     problem = gaussian(samples=512)
     advantages = torch.randn(512, dtype=torch.float64) + mean
 
-    def finding(advantages: Tensor, sign: float) -> Verdict:
+    def finding(weights: Tensor, sign: float) -> Verdict:
         def closure() -> Any:
             dist = problem.policy(problem.observations)
             ratio = (dist.log_prob(problem.actions) - problem.old_log_prob).exp()
-            return sign * (ratio * advantages).mean(), problem.closure()[1]
+            return sign * (ratio * weights).mean(), problem.closure()[1]
 
         return check_closure(
             closure,

@@ -23,6 +23,8 @@ from trpo_optim.testing import (
 )
 from trpo_optim.testing.strategies import SmallPolicy, observations, policies
 
+pytestmark = pytest.mark.no_cover
+
 UNSOUND = {"batch norm", "dropout", "spectral norm", "TransformerEncoder, dropout"}
 """Networks of the optimizer's matrix that do not act as they are updated: these are findings."""
 
@@ -54,7 +56,13 @@ SOUND_NETWORKS = [
     pytest.param(name, marks=[pytest.mark.thorough] * (name not in ONE_OF_EACH_KIND))
     for name in sorted(NETWORKS.keys() - UNSOUND)
 ]
-SOUND_FAMILIES = sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
+FAMILIES_OF_EACH_KIND = {"Categorical, masked", "Bernoulli (MultiBinary)", "Poisson", "Normal"}
+FAMILIES_OF_EACH_KIND |= {"Normal, tanh-squashed", "MultivariateNormal, precision", "Dirichlet"}
+FAMILIES_OF_EACH_KIND |= {"Beta", "Laplace", "tuple (MultiDiscrete)", "dict (Dict)"}
+SOUND_FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.thorough] * (name not in FAMILIES_OF_EACH_KIND))
+    for name in sorted(FAMILIES.keys() - OTHERWISE_CHECKED)
+]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -65,6 +73,7 @@ def test_no_false_alarm_on_any_network(network: str, device: str) -> None:
     require_sound(network, "Categorical", 0, device)
 
 
+@pytest.mark.slow
 @each_device
 @pytest.mark.parametrize("family", SOUND_FAMILIES)
 def test_no_false_alarm_on_any_family(family: str, device: str) -> None:
@@ -123,7 +132,7 @@ def test_no_false_alarm_on_policies_as_ppo_scripts_have_them(
     assert_policy(Script(activation, SCRIPTS[family]), observed)
 
 
-@settings(max_examples=problems(share=0.2))
+@settings(max_examples=problems(share=0.1))
 @given(policies(), observations())
 def test_no_false_alarm_on_small_policies(policy: SmallPolicy, observed: Tensor) -> None:
     assert_policy(policy, observed)
@@ -189,6 +198,7 @@ class Many(nn.Module):
         return Independent(Normal(self.mean(observed), self.log_std.exp()), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("actions", [50, pytest.param(100, marks=pytest.mark.thorough)])
 def test_no_false_alarm_on_actions_of_many_dimensions(actions: int) -> None:
     torch.manual_seed(0)

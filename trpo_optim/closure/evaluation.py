@@ -61,6 +61,8 @@ class Objective:
     Attributes:
         evaluations: How often the closure was called.
         third: Whether it returns a third value; None until that is known.
+        drew: Whether the evaluation by torch.func drew random numbers, even if the random state is
+            as before.
 
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
@@ -82,6 +84,7 @@ class Objective:
         self.vector = vector
         self.evaluations = 0
         self.third: bool | None = None
+        self.drew = False
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
@@ -109,13 +112,19 @@ class Objective:
         identities = map(id, self.vector.parameters)
         watch = self._watch(dict(zip(identities, twins, strict=True)))
         try:
-            return self._watched(watch)
+            values = self._watched(watch)
+            self.drew = watch.drew
+            if watch.failure is not None:  # the closure has gone another way
+                raise RefusedError(str(watch.failure))
+            return values
         except (RefusedError, TrustRegionError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _is_refusal(error, watch.failure):
                 raise RefusedError(str(error)) from error
             raise
+        finally:
+            watch.failure = None  # its traceback leads back here
 
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph."""
@@ -187,7 +196,10 @@ class Objective:
 def _is_refusal(error: BaseException | None, failure: BaseException | None) -> bool:
     """Whether an exception is, or follows from, one that a call of torch raised."""
     while error is not None:
-        if error is failure or any(words in str(error) for words in _OF_TRANSFORMS):
+        told = isinstance(error, RuntimeError) and any(
+            words in str(error) for words in _OF_TRANSFORMS
+        )
+        if error is failure or told:
             return True
         error = error.__cause__ or error.__context__
     return False

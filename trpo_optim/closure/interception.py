@@ -15,7 +15,13 @@ from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.torch_private import OpOverload, current_mode, is_transformed, pop_mode
+from trpo_optim.torch_private import (
+    OpOverload,
+    current_mode,
+    is_transformed,
+    may_draw,
+    pop_mode,
+)
 
 __all__ = ["RefusedError", "Watch", "written_by"]
 
@@ -50,6 +56,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         recurrent: Whether a recurrence was run.
         failure: What a torch call raised last, or None.
+        drew: Whether a torch call moved the random state, while there were twins.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.recurrent = False
         self.failure: Exception | None = None
+        self.drew = False
         self._transaction = transaction
         self._twins = twins
         self._own = {*twins, *map(id, twins.values())}
@@ -95,18 +103,25 @@ class Watch(TorchFunctionMode):
             func = Tensor.detach
         elif self._twins and (reason := _REFUSED.get(func)) is not None:
             raise RefusedError(reason)
+        elif self._twins and func is torch.autograd.grad and _of_outsiders(*args, **keywords):
+            raise RefusedError("the closure differentiates with respect to a tensor from outside")
         if func is torch_private.weight_norm:
             func = weight_norm
         recurrent = is_recurrence(func)
         self.recurrent |= recurrent
         arguments = [self._replaced(value) for value in args]
         named = {name: self._replaced(value) for name, value in keywords.items()}
+        state = self._transaction.random_states() if self._twins and may_draw(func) else None
         try:
             with without_cudnn() if recurrent else nullcontext():
                 result = func(*arguments, **named)
         except Exception as error:
             self.failure = error
             raise
+        if state is not None and not all(
+            map(torch.equal, self._transaction.random_states(), state)
+        ):
+            self.drew = True
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor):
                 if id(each) not in self._own:
@@ -147,6 +162,13 @@ class Watch(TorchFunctionMode):
             return False
         start, end = _span(tensor)
         return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
+
+
+def _of_outsiders(
+    _outputs: Any, inputs: Tensor | Sequence[Tensor], *_others: Any, **_options: Any
+) -> bool:
+    """Whether a gradient is asked for in tensors that no transform of torch.func knows."""
+    return not all(map(is_transformed, [inputs] if isinstance(inputs, Tensor) else inputs))
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

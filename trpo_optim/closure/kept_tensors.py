@@ -38,9 +38,16 @@ class KeptTensors:
         """
         self._made.append(weakref.ref(tensor))
 
-    def forget(self) -> None:
-        """Drop the notes on tensors that nobody holds any more."""
-        self._made = [each for each in self._made if each() is not None]
+    def unwrap(self) -> None:
+        """Take torch.func's wrappers off what is still held, before the next evaluation."""
+        left = []
+        for reference in self._made:
+            if (tensor := reference()) is None:
+                continue
+            if is_transformed(tensor):
+                _swap(tensor, untransformed(tensor))
+            left.append(reference)
+        self._made = left
 
     def make_plain(self, parameters: Sequence[Tensor]) -> None:
         """Turn what is still held into plain tensors of the same values, in place.
@@ -49,19 +56,14 @@ class KeptTensors:
             parameters: The optimizer's. A graph that does not reach them belongs to somebody else,
                 and stays.
         """
+        self.unwrap()
         targets = set(map(id, parameters))
         for reference in self._made:
             tensor = reference()
             if tensor is None or id(tensor) in targets:
                 continue
-            if is_transformed(tensor):
-                plain = untransformed(tensor)
-            elif self._has_graph_of(targets, tensor):
-                plain = tensor.detach()
-            else:
-                continue
-            with suppress(RuntimeError):  # torch keeps a reference of its own to it
-                swap_contents(tensor, plain)
+            if self._has_graph_of(targets, tensor):
+                _swap(tensor, tensor.detach())
         self._made.clear()
 
     def _has_graph_of(self, targets: set[int], tensor: Tensor) -> bool:
@@ -79,3 +81,9 @@ class KeptTensors:
                 return True
             stack.extend(child for child, _ in here.next_functions if child is not None)
         return False
+
+
+def _swap(tensor: Tensor, plain: Tensor) -> None:
+    """Give a tensor another's contents, unless torch keeps a reference of its own to it."""
+    with suppress(RuntimeError):
+        swap_contents(tensor, plain)

@@ -103,8 +103,12 @@ class Transaction:
                 target.copy_(content)
         for generator, state in self._random:
             generator.set_state(state)
-        self.kept.forget()
+        self.kept.unwrap()
         torch.clear_autocast_cache()  # it does not see parameters that are written in place
+
+    def random_states(self) -> list[Tensor]:
+        """Return the state of every generator that an evaluation may draw from."""
+        return [generator.get_state() for generator, _ in self._random]
 
     def drew_random_numbers(self) -> bool:
         """Return whether a generator has moved since the last rewind."""
@@ -164,7 +168,7 @@ class Transaction:
                 parameter.grad = grad
             if self._hook is not None:
                 self._hook.remove()
-            self._ended = True
+        self._ended = True
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""

@@ -14,6 +14,7 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
 from trpo_optim.curvature.autograd_graph import now, reaches, require_twice_differentiable
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import transforms_undone
 
 __all__ = ["ThirdValueError", "by_torch_func", "obstacle"]
 
@@ -59,16 +60,13 @@ def by_torch_func(
     """
     vector = objective.vector
     count = len(vector.parameters)
-    attached = True
-    own: BaseException | None = None
+    attached, in_closure = True, False
 
     def kl_of(*inputs: Tensor) -> Any:
-        nonlocal attached, own
-        try:
-            values = objective.at(*inputs)
-        except Exception as error:
-            own = error
-            raise
+        nonlocal attached, in_closure
+        in_closure = True
+        values = objective.at(*inputs)
+        in_closure = False
         if values.third is not None:
             raise ThirdValueError
         require_twice_differentiable(values.kl)
@@ -91,12 +89,12 @@ def by_torch_func(
     twins = [parameter.detach() for parameter in vector.parameters]
     made: Any
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), transforms_undone():
             made = torch.func.vjp(kl_slopes_of, *twins, has_aux=True)
     except (RefusedError, ThirdValueError, TrustRegionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if error is own:
+        if in_closure:
             raise
         raise RefusedError(str(error)) from error  # double backward tells what it is
     _, pull, (slopes, values) = made
@@ -105,7 +103,7 @@ def by_torch_func(
         raise RefusedError("it does not reach some of the parameters")
     if not attached:
         raise TrustRegionError(DETACHED)
-    if objective.drew_random_numbers():
+    if objective.drew or objective.drew_random_numbers():
         raise RefusedError(
             "the closure draws random numbers, and torch.func may draw others than the trials do"
         )

@@ -21,11 +21,16 @@ if dist.is_available():
     # torch imports it: after init_process_group(), it would hold that group to the end.
     import torch.distributed.nn.functional  # noqa: F401
 
-__all__ = ["Reduction", "require_member"]
+__all__ = ["GROUP_DESTROYED", "Reduction", "require_member"]
 
 _Result = TypeVar("_Result")
 
 _RAISED, _INTERRUPTED = 1, 2
+
+GROUP_DESTROYED = (
+    "The optimizer's process_group was destroyed. Set process_group to a living group, or to None "
+    "to step alone."
+)
 
 
 class Reduction:
@@ -48,7 +53,10 @@ class Reduction:
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        backends = str(dist.get_backend_config(group))
+        try:
+            backends = str(dist.get_backend_config(group))
+        except Exception as error:  # whatever torch makes of a group that it does not know
+            raise TrustRegionError(GROUP_DESTROYED) from error
         if f"{device.type}:" not in backends:
             raise TrustRegionError(
                 f"The parameters lie on {device}, and the process_group serves {backends}. Move "
