@@ -121,3 +121,17 @@ def test_a_third_value_of_none_counts_as_none() -> None:
     problem = gaussian()
     report = problem.optimizer().step(lambda: (*problem.closure(), None))
     assert (report.accepted, report.engine, report.fallback) == (True, "torch.func", NO_THIRD_VALUE)
+
+
+def test_an_error_that_was_handled_before_the_step_tells_nothing_of_it() -> None:
+    """Python links every new error to the one that is being handled."""
+    problem = gaussian()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        raise RuntimeError("mine")
+
+    try:
+        raise RuntimeError("functorch transforms")
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="mine"):
+            problem.optimizer().step(closure)

@@ -193,15 +193,21 @@ class Objective:
         return values
 
 
-def _is_refusal(error: BaseException | None, failure: BaseException | None) -> bool:
-    """Whether an exception is, or follows from, one that a call of torch raised."""
-    while error is not None:
-        told = isinstance(error, RuntimeError) and any(
-            words in str(error) for words in _OF_TRANSFORMS
-        )
-        if error is failure or told:
+def _is_refusal(error: BaseException, failure: BaseException | None) -> bool:
+    """Whether an exception is, or follows from, a refusal by torch.
+
+    Args:
+        error: What came out of the closure.
+        failure: What a call of torch has raised in this evaluation, or None.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        if each is failure:
             return True
-        error = error.__cause__ or error.__context__
+        if isinstance(each, RuntimeError) and any(words in str(each) for words in _OF_TRANSFORMS):
+            return True
+        # An error's context may be one that somebody handled long before this evaluation.
+        each = each.__cause__ or (each.__context__ if failure is not None else None)
     return False
 
 
