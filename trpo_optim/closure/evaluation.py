@@ -199,6 +199,9 @@ def _is_refusal(error: BaseException, failure: BaseException | None) -> bool:
     Args:
         error: What came out of the closure.
         failure: What a call of torch has raised in this evaluation, or None.
+
+    Returns:
+        Whether it is.
     """
     each: BaseException | None = error
     while each is not None:
