@@ -31,7 +31,9 @@ MUJOCO = ["Hopper-v5", "Humanoid-v5", "Ant-v5", "Reacher-v5", "Swimmer-v5"]
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"  # the latter before Gymnasium 1.2
 
-TOY = ["FrozenLake-v1", TAXI, "CliffWalking-v1", "Blackjack-v1"]
+CLIFF = "CliffWalking-v1" if "CliffWalking-v1" in gym.registry else "CliffWalking-v0"
+
+TOY = ["FrozenLake-v1", TAXI, CLIFF, "Blackjack-v1"]
 ATARI = ["ALE/Pong-v5", "ALE/Breakout-v5"]
 BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"]
 ADAPTERS = {
