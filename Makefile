@@ -11,7 +11,7 @@ demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, wr
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/pytest $(PARALLEL) -m "not thorough" --cov --cov-report=term-missing
 
 quick: .venv/dev ## ruff, and what neither learns nor starts process groups; properties on 10 examples (a minute)

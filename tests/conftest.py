@@ -15,9 +15,10 @@ profiles.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage where a test is long: it would take half as long again."""
+    """Measure no coverage where a test is long or of other code: it would take half as long again."""
     for item in items:
-        if item.get_closest_marker("learns") or item.get_closest_marker("slow"):
+        long = item.get_closest_marker("learns") or item.get_closest_marker("slow")
+        if long or {"examples", "benchmarks"} & {*item.path.parts}:
             item.add_marker("no_cover")
 
 

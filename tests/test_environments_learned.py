@@ -127,6 +127,7 @@ def test_a_beta_policy_swings_a_pendulum_up() -> None:
     assert swing_up(learner, 0, updates=50, batch_size=1000) > -450  # at random: -1200
 
 
+@pytest.mark.thorough
 def test_a_squashed_gaussian_swings_a_pendulum_up() -> None:
     learner = Learner(SquashedPolicy(), squashed_normal_kl)
     assert swing_up(learner, -1, updates=35) > -450  # at random: -1200

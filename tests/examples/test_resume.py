@@ -132,7 +132,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_it_had_never_stopped(
     args = small(tmp_path / "killed", env_id="Hopper-v5", total_steps=128 * 400)
     reached = 0
     moments = random.Random(0)
-    for _ in range(problems(share=0.02)):
+    for _ in range(problems(share=0.01)):
         process = subprocess.Popen(
             command(args, "--resume"), stderr=subprocess.DEVNULL, start_new_session=True
         )
