@@ -155,32 +155,39 @@ def check_entropy(subject: Subject) -> Finding:
 
 
 def check_kl(subject: Subject) -> Finding:
-    """The KL between two policies some way apart is the mean of ln(π_old/π_new)."""
-    name = "kl"
+    """The KL of two policies some way apart, either way, is the mean of ln(π_old/π_new)."""
     step = subject.direction(0, kl=0.05)
-    with torch.no_grad(), subject.at(step):
-        new = subject.dist()
-        stated = float(subject.kl(new))
-        ratio = subject.joint_log_prob(new) - subject.old_joint_log_prob
-    mean, error = subject.mean(torch.expm1(ratio) - ratio)
-    figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
-    if error > 0.05 * abs(mean) and math.isfinite(stated):
-        return _undecided(name, "Rare actions make up the KL: its average over draws is noise.")
-    if abs(stated - mean) <= sigmas(1) * error + 0.02 * abs(mean) + 1e-6:
-        return Finding(name, Verdict.PASSED, figures)
+    figures = dict[str, float]()
+    for way in (step, -step):  # what is wrong by a slope may agree one way, but not the other
+        with torch.no_grad(), subject.at(way):
+            new = subject.dist()
+            stated = float(subject.kl(new))
+            ratio = subject.joint_log_prob(new) - subject.old_joint_log_prob
+        mean, error = subject.mean(torch.expm1(ratio) - ratio)
+        figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
+        if error > 0.05 * abs(mean) and math.isfinite(stated):
+            return _undecided("kl", "Rare actions make up the KL: its average over draws is noise.")
+        if not abs(stated - mean) <= sigmas(2) * error + 0.02 * abs(mean) + 1e-6:
+            return _failed("kl", figures, *_cause_of_wrong_kl(subject, stated, mean))
+    return Finding("kl", Verdict.PASSED, figures)
+
+
+def _cause_of_wrong_kl(subject: Subject, stated: float, mean: float) -> tuple[str, str]:
+    """Return the cause and the remedy."""
     dimensions = _dimensions(subject)
     share = mean / stated if stated else math.inf
     cause = f"The KL is {stated:.4g} where the mean of ln(old/new) is {mean:.4g}"
     if dimensions > 1 and abs(share / dimensions - 1) < 0.1:
-        cause += f": it is averaged over the action's {dimensions} dimensions."
-        remedy = "Sum it over them: Independent(dist, 1), or mean_kl."
-    elif stated < 0 < mean:
-        cause += ": its sign is wrong."
-        remedy = "Return KL(old || new), not its negative."
-    else:
-        cause += ": it is not the KL of these policies."
-        remedy = "Use mean_kl(old, new), or sampled_kl where there is no closed form."
-    return _failed(name, figures, cause, remedy)
+        return (
+            f"{cause}: it is averaged over the action's {dimensions} dimensions.",
+            "Sum it over them: Independent(dist, 1), or mean_kl.",
+        )
+    if stated < 0 < mean:
+        return f"{cause}: its sign is wrong.", "Return KL(old || new), not its negative."
+    return (
+        f"{cause}: it is not the KL of these policies.",
+        "Use mean_kl(old, new), or sampled_kl where there is no closed form.",
+    )
 
 
 def _dimensions(subject: Subject) -> int:
