@@ -15,7 +15,7 @@ profiles.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage where a test is long or of other code: it would take half as long again."""
+    """Measure no coverage in tests that are long, or of other code: it costs half as much again."""
     for item in items:
         long = item.get_closest_marker("learns") or item.get_closest_marker("slow")
         if long or {"examples", "benchmarks"} & {*item.path.parts}:
