@@ -27,6 +27,11 @@ _Result = TypeVar("_Result")
 
 _RAISED, _INTERRUPTED = 1, 2
 
+_last_sent: list[Tensor] = []
+"""The last buffer that was sent. Gloo's thread lets go of it a little later. Were it the last to do
+so, it would wait for Python's lock, which ``destroy_process_group()`` of torch 2.6 holds while it
+waits for that thread."""
+
 GROUP_DESTROYED = (
     "The optimizer's process_group was destroyed. Set process_group to a living group, or to None "
     "to step alone."
@@ -133,6 +138,7 @@ class Reduction:
         return f"rank {dist.get_global_rank(self._group, rank)}"
 
     def _add_up(self, buffer: Tensor) -> None:
+        _last_sent[:] = [buffer]
         with _within_time():
             dist.all_reduce(buffer, group=self._group)
 
