@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch.distributions import Distribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
 from trpo_optim import (
+    TrustRegionError,
     frozen,
+    joint_kl,
     mean_kl,
 )
 
@@ -163,3 +167,52 @@ class Bare(Distribution):
     def __init__(self, loc: Tensor) -> None:
         self.loc = loc
         super().__init__(loc.shape, validate_args=False)
+
+
+@pytest.mark.parametrize("make", [td.Categorical, td.OneHotCategorical])
+def test_what_the_new_policy_rules_out_makes_the_kl_infinite(make: type[Distribution]) -> None:
+    old = make(torch.tensor([[0.3, 0.3, 0.4]]))  # type: ignore[call-arg]  # they take probabilities
+    without = make(torch.tensor([[0.5, 0.5, 0.0]]))  # type: ignore[call-arg]
+    assert mean_kl(old, without).isinf()
+    expected = 0.5 * math.log(0.5 / 0.3) * 2
+    assert mean_kl(without, old).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_small_probabilities_count_as_they_are() -> None:
+    small = 1e-9  # torch's logits are those of 1.2e-7
+    old, new = torch.tensor([[0.3, 0.7]]), torch.tensor([[small, 1 - small]])
+    expected = 0.3 * math.log(0.3 / small) + 0.7 * math.log(0.7)
+    assert mean_kl(td.Categorical(old), td.Categorical(new)).item() == pytest.approx(expected)
+    event = mean_kl(td.Bernoulli(old[:, 0]), td.Bernoulli(new[:, 0])).item()
+    assert event == pytest.approx(expected)
+    never = td.Bernoulli(torch.zeros(1))
+    assert mean_kl(td.Bernoulli(old[:, 0]), never).isinf()
+    assert mean_kl(never, td.Bernoulli(old[:, 0])).item() == pytest.approx(-math.log(0.7))
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")  # torch draws again
+def test_every_wishart_of_a_batch_has_its_own_kl() -> None:
+    torch.manual_seed(0)
+    factors = torch.eye(2).double() * torch.tensor([1.0, 2.0]).double()[:, None, None]
+    old = td.Wishart(torch.tensor([8.0, 9.0]).double(), scale_tril=factors)
+    new = td.Wishart(torch.tensor([8.5, 9.2]).double(), scale_tril=1.1 * factors)
+    actions = old.sample((100_000,))
+    ratios = old.log_prob(actions) - new.log_prob(actions)
+    error = (4 * ratios.std(0) / len(ratios) ** 0.5).max().item()
+    torch.testing.assert_close(joint_kl(old, new), ratios.mean(0), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda moved: td.Uniform(-moved, moved),
+        lambda moved: td.Pareto(moved, torch.ones(3)),
+    ],
+    ids=["Uniform", "Pareto"],
+)
+def test_no_trust_region_exists_where_the_support_moves(make: Callable[[Tensor], Any]) -> None:
+    moved = torch.ones(3, requires_grad=True)
+    with pytest.raises(TrustRegionError, match=r"moves the support.*no trust region exists"):
+        mean_kl(make(torch.ones(3)), make(moved))
+    with pytest.raises(TrustRegionError, match=r"moves the support.*no trust region exists"):
+        mean_kl(make(torch.ones(3)), make(1.1 * moved.detach()))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from trpo_optim.algorithm.interfaces import Numbers
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["require_largest_kl", "require_moving_kl", "require_zero_kl"]
+__all__ = ["require_largest_kl", "require_moving_kl", "require_resolved", "require_zero_kl"]
 
 
 def require_largest_kl(largest_kl: float | None) -> None:
@@ -28,6 +28,24 @@ def require_largest_kl(largest_kl: float | None) -> None:
         )
 
 
+def require_resolved(max_kl: float | None, resolution: float) -> None:
+    """Check that a radius is not lost in the rounding of the KL.
+
+    Args:
+        max_kl: The radius, in nats, or None.
+        resolution: KLs closer than this cannot be told apart, in nats.
+
+    Raises:
+        TrustRegionError: If it is.
+    """
+    if max_kl is not None and max_kl < resolution:
+        raise TrustRegionError(
+            f"max_kl is {max_kl:g}, but the precision of the closure's KL resolves "
+            f"{resolution:.2g} nats. Raise max_kl, or use a higher precision: mean_kl() computes "
+            "the KL of a policy in half precision in single, policy.double() gives double."
+        )
+
+
 def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     """Check that the KL is about zero where the old policy and the new one are the same.
 
@@ -39,7 +57,8 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     Raises:
         TrustRegionError: If the KL is anything else.
     """
-    limit = max(10 * resolution, (0.01 if max_kl is None else max_kl) / 10)
+    radius = 0.01 if max_kl is None else max_kl
+    limit = max(min(10 * resolution, radius), radius / 10)
     if math.isfinite(kl) and abs(kl) > limit:
         raise TrustRegionError(
             f"The closure's KL is {kl:g} at the current parameters, "

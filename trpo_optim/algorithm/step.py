@@ -10,7 +10,12 @@ from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
-from trpo_optim.algorithm.kl_checks import require_largest_kl, require_moving_kl, require_zero_kl
+from trpo_optim.algorithm.kl_checks import (
+    require_largest_kl,
+    require_moving_kl,
+    require_resolved,
+    require_zero_kl,
+)
 from trpo_optim.algorithm.line_search import Prediction, Search, Trial
 from trpo_optim.algorithm.modes import MODES
 from trpo_optim.errors import blaming
@@ -45,6 +50,8 @@ def take_step(
     sign = 1.0 if settings.maximize else -1.0
     uphill, gradient_norm = _normalized(sign * model.gradient)
     figures |= _figures_of_model(model, gradient_norm)
+    if mode.radius_is_held:
+        require_resolved(settings.max_kl, model.kl_resolution)
     for name, kl in model.kls.items():
         with blaming(name):
             require_zero_kl(kl, model.kl_resolution, settings.max_kl)

@@ -13,12 +13,16 @@ from torch.distributions import (
     Distribution,
     Independent,
     OneHotCategorical,
+    Pareto,
     TransformedDistribution,
+    Uniform,
+    Wishart,
     kl_divergence,
 )
 from torch.nn.functional import softplus
 
 from trpo_optim.distributions.parts import name_of, tensors
+from trpo_optim.distributions.precision import at_least_single, for_kl, widened
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.torch_private import kl_of_bases, kl_rule
 
@@ -28,6 +32,12 @@ _WITHOUT_CLOSED_FORM = (
     "Use sampled_kl(old_log_prob, new_log_prob) on the batch's own actions instead, and return the "
     "new log-probabilities as the closure's third value; with policy_closure(), set sampled=True."
 )
+
+_SUPPORT: dict[type[Distribution], tuple[str, ...]] = {
+    Uniform: ("low", "high"),
+    Pareto: ("scale",),
+}
+"""The parameters that move a family's support."""
 
 
 def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
@@ -72,9 +82,7 @@ def _kl(old: Any, new: Any) -> Tensor:
     if isinstance(old, OneHotCategorical):
         old, new = old._categorical, new._categorical
     if isinstance(old, Categorical):
-        out = old.probs == 0
-        change: Tensor = old.logits.masked_fill(out, 0) - new.logits.masked_fill(out, 0)
-        return old.probs.mul(change).sum(-1)
+        return _categorical_kl(old, new)
     if isinstance(old, TransformedDistribution) and not _has_own_kl(old):
         learned = (each.requires_grad for each in tensors(new.transforms, "_cached_x_y"))
         if old.transforms != new.transforms or any(learned):
@@ -84,8 +92,12 @@ def _kl(old: Any, new: Any) -> Tensor:
             )
         return kl_of_family(old.base_dist, new.base_dist, "")
     if isinstance(old, Bernoulli | Binomial):
-        trials: Tensor = _bernoulli_kl(old.logits, new.logits) * _trials(old, new)
+        trials: Tensor = _bernoulli_kl(old, new) * _trials(old, new)
         return trials
+    _require_fixed_support(old, new)
+    old, new = for_kl(old), for_kl(new)
+    if isinstance(old, Wishart):
+        return _wishart_kl(old, new)
     try:
         kl: Tensor = kl_divergence(old, new)
     except NotImplementedError as error:
@@ -100,14 +112,97 @@ def _has_own_kl(dist: Distribution) -> bool:
     return kl_rule(type(dist), type(dist)) is not kl_of_bases
 
 
-def _bernoulli_kl(old: Tensor, new: Tensor) -> Tensor:
+def _categorical_kl(old: Categorical, new: Categorical) -> Tensor:
+    """Return the KL; infinite where the new policy rules out what the old one does."""
+    old, new = at_least_single(old), at_least_single(new)
+    out = old.probs == 0
+    change = _log_probabilities(old, out) - _log_probabilities(new, out)
+    return old.probs.mul(change).sum(-1)
+
+
+def _log_probabilities(dist: Categorical, out: Tensor) -> Tensor:
+    """Return ln p, zero where ``out`` is true.
+
+    Where probabilities were given, torch's ``logits`` are those of probabilities of ε or more.
+    """
+    logs = dist.logits.masked_fill(out, 0)
+    return _exact_where_small(dist.probs, logs, out) if _given_by_probabilities(dist) else logs
+
+
+def _given_by_probabilities(dist: Any) -> bool:
+    return vars(dist).get("probs") is dist._param
+
+
+def _exact_where_small(probabilities: Tensor, logs: Tensor, out: Tensor) -> Tensor:
+    """Return ``logs``, and ln p itself where torch has replaced p by ε."""
+    small = (probabilities < torch.finfo(probabilities.dtype).eps) & ~out
+    if not small.any():
+        return logs
+    return torch.where(small, probabilities.masked_fill(~small, 1).to(logs).log(), logs)
+
+
+def _bernoulli_kl(old: Any, new: Any) -> Tensor:
     """Return the KL from logits, exact where probabilities round to 0 or 1, as torch's is not."""
     terms = []
     for sign in (1, -1):  # the event, and its absence
-        weight = (sign * old).sigmoid()
-        change = softplus(-sign * new) - softplus(-sign * old)
-        terms.append(weight * change.masked_fill(weight == 0, 0))
+        weight = _chance(old, sign)
+        out = weight == 0
+        change = _log_chance(old, sign, out) - _log_chance(new, sign, out)
+        terms.append(weight * change)
     return torch.add(*terms)
+
+
+def _chance(dist: Any, sign: int) -> Tensor:
+    """Return the probability of a Bernoulli's event, or of its absence where the sign is −1."""
+    if _given_by_probabilities(dist):
+        chance: Tensor = widened(dist.probs, torch.float32)
+        return chance if sign > 0 else 1 - chance
+    return (sign * widened(dist.logits, torch.float32)).sigmoid()
+
+
+def _log_chance(dist: Any, sign: int, out: Tensor) -> Tensor:
+    """Return the logarithm of that, zero where ``out`` is true."""
+    logs = -softplus(-sign * widened(dist.logits, torch.float32)).masked_fill(out, 0)
+    return (
+        _exact_where_small(_chance(dist, sign), logs, out)
+        if _given_by_probabilities(dist)
+        else logs
+    )
+
+
+def _require_fixed_support(old: Any, new: Any) -> None:
+    """Refuse families whose KL is infinite in one direction, wherever their support may move."""
+    for name in _SUPPORT.get(type(old), ()):
+        before, after = getattr(old, name), getattr(new, name)
+        if after.requires_grad or not torch.equal(before, after):
+            raise TrustRegionError(
+                f"The policy moves the support of its {name_of(old)} ({name}). Its KL is infinite "
+                "wherever the support shrinks, however little, so that no trust region exists. "
+                "Use a family of fixed support: Beta on an interval, Gamma on a half-line."
+            )
+
+
+def _wishart_kl(old: Wishart, new: Wishart) -> Tensor:
+    """Return the KL, element by element of the batch, as torch's rule does not.
+
+    Source:
+        W. D. Penny, "KL-Divergences of Normal, Gamma, Dirichlet and Wishart densities" (2001).
+    """
+    size = old.event_shape[-1]
+    ours, theirs = old._unbroadcasted_scale_tril, new._unbroadcasted_scale_tril
+    ratio = torch.linalg.solve_triangular(theirs, ours, upper=False)
+    trace = ratio.square().sum((-2, -1))
+    log_det = 2 * (ours.diagonal(0, -2, -1).log() - theirs.diagonal(0, -2, -1).log()).sum(-1)
+    halves = torch.arange(size, dtype=old.df.dtype, device=old.df.device) / 2
+    spread = (old.df.unsqueeze(-1) / 2 - halves).digamma().sum(-1)
+    kl: Tensor = (
+        -new.df / 2 * log_det
+        + old.df / 2 * (trace - size)
+        + torch.mvlgamma(new.df / 2, size)
+        - torch.mvlgamma(old.df / 2, size)
+        + (old.df - new.df) / 2 * spread
+    )
+    return kl
 
 
 def _trials(old: Any, new: Any) -> Any:

@@ -21,6 +21,7 @@ from trpo_optim.distributions.parts import (
     require_valid,
     tensors,
 )
+from trpo_optim.distributions.precision import at_least_single, widened
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample", "sampled_kl"]
@@ -44,12 +45,12 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
             beyond it belong to the action. None: all count.
 
     Returns:
-        A scalar.
+        A scalar, in single precision at least; in double where the family's formula cancels.
 
     Raises:
-        TrustRegionError: If families, shapes or parts differ, no closed form is known, it is not
-            plain which dimensions are the action's, the old one carries a graph, or the mask does
-            not fit.
+        TrustRegionError: If families, shapes or parts differ, no closed form is known, the policy
+            moves its support (Uniform, Pareto), it is not plain which dimensions are the action's,
+            the old one carries a graph, or the mask does not fit.
     """
     counted = None if mask is None else checked_mask(mask)
     kl = masked_mean(_kl_of_batch(old, new, counted), counted)
@@ -130,6 +131,9 @@ def sampled_kl(
             "and pass them first, the new ones second."
         )
     counted = None if mask is None else checked_mask(mask)
+    old_log_prob, new_log_prob = (
+        widened(each, torch.float32) for each in (old_log_prob, new_log_prob)
+    )
     log_ratio = new_log_prob - old_log_prob
     if counted is not None and counted.shape == log_ratio.shape:
         log_ratio = log_ratio.masked_fill(~counted, 0)  # padding may be infinite, its slope not
@@ -149,7 +153,7 @@ def log_prob(dist: PolicyT, action: Any) -> Tensor:
             Gymnasium's MultiDiscrete spaces have them.
 
     Returns:
-        The batch's shape.
+        The batch's shape, in single precision at least.
 
     Raises:
         TrustRegionError: If the parts or their shapes do not fit.
@@ -162,7 +166,8 @@ def log_prob(dist: PolicyT, action: Any) -> Tensor:
                 f"The actions have shape {tuple(action.shape)}, and one for each of "
                 f"{name_of(dist)} has {tuple(shape)}: they would broadcast. Reshape them."
             )
-        return dist.log_prob(action)
+        wide = at_least_single(dist)
+        return wide.log_prob(action if wide is dist else widened(action, torch.float32))
     if isinstance(action, Tensor) and not isinstance(dist, Mapping):
         action = action.unbind(-1)
     return _summed([log_prob(*pair) for _, *pair in paired(dist, action, "action", "")])

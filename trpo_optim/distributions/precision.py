@@ -1,0 +1,79 @@
+"""Distributions in a precision in which their KL does not drown in rounding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Beta,
+    Categorical,
+    Dirichlet,
+    Distribution,
+    Gamma,
+    LowRankMultivariateNormal,
+    Poisson,
+    Wishart,
+)
+
+__all__ = ["at_least_single", "for_kl", "widened"]
+
+_CANCELLING = (Beta, Dirichlet, Gamma, Poisson, LowRankMultivariateNormal, Wishart)
+"""Families whose closed form is a small difference of large numbers."""
+
+_DistributionT = TypeVar("_DistributionT", bound=Distribution)
+
+
+def for_kl(dist: _DistributionT) -> _DistributionT:
+    """Return a distribution in a precision that serves for its KL.
+
+    Half precision becomes single, and families whose closed form cancels become double, except on
+    MPS, which has no double precision.
+
+    Args:
+        dist: A distribution that is not made of others. Its tensors keep their graph.
+    """
+    return _at_least(dist, torch.float64 if isinstance(dist, _CANCELLING) else torch.float32)
+
+
+def at_least_single(dist: _DistributionT) -> _DistributionT:
+    """Return a distribution in single precision where it is in half, or else as it is."""
+    return _at_least(dist, torch.float32)
+
+
+def _at_least(dist: Any, dtype: torch.dtype) -> Any:
+    """Return a copy whose tensors have at least a precision, or the same where all have it."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(dist).items():
+        new = value
+        if isinstance(value, Tensor):
+            new = widened(value, dtype)
+        elif isinstance(value, Distribution):
+            new = _at_least(value, dtype)
+        if new is not value:
+            changed[name] = new
+    if not changed:
+        return dist
+    if isinstance(dist, Categorical):  # it was normalised in its own precision
+        given = "probs" if vars(dist).get("probs") is dist._param else "logits"
+        made = {given: widened(dist._param, dtype)}
+        return Categorical(**made, validate_args=False)
+    if isinstance(dist, LowRankMultivariateNormal):  # it holds what it made of its parameters
+        factor, diagonal = dist._unbroadcasted_cov_factor, dist._unbroadcasted_cov_diag
+        parameters = [widened(each, dtype) for each in (dist.loc, factor, diagonal)]
+        return LowRankMultivariateNormal(*parameters, validate_args=False)
+    twin = copy.copy(dist)
+    vars(twin).update(changed)
+    return twin
+
+
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of at least a precision."""
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.device.type == "mps":
+        dtype = torch.float32
+    wider = torch.promote_types(tensor.dtype, dtype)
+    return tensor if tensor.dtype is wider else tensor.to(wider)
