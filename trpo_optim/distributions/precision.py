@@ -35,12 +35,16 @@ def for_kl(dist: _DistributionT) -> _DistributionT:
     Args:
         dist: A distribution that is not made of others. Its tensors keep their graph.
     """
-    return _at_least(dist, torch.float64 if isinstance(dist, _CANCELLING) else torch.float32)
+    wide: _DistributionT = _at_least(
+        dist, torch.float64 if isinstance(dist, _CANCELLING) else torch.float32
+    )
+    return wide
 
 
 def at_least_single(dist: _DistributionT) -> _DistributionT:
     """Return a distribution in single precision where it is in half, or else as it is."""
-    return _at_least(dist, torch.float32)
+    wide: _DistributionT = _at_least(dist, torch.float32)
+    return wide
 
 
 def _at_least(dist: Any, dtype: torch.dtype) -> Any:
@@ -62,8 +66,8 @@ def _at_least(dist: Any, dtype: torch.dtype) -> Any:
         return Categorical(**made, validate_args=False)
     if isinstance(dist, LowRankMultivariateNormal):  # it holds what it made of its parameters
         factor, diagonal = dist._unbroadcasted_cov_factor, dist._unbroadcasted_cov_diag
-        parameters = [widened(each, dtype) for each in (dist.loc, factor, diagonal)]
-        return LowRankMultivariateNormal(*parameters, validate_args=False)
+        loc, factor, diagonal = (widened(each, dtype) for each in (dist.loc, factor, diagonal))
+        return LowRankMultivariateNormal(loc, factor, diagonal, validate_args=False)
     twin = copy.copy(dist)
     vars(twin).update(changed)
     return twin
