@@ -30,6 +30,19 @@ def test_afterwards_the_random_state_is_what_it_was(device: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@each_device
+def test_from_a_seed_draws_are_those_after_torch_manual_seed(device: str) -> None:
+    torch.manual_seed(3)
+    torch.rand(2, device=device)
+    expected = [each.get_state() for each in generators([device])]
+    with random_state_kept([device], seed=4):
+        drawn = torch.rand(7), torch.rand(7, device=device)
+    assert all(map(torch.equal, [each.get_state() for each in generators([device])], expected))
+    torch.manual_seed(4)
+    assert torch.equal(drawn[0], torch.rand(7))
+    assert torch.equal(drawn[1], torch.rand(7, device=device))
+
+
 def test_every_device_gives_its_generator_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, apple = (torch.Generator() for _ in range(3))
     accelerator = SimpleNamespace(default_generators=(first, second), current_device=lambda: 1)

@@ -35,7 +35,9 @@ def generators(devices: Iterable[torch.device | str]) -> list[torch.Generator]:
 
 
 @contextmanager
-def random_state_kept(devices: Iterable[torch.device | str]) -> Iterator[None]:
+def random_state_kept(
+    devices: Iterable[torch.device | str], *, seed: int | None = None
+) -> Iterator[None]:
     """Put the random state back at the end of a ``with`` block.
 
     It does what ``torch.random.fork_rng`` does, for devices of any type and of several types at
@@ -43,12 +45,16 @@ def random_state_kept(devices: Iterable[torch.device | str]) -> Iterator[None]:
 
     Args:
         devices: Whose random state is kept, besides the CPU's.
+        seed: What all of them begin with; None: with the state they have.
 
     Yields:
         Nothing.
     """
     before = [(each, each.get_state()) for each in generators(devices)]
     try:
+        if seed is not None:  # torch.manual_seed would take milliseconds, and seed other devices
+            for generator, _ in before:
+                generator.manual_seed(seed)
         yield
     finally:
         for generator, state in before:

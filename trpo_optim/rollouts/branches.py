@@ -50,10 +50,9 @@ class Branches:
         if common:
             seeds = seeds[:1].expand(width, -1)
         result = []
-        with random_state_kept([self.device]):
-            for index in range(width):
-                own, *noise = seeds[index].tolist()
-                torch.manual_seed(own)
+        for index in range(width):
+            own, *noise = seeds[index].tolist()
+            with random_state_kept([self.device], seed=own):
                 for env, (_, snapshot, _), each in zip(envs, states, noise, strict=True):
                     restore(env, snapshot)
                     env.unwrapped.np_random = np.random.default_rng(each)

@@ -104,8 +104,7 @@ class Subject:
             if not torch.equal(buffer, content):
                 buffer.copy_(content)
         usual = torch.get_default_dtype()
-        with random_state_kept(each.device for each in self.parameters):
-            torch.manual_seed(_SEED)
+        with random_state_kept((each.device for each in self.parameters), seed=_SEED):
             try:
                 torch.set_default_dtype(torch.float64 if self._double else usual)
                 return self.raw(self.observations if observations is None else observations)
