@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import profiles
 import pytest
-import torch
-import torch._dynamo
-from torch.distributions import Distribution
 
-torch.set_num_threads(1)  # on problems this small more of them only wait for each other
 profiles.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure no coverage in tests that are long, or of other code: it costs half as much again."""
+    """Measure no coverage where a test is long or of other code: it takes half as long again."""
     for item in items:
         long = item.get_closest_marker("learns") or item.get_closest_marker("slow")
         if long or {"examples", "benchmarks"} & {*item.path.parts}:
             item.add_marker("no_cover")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On problems this small more of them only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_stays() -> None:
+    """Keep the garbage collector from going through all of torch again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """Compile afresh, and undo what compiling does to every distribution of the process."""
+    import torch._dynamo
+    from torch.distributions import Distribution
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from devices import manual_seed
 from problems import CategoricalPolicy, Problem, give_gradients
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class Statistics(nn.Module):
 
 
 def small_problem() -> Problem:
-    torch.manual_seed(0)
+    manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 3), Statistics(), nn.Dropout(0.2), nn.Linear(3, 2))
     problem = Problem(CategoricalPolicy(network), torch.randn(6, 2))
     give_gradients(problem.policy)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 import torch._dynamo
-from devices import random_state, set_random_state
+from devices import manual_seed, random_state, set_random_state
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
@@ -70,7 +70,7 @@ class Problem:
             self.old = self.policy(self.observations)
             for name, buffer in self.policy.named_buffers():
                 buffer.copy_(buffers[name])
-            torch.manual_seed(self.seed)
+            manual_seed(self.seed)
             self.actions = self.old.sample()
             self.old_log_prob = self.old.log_prob(self.actions)
             self.advantages = torch.randn_like(self.old_log_prob)
@@ -140,7 +140,7 @@ def gaussian(
     actions: int = 2,
 ) -> Problem:
     """Return a Gaussian policy's problem."""
-    torch.manual_seed(seed)
+    manual_seed(seed)
     policy = GaussianPolicy(observations, hidden, actions).to(device, dtype)
     return Problem(policy, torch.randn(samples, observations, dtype=dtype).to(device), seed)
 
@@ -156,7 +156,7 @@ def categorical(
     actions: int = 3,
 ) -> Problem:
     """Return a categorical policy's problem."""
-    torch.manual_seed(seed)
+    manual_seed(seed)
     network = nn.Sequential(nn.Linear(observations, hidden), nn.Tanh(), nn.Linear(hidden, actions))
     policy = CategoricalPolicy(network).to(device, dtype)
     return Problem(policy, torch.randn(samples, observations, dtype=dtype).to(device), seed)
