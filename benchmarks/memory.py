@@ -25,7 +25,7 @@ def peak_bytes(job: Callable[[], object], device: str = "cpu") -> int:
         job()
         highest: int = module.max_memory_allocated()
         return highest - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         job()
     assert record.profiler is not None
     assert record.profiler.kineto_results is not None
