@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from devices import manual_seed
 from problems import MODES, CategoricalPolicy, Problem, give_gradients
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ def batch_norm_problem() -> Problem:
 
 
 def _problem(middle: nn.Module) -> Problem:
-    torch.manual_seed(3)
+    manual_seed(3)
     network = nn.Sequential(nn.Linear(4, 6), middle, nn.Tanh(), nn.Linear(6, 3))
     problem = Problem(CategoricalPolicy(network), torch.randn(30, 4), refused="it was tried before")
     give_gradients(problem.policy)
@@ -35,6 +37,16 @@ def _problem(middle: nn.Module) -> Problem:
 
 problems = pytest.mark.parametrize("make", [dropout_problem, batch_norm_problem])
 modes = pytest.mark.parametrize("mode", MODES)
+
+PROBLEM_OF = {"trpo": batch_norm_problem, "natural": dropout_problem, "vanilla": batch_norm_problem}
+problems_and_modes = pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        pytest.param(make, mode, marks=[pytest.mark.thorough] * (make is not PROBLEM_OF[mode]))
+        for mode in MODES
+        for make in (dropout_problem, batch_norm_problem)
+    ],
+)
 
 
 @dataclass
@@ -54,10 +66,11 @@ class Faulty:
 
 def step(problem: Problem, mode: str, change: Change, at: int) -> tuple[StepReport, int]:
     closure = Faulty(problem, change, at)
-    optimizer = problem.optimizer(mode=mode, damping=1e-3, max_kl=0.05)
+    optimizer = problem.optimizer(mode=mode, damping=1e-3, max_kl=0.05, cg_iterations=3)
     return optimizer.step(closure), closure.calls  # type: ignore[arg-type]  # a fault returns anything
 
 
+@functools.cache
 def calls_of_a_step(make: Callable[[], Problem], mode: str) -> int:
     report, calls = step(make(), mode, lambda *values: values, 0)
     assert report.accepted

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from devices import manual_seed
 from families import Make
 from networks import SAMPLES
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Policy(nn.Module):
 
     def __init__(self, make: Make) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 6))
         self.free = nn.Parameter(torch.tensor([-0.3, 0.1, 0.2]))
         self.make = make
 
@@ -54,7 +55,7 @@ def posed(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Policy, Callable[[], Any]]:
     """Return a policy with a distribution of that kind, and its closure."""
-    torch.manual_seed(0)
+    manual_seed(0)
     policy = Policy(make).to(dtype)
     observations = torch.randn(SAMPLES, 4, dtype=dtype)
     with torch.no_grad():

@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from faulty_closures import Change, calls_of_a_step, dropout_problem, modes, problems, step
+from faulty_closures import (
+    Change,
+    calls_of_a_step,
+    dropout_problem,
+    modes,
+    problems_and_modes,
+    step,
+)
 from problems import Problem, Snapshot, gaussian
 from torch import Tensor, nn
 
@@ -28,8 +35,7 @@ MISUSES: list[tuple[Change, str]] = [
 ]
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize(("change", "message"), MISUSES, ids=[row[1] for row in MISUSES])
 def test_a_wrong_return_is_an_error_that_names_it_at_every_call(
     make: Callable[[], Problem], mode: str, change: Change, message: str
@@ -50,8 +56,7 @@ FIRST_CALL_MISUSES: list[tuple[Change, str]] = [
 ]
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize(("change", "message"), FIRST_CALL_MISUSES)
 def test_misuse_that_shows_at_the_current_parameters_is_an_error(
     make: Callable[[], Problem], mode: str, change: Change, message: str
@@ -63,8 +68,7 @@ def test_misuse_that_shows_at_the_current_parameters_is_an_error(
     assert before.differences(Snapshot.of(problem.policy)) == []
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward])
 def test_backward_inside_the_closure_is_an_error_at_every_call(
     make: Callable[[], Problem], mode: str, backward: Callable[[Tensor], None]
@@ -81,8 +85,7 @@ def test_backward_inside_the_closure_is_an_error_at_every_call(
         assert before.differences(Snapshot.of(problem.policy)) == []
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize(
     "error", [ValueError("x"), RuntimeError("x"), KeyError("x"), KeyboardInterrupt(), SystemExit()]
 )
@@ -117,9 +120,8 @@ def test_an_old_policy_computed_inside_the_closure_is_an_error(mode: str, detach
     assert before.differences(Snapshot.of(problem.policy)) == []
 
 
-@modes
+@problems_and_modes
 @pytest.mark.parametrize("leak", ["old_log_prob", "old"])
-@problems
 def test_an_old_policy_that_was_not_detached_is_an_error(
     make: Callable[[], Problem], mode: str, leak: str
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from faulty_closures import Change, calls_of_a_step, modes, problems, step
+from faulty_closures import Change, calls_of_a_step, modes, problems, problems_and_modes, step
 from problems import Problem, Snapshot, gaussian
 from torch import Tensor
 
@@ -22,8 +22,7 @@ NUMBERS: list[tuple[Change, Outcome]] = [
 ]
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize(("change", "outcome"), NUMBERS)
 def test_a_number_that_is_none_withdraws_the_step_and_says_so(
     make: Callable[[], Problem], mode: str, change: Change, outcome: Outcome
@@ -66,8 +65,7 @@ GRADIENTS: list[tuple[str, Callable[[Problem], Change], Outcome]] = [
 ]
 
 
-@problems
-@modes
+@problems_and_modes
 @pytest.mark.parametrize(("fault", "outcome"), [row[1:] for row in GRADIENTS])
 def test_a_gradient_that_leads_nowhere_is_an_outcome(
     make: Callable[[], Problem], mode: str, fault: Callable[[Problem], Change], outcome: Outcome
