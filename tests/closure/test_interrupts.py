@@ -27,17 +27,18 @@ PACKAGE = str(Path(trpo_optim.__file__).parent)
 def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[None]:
     """Raise KeyboardInterrupt before the n-th line that the package executes."""
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        return go_on if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def go_on(frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             seen.append((frame.f_code.co_filename, frame.f_lineno))
             if len(seen) == number:
                 raise KeyboardInterrupt
-        return trace
+        return go_on
 
     before = sys.gettrace()
-    sys.settrace(trace)
+    sys.settrace(enter)
     try:
         yield
     finally:
