@@ -12,7 +12,6 @@ import torch.distributed as dist
 from problems import MODES, gaussian
 from ranks import on_ranks, values_of
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
 from wrapped_steps import closure_on, refused, stepped
@@ -189,6 +188,8 @@ def test_ddp_in_other_threads_runs_as_ever() -> None:
 
 def compiled(rank: int, wrap: bool) -> int:
     """Return how often a compiled policy is compiled in four steps."""
+    from torch._dynamo.testing import CompileCounter  # half a second, for this test alone
+
     counter = CompileCounter()
     bare = Logits()
     policy = torch.compile(DistributedDataParallel(bare) if wrap else bare, backend=counter)

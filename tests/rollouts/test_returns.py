@@ -76,7 +76,7 @@ def test_gae_is_the_faded_sum_of_temporal_differences(seed: int, gamma: float, f
 
     def expected(step: int, env: int) -> float:
         path = rows.trajectory(step, env)
-        return sum((gamma * fade) ** (row - step) * deltas[row][env] for row in path)
+        return float(sum((gamma * fade) ** (row - step) * deltas[row][env] for row in path))
 
     rows.check(found, expected)
 
