@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from trpo_optim import StepReport
@@ -32,6 +31,8 @@ def log(run: Run, writer: SummaryWriter, report: StepReport, fit: ValueFit) -> N
 
 def draw(run: Run) -> Path:
     """Draw return and KL against environment steps; return the picture's path."""
+    from matplotlib.figure import Figure  # slow to import, and of use to one process at its end
+
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps, returns = np.array(run.episodes or [(math.nan, math.nan)]).T

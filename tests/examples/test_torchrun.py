@@ -11,17 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import train
 from devices import needs_gpu
+from ranks import on_ranks, values_of
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
+SCRIPT = Path(train.__file__)
 STEPS = 10_240
 """Of a run that is killed halfway: ten updates, saved after five."""
+
+CRITIC_EPOCHS = 2
+"""Of a run that need not learn much."""
 
 SOLVED = 32_768
 """By when two processes have solved CartPole-v1."""
@@ -39,7 +44,7 @@ def torchrun(
     host: int | None = None,
     script: Path = SCRIPT,
     steps: int = STEPS,
-    critic_epochs: int = 2,
+    critic_epochs: int = CRITIC_EPOCHS,
 ) -> subprocess.Popen[str]:
     """Start the example by torchrun, as a user would; in a network namespace or not."""
     inside = [] if host is None else ["ip", "netns", "exec", NAMES[host]]
@@ -174,41 +179,28 @@ print(f"rank {rank}: {len(before)} threads before, {len(gloo())} after", flush=T
 """
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run on one host without a loss: what it saved and what it printed."""
-
-    saved: dict[str, Any]
-    output: str
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    script = folder / "end.py"
-    script.write_text(END, "utf-8")
-    output = finished(one_host(folder / "run", script=script))
-    return Undisturbed(checkpoint(folder / "run"), output)
-
-
-def test_no_thread_of_gloo_s_is_left_to_abort_a_process_that_ends(
-    undisturbed: Undisturbed,
-) -> None:
-    for rank in range(2):
-        ended = rf"rank {rank}: [1-9]\d* threads before, 0 after"
-        assert re.search(ended, undisturbed.output), undisturbed.output
+def train_undisturbed(rank: int, folder: Path) -> None:
+    """Train with the settings of a run that is killed, on a rank that no torchrun started."""
+    args = train.Args(env_id="CartPole-v1", run_dir=folder, total_steps=STEPS)
+    train.train(replace(args, critic_epochs=CRITIC_EPOCHS))
 
 
 @pytest.mark.parametrize("start", [one_host, pytest.param(two_hosts, marks=pytest.mark.thorough)])
 def test_where_one_is_killed_halfway_they_come_to_the_same_end(
-    start: Callable[[Path], list[subprocess.Popen[str]]], tmp_path: Path, undisturbed: Undisturbed
+    start: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
 ) -> None:
     apart = start is two_hosts
     if apart and not namespaces_allowed():
         pytest.skip("two hosts take the right to make network namespaces")
+    script = tmp_path / "end.py"
+    script.write_text(END, "utf-8")
     with network() if apart else nullcontext():
-        assert "exitcode: -9" in killed_halfway(start(tmp_path), tmp_path)
-    whole, killed = undisturbed.saved, checkpoint(tmp_path)
+        output = killed_halfway(start(tmp_path / "killed", script=script), tmp_path / "killed")
+    assert "exitcode: -9" in output
+    for rank in range(2):  # of gloo's threads none is left to abort a process that ends
+        assert re.search(rf"rank {rank}: [1-9]\d* threads before, 0 after", output), output
+    values_of(on_ranks(2, train_undisturbed, tmp_path / "whole"))
+    whole, killed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed")
     assert len(whole["processes"]) == 2
     for name in ("policy", "critic"):
         for key, value in whole[name].items():

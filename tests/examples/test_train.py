@@ -18,6 +18,7 @@ import torch
 import train
 from checkpoint import load, save
 from devices import each_device
+from ranks import CONTEXT
 from small_runs import checkpoint, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Independent
@@ -206,6 +207,8 @@ def test_the_demo_compares_the_modes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # of processes, which take longer than the runs
+    monkeypatch.setattr(demo, "get_context", lambda _: CONTEXT)  # and longer still without torch
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the demo sets it, but to be undone
     demo.main(seeds=1, total_steps=2048, picture=tmp_path / "new" / "demo.png")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[1] for row in rows] == ["mode", "---", "trpo", "natural", "vanilla"]
