@@ -35,6 +35,12 @@ def what_is_imported_stays() -> None:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture of the example's runs, which takes as long as eight small updates."""
+    monkeypatch.setattr("train.draw", lambda run: "no picture")
+
+
+@pytest.fixture
 def compiler() -> Iterator[None]:
     """Compile afresh, and undo what compiling does to every distribution of the process."""
     import torch._dynamo

@@ -104,21 +104,21 @@ RECALL = Bandit(show_symbols, lambda actions, symbols: (actions == symbols).floa
 
 
 def test_an_lstm_recalls_the_first_symbol_of_a_sequence() -> None:
-    learner = Learner(LSTMPolicy(every_step=False), categorical_kl)
-    assert RECALL.learn(learner, updates=20) > 0.9  # chance: 0.25
+    learner = Learner(LSTMPolicy(every_step=False), categorical_kl, max_kl=0.06)
+    assert RECALL.learn(learner, updates=12, rows=384) > 0.9  # chance: 0.25
 
 
 def test_an_lstm_that_acts_at_every_step_learns_on_padded_sequences() -> None:
     task = Bandit(
         show_symbols, lambda actions, symbols: (actions == symbols[:, None]).float(), mask=valid
     )
-    learner = Learner(LSTMPolicy(every_step=True), categorical_kl)
-    assert task.learn(learner, updates=20) > 0.9  # chance: 0.25
+    learner = Learner(LSTMPolicy(every_step=True), categorical_kl, max_kl=0.06)
+    assert task.learn(learner, updates=12, rows=256) > 0.9  # chance: 0.25
 
 
 def test_attention_recalls_the_first_symbol_of_a_sequence() -> None:
-    learner = Learner(AttentionPolicy(), categorical_kl)
-    assert RECALL.learn(learner, updates=25) > 0.9  # chance: 0.25
+    learner = Learner(AttentionPolicy(), categorical_kl, max_kl=0.06)
+    assert RECALL.learn(learner, updates=15, rows=384) > 0.9  # chance: 0.25
 
 
 def test_without_memory_the_first_symbol_is_never_recalled() -> None:

@@ -28,6 +28,7 @@ SCRIPT = Path(train.__file__)
 
 pytestmark = [
     pytest.mark.learns,
+    pytest.mark.usefixtures("undrawn"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard"),
 ]
 

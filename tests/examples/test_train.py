@@ -46,6 +46,7 @@ def test_it_runs_in_every_mode_on_discrete_and_continuous_actions(
         assert all(0 < kl <= 0.011 for _, kl in run.kls)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_field_of_every_report_is_logged(tmp_path: Path) -> None:
     train.train(small(tmp_path))
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -56,6 +57,7 @@ def test_every_field_of_every_report_is_logged(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("report/kl")] == list(range(128, 1025, 128))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
     args = small(tmp_path, env_id="Pendulum-v1", max_kl=0.02, anneal_steps=2048)
     kls = [kl for _, kl in train.train(args).kls]
@@ -64,6 +66,7 @@ def test_the_steps_length_falls_linearly(tmp_path: Path) -> None:
     assert kls[-1] > 0.5 * wanted[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_vanillas_learning_rate_falls_linearly(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=2048)
     (group,) = train.train(args).optimizer.param_groups
@@ -101,6 +104,7 @@ def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen, plain.step(np.ones(1, np.float32))[0], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     run = train.train(small(tmp_path, critic_batches=3))
     assert [len(targets) for _, targets in run.fitted] == [128] * 3
@@ -112,6 +116,7 @@ def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     torch.testing.assert_close(run.fitted[2][1], torch.full((128,), train.scale(run)))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -> None:
     run = train.train(small(tmp_path, env_id="Pendulum-v1"))
     torch.manual_seed(0)
@@ -134,6 +139,7 @@ def test_the_scaling_moves_the_policy_by_a_tenth_of_the_radius(tmp_path: Path) -
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_new_run_keeps_the_earlier_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for _ in range(3):
