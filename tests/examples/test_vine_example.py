@@ -18,9 +18,9 @@ def last(args: example.Args) -> float:
     return example.train(args).recent_return()
 
 
-@pytest.mark.parametrize("sampling", ["vine", "single-path"])
-def test_the_pole_stands_longer_after_a_few_updates(sampling: Any) -> None:
-    args = example.Args(sampling=sampling, total_steps=16_000)
+@pytest.mark.parametrize(("sampling", "steps"), [("vine", 14_000), ("single-path", 9_000)])
+def test_the_pole_stands_longer_after_a_few_updates(sampling: Any, steps: int) -> None:
+    args = example.Args(sampling=sampling, total_steps=steps, max_kl=0.03, critic_epochs=10)
     assert last(args) > 100  # at random: 20
 
 
@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
     args = example.Args(
         env_id=env_id,
         sampling=sampling,
-        total_steps=400,
+        total_steps=300,
         num_envs=2,
         trunk_steps=16,
         states=4,
@@ -81,8 +81,8 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
         device=device,
     )
     kept = replace(args, checkpoint=tmp_path / "run.pt")
-    half = example.train(replace(kept, total_steps=200))
-    assert 200 <= half.steps < 400
+    half = example.train(replace(kept, total_steps=100))
+    assert 100 <= half.steps < 300
     whole = example.train(args)
     assert not same(half, whole)
     assert same(example.train(kept), whole)
