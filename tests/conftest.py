@@ -14,7 +14,7 @@ profiles.register()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measure no coverage where a test is long or of other code: it takes half as long again."""
     for item in items:
-        long = item.get_closest_marker("learns") or item.get_closest_marker("slow")
+        long = any(map(item.get_closest_marker, ("learns", "slow", "package")))
         if long or {"examples", "benchmarks"} & {*item.path.parts}:
             item.add_marker("no_cover")
 

@@ -17,6 +17,8 @@ from torch.distributions import Distribution, Independent, Normal
 from trpo_optim import Outcome, TrustRegionOptimizer
 from trpo_optim.hyperparameters import ModeName
 
+pytestmark = pytest.mark.no_cover
+
 
 def test_a_step_too_small_for_bfloat16_is_said_to_have_the_length_zero() -> None:
     policy = gaussian(dtype=torch.float32).policy.to(torch.bfloat16)

@@ -20,6 +20,8 @@ from torch.nn.modules import module as module_registry
 import trpo_optim
 from trpo_optim.closure import torch_switches
 
+pytestmark = pytest.mark.no_cover
+
 PACKAGE = str(Path(trpo_optim.__file__).parent)
 
 

@@ -30,6 +30,8 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.local_model import second_order
 
+pytestmark = pytest.mark.no_cover
+
 OF_EACH_KIND = {"normal, free scale", "squashed normal", "categorical, logits"}
 OF_EACH_KIND |= {"categorical, many", "multivariate, scale"}
 FEW = [

@@ -18,7 +18,7 @@ from wrapped_steps import closure_on, refused, stepped
 
 from trpo_optim import StepReport, TrustRegionOptimizer, mean_kl
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.no_cover]
 
 
 class Normalised(nn.Module):

@@ -21,7 +21,7 @@ from torch.distributions import Categorical, kl_divergence
 from trpo_optim import StepReport, TrustRegionOptimizer, joint_kl
 from trpo_optim.rollouts import policy_closure, single_path
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.no_cover]
 
 SAMPLES = 96
 
@@ -133,7 +133,6 @@ def by_one_process(steps: int, device: str = "cpu") -> list[tuple[Tensor, list[S
 ONE_OF_EACH_KIND = ["1", "2 uneven", "3, one of weight 0", "3 in micro-batches, unlike"]
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("name", "steps"),
     [

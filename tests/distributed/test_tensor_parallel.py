@@ -22,7 +22,7 @@ from wrapped_steps import closure_on, stepped
 
 from trpo_optim import StepReport
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.no_cover]
 
 
 def parallel(rank: int, copies: int, third: bool) -> tuple[Tensor, StepReport]:

@@ -21,6 +21,8 @@ from trpo_optim.rollouts import (
     trajectory_weights,
 )
 
+pytestmark = pytest.mark.no_cover
+
 
 class Recurrent(nn.Module):
     """A GRU whose state is put to zero where an episode starts."""

@@ -22,6 +22,8 @@ from trpo_optim.rollouts import (
     vine_closure,
 )
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -65,7 +67,6 @@ def test_the_estimates_of_q_are_without_bias(horizon: int, *, common: bool) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover
 def test_common_random_numbers_make_differences_more_certain() -> None:
     """Two actions of the policy from the same state, over many such pairs."""
     envs, policy = pendulums(), Swing()
@@ -107,7 +108,6 @@ class Balance(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("make", "policy", "branches", "seeds"),
     [(cartpoles, Balance(), None, 6), (pendulums, Swing(), 4, 3)],

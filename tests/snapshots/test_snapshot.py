@@ -27,6 +27,8 @@ from trpo_optim.rollouts import (
     restore,
 )
 
+pytestmark = pytest.mark.no_cover
+
 MUJOCO = ["Hopper-v5", "Humanoid-v5", "Ant-v5", "Reacher-v5", "Swimmer-v5"]
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"  # the latter before Gymnasium 1.2
@@ -45,7 +47,6 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @box2d
 def test_a_restored_state_replays_bit_for_bit(adapter: str) -> None:
