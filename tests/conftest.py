@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 
 import profiles
 import pytest
@@ -17,6 +18,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         long = any(map(item.get_closest_marker, ("learns", "slow", "package")))
         if long or {"examples", "benchmarks"} & {*item.path.parts}:
             item.add_marker("no_cover")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure no coverage of tests marked ``no_cover``.
+
+    In a worker of pytest-xdist, pytest-cov measures twice, and its own pause stops one of the two.
+    """
+    tracer = sys.gettrace()
+    if item.get_closest_marker("no_cover"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session", autouse=True)

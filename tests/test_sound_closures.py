@@ -99,7 +99,7 @@ def test_a_kl_in_bfloat16_is_not_taken_for_misuse(mode: str) -> None:
     problem = gaussian(dtype=torch.float32)
     problem.policy.to(torch.bfloat16)
     problem = Problem(problem.policy, problem.observations.to(torch.bfloat16))
-    report = problem.optimizer(mode=mode, max_kl=0.1).step(problem.closure)
+    report = problem.optimizer(mode=mode, max_kl=0.5).step(problem.closure)
     assert isinstance(report, StepReport)
 
 
