@@ -12,6 +12,7 @@ import torch.distributions as td
 from families import FAMILIES, without_some
 from networks import SAMPLES
 from pairs import one, pair, parts
+from profiles import problems
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
@@ -31,7 +32,7 @@ def test_the_kl_is_the_mean_log_ratio_of_many_samples(name: str) -> None:
     family = FAMILIES[name]
     old, new = pair(family)
     torch.manual_seed(1)
-    draws = 40_000
+    draws = 400 * min(problems(), 100)
     counted = family.mask(SAMPLES) if family.mask else torch.ones(SAMPLES, dtype=torch.bool)
     total, variance = torch.zeros(2, int(counted.sum()), dtype=torch.float64)
     for ours, theirs in zip(parts(old), parts(new), strict=True):
@@ -196,7 +197,7 @@ def test_every_wishart_of_a_batch_has_its_own_kl() -> None:
     factors = torch.eye(2).double() * torch.tensor([1.0, 2.0]).double()[:, None, None]
     old = td.Wishart(torch.tensor([8.0, 9.0]).double(), scale_tril=factors)
     new = td.Wishart(torch.tensor([8.5, 9.2]).double(), scale_tril=1.1 * factors)
-    actions = old.sample((100_000,))
+    actions = old.sample((1000 * min(problems(), 100),))
     ratios = old.log_prob(actions) - new.log_prob(actions)
     error = (4 * ratios.std(0) / len(ratios) ** 0.5).max().item()
     torch.testing.assert_close(joint_kl(old, new), ratios.mean(0), rtol=0, atol=error)

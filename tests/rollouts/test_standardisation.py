@@ -149,6 +149,7 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
 @pytest.mark.parametrize(
     ("mistake", "words"), [("nothing valid", "none of its rows is valid"), ("NaN", "is nan at")]
 )
+@pytest.mark.ranks
 def test_what_fails_on_one_rank_is_raised_on_all_and_all_may_go_on(
     mistake: str, words: str
 ) -> None:
@@ -168,6 +169,7 @@ def deserting(rank: int) -> Tensor:
     return used(values, valid, process_group=dist.group.WORLD)
 
 
+@pytest.mark.ranks
 def test_a_rank_that_does_not_come_is_an_error_on_the_others() -> None:
     found, gone = on_ranks(2, deserting, timeout=3.0)
     assert isinstance(found, Raised)
