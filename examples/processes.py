@@ -90,6 +90,7 @@ def leave() -> None:
     gloo's can be aborted, where one lets go of its last message late.
     """
     if dist.is_initialized():
+        dist.barrier()  # meanwhile the threads let go of their last message
         dist.destroy_process_group()
 
 

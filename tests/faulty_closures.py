@@ -66,7 +66,7 @@ class Faulty:
 
 def step(problem: Problem, mode: str, change: Change, at: int) -> tuple[StepReport, int]:
     closure = Faulty(problem, change, at)
-    optimizer = problem.optimizer(mode=mode, damping=1e-3, max_kl=0.05, cg_iterations=3)
+    optimizer = problem.optimizer(mode=mode, damping=1e-3, max_kl=0.05, cg_iterations=5)
     return optimizer.step(closure), closure.calls  # type: ignore[arg-type]  # a fault returns anything
 
 
