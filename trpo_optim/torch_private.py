@@ -11,7 +11,9 @@ Some are attributes, which cannot be imported:
 - ``module._buffers``, in ``closure.transaction``;
 - the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
   ``closure.interception``;
-- ``_categorical`` of ``OneHotCategorical`` and ``_cached_x_y`` of transforms, in ``distributions``.
+- ``_categorical`` of ``OneHotCategorical``, ``_param`` of ``Categorical``, ``Bernoulli`` and
+  ``Binomial``, ``_unbroadcasted_*`` of ``LowRankMultivariateNormal`` and ``Wishart``, and
+  ``_cached_x_y`` of transforms, in ``distributions``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ from torch.distributions import (
 from torch.nn.functional import softplus
 
 from trpo_optim.distributions.parts import name_of, tensors
-from trpo_optim.distributions.precision import at_least_single, for_kl, widened
+from trpo_optim.distributions.precision import (
+    at_least_single,
+    for_kl,
+    given_by_probabilities,
+    widened,
+)
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.torch_private import kl_of_bases, kl_rule
 
@@ -126,11 +131,7 @@ def _log_probabilities(dist: Categorical, out: Tensor) -> Tensor:
     Where probabilities were given, torch's ``logits`` are those of probabilities of ε or more.
     """
     logs = dist.logits.masked_fill(out, 0)
-    return _exact_where_small(dist.probs, logs, out) if _given_by_probabilities(dist) else logs
-
-
-def _given_by_probabilities(dist: Any) -> bool:
-    return vars(dist).get("probs") is dist._param
+    return _exact_where_small(dist.probs, logs, out) if given_by_probabilities(dist) else logs
 
 
 def _exact_where_small(probabilities: Tensor, logs: Tensor, out: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def _bernoulli_kl(old: Any, new: Any) -> Tensor:
 
 def _chance(dist: Any, sign: int) -> Tensor:
     """Return the probability of a Bernoulli's event, or of its absence where the sign is −1."""
-    if _given_by_probabilities(dist):
+    if given_by_probabilities(dist):
         chance: Tensor = widened(dist.probs, torch.float32)
         return chance if sign > 0 else 1 - chance
     return (sign * widened(dist.logits, torch.float32)).sigmoid()
@@ -164,9 +165,7 @@ def _log_chance(dist: Any, sign: int, out: Tensor) -> Tensor:
     """Return the logarithm of that, zero where ``out`` is true."""
     logs = -softplus(-sign * widened(dist.logits, torch.float32)).masked_fill(out, 0)
     return (
-        _exact_where_small(_chance(dist, sign), logs, out)
-        if _given_by_probabilities(dist)
-        else logs
+        _exact_where_small(_chance(dist, sign), logs, out) if given_by_probabilities(dist) else logs
     )
 
 

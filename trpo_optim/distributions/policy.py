@@ -205,7 +205,7 @@ def entropy(dist: PolicyT) -> Tensor:
     if not isinstance(dist, Distribution):
         return _summed([entropy(part) for part in leaves(dist)])
     try:
-        return dist.entropy()
+        return at_least_single(dist).entropy()
     except NotImplementedError as error:
         raise TrustRegionError(
             f"The entropy of {name_of(dist)} has no closed form. Estimate it by the mean of "

@@ -18,7 +18,7 @@ from torch.distributions import (
     Wishart,
 )
 
-__all__ = ["at_least_single", "for_kl", "widened"]
+__all__ = ["at_least_single", "for_kl", "given_by_probabilities", "widened"]
 
 _CANCELLING = (Beta, Dirichlet, Gamma, Poisson, LowRankMultivariateNormal, Wishart)
 """Families whose closed form is a small difference of large numbers."""
@@ -60,17 +60,28 @@ def _at_least(dist: Any, dtype: torch.dtype) -> Any:
             changed[name] = new
     if not changed:
         return dist
+    twin = copy.copy(dist)
     if isinstance(dist, Categorical):  # it was normalised in its own precision
-        given = "probs" if vars(dist).get("probs") is dist._param else "logits"
-        made = {given: widened(dist._param, dtype)}
-        return Categorical(**made, validate_args=False)
+        if given_by_probabilities(dist):
+            probabilities = widened(dist.probs, dtype)
+            changed = {"probs": probabilities / probabilities.sum(-1, keepdim=True)}
+        else:
+            changed = {"logits": widened(dist.logits, dtype).log_softmax(-1)}
+        for name in ("probs", "logits"):
+            vars(twin).pop(name, None)
+        (changed["_param"],) = changed.values()
     if isinstance(dist, LowRankMultivariateNormal):  # it holds what it made of its parameters
         factor, diagonal = dist._unbroadcasted_cov_factor, dist._unbroadcasted_cov_diag
         loc, factor, diagonal = (widened(each, dtype) for each in (dist.loc, factor, diagonal))
         return LowRankMultivariateNormal(loc, factor, diagonal, validate_args=False)
-    twin = copy.copy(dist)
     vars(twin).update(changed)
     return twin
+
+
+def given_by_probabilities(dist: Any) -> bool:
+    """Return whether a Categorical, Bernoulli or Binomial was made of ``probs``, not ``logits``."""
+    probabilities = vars(dist).get("probs")
+    return probabilities is not None and probabilities is getattr(dist, "_param", None)
 
 
 def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
