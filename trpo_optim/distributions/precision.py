@@ -50,32 +50,38 @@ def at_least_single(dist: _DistributionT) -> _DistributionT:
 def _at_least(dist: Any, dtype: torch.dtype) -> Any:
     """Return a copy whose tensors have at least a precision, or the same where all have it."""
     changed: dict[str, Any] = {}
+    wide: dict[int, Tensor] = {}  # one tensor may have two names
     for name, value in vars(dist).items():
         new = value
         if isinstance(value, Tensor):
-            new = widened(value, dtype)
+            new = wide.setdefault(id(value), widened(value, dtype))
         elif isinstance(value, Distribution):
             new = _at_least(value, dtype)
         if new is not value:
             changed[name] = new
     if not changed:
         return dist
-    twin = copy.copy(dist)
-    if isinstance(dist, Categorical):  # it was normalised in its own precision
-        if given_by_probabilities(dist):
-            probabilities = widened(dist.probs, dtype)
-            changed = {"probs": probabilities / probabilities.sum(-1, keepdim=True)}
-        else:
-            changed = {"logits": widened(dist.logits, dtype).log_softmax(-1)}
-        for name in ("probs", "logits"):
-            vars(twin).pop(name, None)
-        (changed["_param"],) = changed.values()
     if isinstance(dist, LowRankMultivariateNormal):  # it holds what it made of its parameters
         factor, diagonal = dist._unbroadcasted_cov_factor, dist._unbroadcasted_cov_diag
         loc, factor, diagonal = (widened(each, dtype) for each in (dist.loc, factor, diagonal))
         return LowRankMultivariateNormal(loc, factor, diagonal, validate_args=False)
+    twin = copy.copy(dist)
     vars(twin).update(changed)
+    if isinstance(twin, Categorical):
+        _normalise(twin)
     return twin
+
+
+def _normalise(dist: Categorical) -> None:
+    """Normalise a Categorical afresh, which was normalised in a lower precision."""
+    given = "probs" if given_by_probabilities(dist) else "logits"
+    value = vars(dist)[given]
+    for name in ("probs", "logits"):  # one of them may have been derived from the other
+        vars(dist).pop(name, None)
+    if given == "probs":
+        dist._param = dist.probs = value / value.sum(-1, keepdim=True)
+    else:
+        dist._param = dist.logits = value.log_softmax(-1)
 
 
 def given_by_probabilities(dist: Any) -> bool:
