@@ -58,6 +58,7 @@ def linearized(
 ) -> Iterator[tuple[LocalModel, Objective]]:
     vector = ParameterVector(problem.parameters())
     with Transaction(vector) as transaction:
+        transaction.begin()
         objective = Objective(problem.closure, vector, transaction)
         yield engine(objective), objective
 

@@ -187,7 +187,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             ready, batch = self._prepared(closure, weights, curvature)
             figures: dict[str, Any] = {}
             with ready.transaction as transaction, unwrapped(self.process_group):
-                transaction.begin()
+                transaction.begin([ready.closures])
                 outcome = take_step(batch, transaction, ready.settings, figures)
                 report = batch.concluded(StepReport(outcome, **figures))
                 if report.accepted:

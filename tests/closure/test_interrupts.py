@@ -19,6 +19,7 @@ from torch.nn.modules import module as module_registry
 
 import trpo_optim
 from trpo_optim.closure import torch_switches
+from trpo_optim.closure.torch_switches import differentiable, uncompiled, without_cudnn
 
 pytestmark = pytest.mark.no_cover
 
@@ -55,6 +56,27 @@ def lines_of_a_step(rejected: bool, mode: str) -> list[tuple[str, int]]:
     return seen
 
 
+def global_hooks() -> list[dict[int, Any]]:
+    return [
+        dict(module_registry._global_buffer_registration_hooks),
+        dict(module_registry._global_forward_pre_hooks),
+    ]
+
+
+def put_switches_back() -> None:
+    for switch in (differentiable, uncompiled, without_cudnn):
+        switch._holders, switch._held = [], None
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch.compiler.set_stance("default")
+    for enable in (
+        torch.backends.cuda.enable_flash_sdp,
+        torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_math_sdp,
+        torch.backends.cuda.enable_cudnn_sdp,
+    ):
+        enable(True)
+
+
 OTHER_STEPS = [(True, "trpo"), (False, "vanilla"), (True, "vanilla")]
 
 
@@ -82,7 +104,7 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
     finished = small_problem()
     take_a_step(finished, rejected=rejected, mode=mode)
     after = Snapshot.of(finished.policy)
-    hooks = dict(module_registry._global_buffer_registration_hooks)
+    hooks = global_hooks()
     lines = lines_of_a_step(rejected, mode)
     numbers = worth_interrupting(lines)
     assert len(numbers) > 150
@@ -102,14 +124,13 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
         changed = before.differences(now)
         if "switches" in changed and seen[-1][0] == torch_switches.__file__:
             changed.remove("switches")  # nothing puts back what a line should that was interrupted
-            torch.backends.mha.set_fastpath_enabled(True)
-            torch.compiler.set_stance("default")
+            put_switches_back()
             assert before.switches == switches()
         if changed:
             parameters = {name for name, _ in problem.policy.named_parameters()}
             assert set(changed) <= parameters, (seen[-1], changed)
             assert torch.equal(problem.vector(), finished.vector()), seen[-1]
         outcomes.add(bool(changed))
-        assert module_registry._global_buffer_registration_hooks == hooks, seen[-1]
+        assert global_hooks() == hooks, seen[-1]
     assert False in outcomes or only_new
     assert after.training == Snapshot.of(finished.policy).training

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
 from trpo_optim.closure.interception import RefusedError, Watch
 from trpo_optim.closure.parameters import ParameterVector
-from trpo_optim.closure.torch_switches import attention, uncompiled, without_cudnn
+from trpo_optim.closure.torch_switches import uncompiled, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
@@ -157,7 +157,7 @@ class Objective:
         self.rewind()
         try:
             seen = {without_cudnn: self._recurrent, uncompiled: self._random}
-            values = self._evaluate(*(context() for context, needed in seen.items() if needed))
+            values = self._evaluate(*(switch() for switch, needed in seen.items() if needed))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
             return Numbers(math.nan, math.nan)
         except ValueError as error:
@@ -171,7 +171,8 @@ class Objective:
 
     def _watched(self, watch: Watch) -> Values:
         try:
-            return self._evaluate(uncompiled(), watch)
+            told = self._transaction.modules_about_to_run(watch.before_forward)
+            return self._evaluate(uncompiled(), told, watch)
         finally:
             watch.remove()
             self._recurrent |= watch.recurrent
@@ -180,7 +181,7 @@ class Objective:
         self.evaluations += 1
         try:
             with ExitStack() as stack:
-                for context in (attention(), *contexts):
+                for context in (self._transaction.evaluation(), *contexts):
                     stack.enter_context(context)
                 returned = self.closure()
             values = checked_values(returned)

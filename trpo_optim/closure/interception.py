@@ -1,14 +1,15 @@
-"""What is looked at while a closure runs: parameters, in-place writes, shared memory."""
+"""What is looked at while a closure runs: parameters, shared memory, random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
@@ -16,24 +17,23 @@ from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, withou
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import (
-    OpOverload,
     current_mode,
     is_transformed,
     may_draw,
     pop_mode,
 )
 
-__all__ = ["RefusedError", "Watch", "written_by"]
+__all__ = ["RefusedError", "Watch"]
 
 
 _DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009 (mypy sees a property)
+_SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 (as above)
 
-_HOOKS = "the closure asks for hooks on tensors or for their nodes, which only one level would see"
+_GRAD_FN: Any = getattr(Tensor.grad_fn, "__get__")  # noqa: B009 (as above)
+_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 _REFUSED: dict[Any, str] = {
     Tensor.detach_: "the closure calls detach_(), which cuts only one of two derivatives",
-    Tensor.register_hook: _HOOKS,
-    getattr(Tensor.grad_fn, "__get__"): _HOOKS,  # noqa: B009 (as above)
 }
 """What the transforms of torch.func take without an error, and get wrong."""
 
@@ -42,14 +42,32 @@ class RefusedError(Exception):
     """torch.func does not serve a closure; the text is the reason."""
 
 
+class _NodeWithoutHooks:
+    """An autograd node on which no hook can be registered."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return _not_registered if name.startswith("register_") else getattr(self._node, name)
+
+
+def _not_registered(*_arguments: Any, **_options: Any) -> RemovableHandle:
+    """Stand in for the registration of a hook: it changes neither the loss nor the KL."""
+    return RemovableHandle({})
+
+
 class Watch(TorchFunctionMode):
     """Replaces parameters by their twins in every torch call, and looks at what else comes in.
 
-    Two things are looked for: tensors that are about to be written in place, and tensors from
-    outside the closure that share a parameter's memory, which every trial would move.
+    Hooks on tensors and on autograd nodes are not registered: a step is that of the loss and the
+    KL, which no hook changes.
+
+    It looks for tensors from outside the closure that share a parameter's memory, which every trial
+    would move.
 
     Args:
-        transaction: Told of every tensor that is about to be written.
+        transaction: Told of every tensor that is made.
         parameters: The optimizer's parameters.
         twins: What stands in for a parameter, by the parameter's ``id``.
 
@@ -69,6 +87,7 @@ class Watch(TorchFunctionMode):
         self.recurrent = False
         self.failure: Exception | None = None
         self.drew = False
+        self._paused = False
         self._transaction = transaction
         self._twins = twins
         self._own = {*twins, *map(id, twins.values())}
@@ -87,6 +106,18 @@ class Watch(TorchFunctionMode):
         if current_mode() is self:
             pop_mode()
 
+    def before_forward(self, module: nn.Module) -> None:
+        """Have the transaction remember a module that is about to run, without watching that.
+
+        Args:
+            module: Called by the closure.
+        """
+        self._paused = True
+        try:
+            self._transaction.hold_running(module)
+        finally:
+            self._paused = False
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -96,8 +127,15 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` on the twins."""
         keywords = kwargs or {}
-        for tensor in written_by(func, args, keywords):
-            self._transaction.remember_written(tensor)
+        if self._paused:
+            return func(*args, **keywords)
+        if func == _SET_DATA:
+            raise TrustRegionError(
+                "The closure assigns to the .data of a tensor, which no derivative can follow. "
+                "Write in place instead, with copy_()."
+            )
+        if func in _HOOKS:
+            return _not_registered()
         if self._twins and func == _DATA:
             # A transform of torch.func cuts .data at its own level, and detach() at all of them.
             func = Tensor.detach
@@ -122,6 +160,8 @@ class Watch(TorchFunctionMode):
             map(torch.equal, self._transaction.random_states(), state)
         ):
             self.drew = True
+        if func == _GRAD_FN:
+            return result if result is None else _NodeWithoutHooks(result)
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor):
                 if id(each) not in self._own:
@@ -176,46 +216,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
-
-
-def written_by(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[Tensor]:
-    """Yield the tensors that a torch call writes in place, or may write.
-
-    Args:
-        func: The torch function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Yields:
-        Tensors that need no gradient, before the call.
-
-    Raises:
-        TrustRegionError: If the call assigns to ``.data``.
-    """
-    name = getattr(func, "__name__", "")
-    if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
-        raise TrustRegionError(
-            "The closure assigns to the .data of a tensor, which no derivative can follow. Write "
-            "in place instead, with copy_()."
-        )
-    targets: list[Any] = [kwargs.get("out")]
-    if kwargs.get("inplace"):  # as torch.nn.functional passes it on
-        targets += args[:1]
-    if isinstance(func, OpOverload):  # torch.ops, and a custom_op that says what it
-        arguments = func._schema.arguments  # mutates
-        given = dict(zip((each.name for each in arguments), args, strict=False)) | dict(kwargs)
-        targets += [given.get(each.name) for each in arguments if each.is_write]
-    if name in ("batch_norm", "instance_norm"):  # running statistics, in any position
-        targets += [*args[1:], *kwargs.values()]
-    elif (
-        name == "__setitem__"
-        or name.startswith("__i")
-        or (name.endswith("_") and not name.endswith("__"))
-    ):
-        targets += args[:1]
-    for target in targets:
-        for each in target if isinstance(target, tuple | list) else (target,):
-            if isinstance(each, Tensor) and not each.requires_grad:
-                yield each

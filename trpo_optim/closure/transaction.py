@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
-from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
-from trpo_optim.torch_private import is_transformed, outside_transforms
+from trpo_optim.closure.torch_switches import differentiable
 
 __all__ = ["Transaction"]
-
-_Place = tuple[()] | tuple[int, torch.Size, tuple[int, ...]]
-"""Of a tensor in its storage: offset, shape and strides."""
 
 
 class Transaction:
     """Holds the state of one step; whatever is not committed is rolled back.
 
-    Held are the parameters, their ``.grad`` (hidden meanwhile, so that nothing can add to it), the
-    random generators of the CPU and of the parameters' device, and every module buffer that an
-    evaluation of the closure writes or replaces. Buffers and random state return to where they were
-    before every further evaluation and at the end of every step, so that all evaluations of a step
-    see the same dropout mask and the same statistics.
+    Held are the parameters, their ``.grad`` and their hooks (hidden meanwhile, so that nothing can
+    add to the one or be called by the other), the random generators of the CPU and of the
+    parameters' device, and what else belongs to the policy (``PolicyState``). The policy's state
+    and the random state return to where they were before every further evaluation and at the end of
+    every step, so that all evaluations of a step see the same dropout mask and the same statistics.
+    A generator that no evaluation has moved is not touched.
 
     The step itself ends the transaction, one way or the other; leaving ``with`` rolls back what an
     exception or an interrupt kept from ending.
@@ -48,15 +49,22 @@ class Transaction:
     def __init__(self, vector: ParameterVector) -> None:
         self._vector = vector
         self.origin = vector.current()
-        self._grads = [parameter.grad for parameter in vector.parameters]
-        self._random = [(each, each.get_state()) for each in generators([vector.device])]
-        self._written: MutableMapping[Any, dict[_Place, Tensor]] = WeakIdKeyDictionary()
+        self._hidden = [
+            (each, name, getattr(each, name))
+            for each in vector.parameters
+            for name in ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+        ]
+        self._generators = generators([vector.device])
+        self._random = self.random_states()
+        self._drawn = [False] * len(self._generators)
+        self._drew = False
+        self._policy = PolicyState(vector.parameters)
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
         self._ended = False
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Transaction:
         """Return the transaction itself."""
@@ -72,47 +80,87 @@ class Transaction:
         if not self._ended:
             self.roll_back()
 
-    def begin(self) -> None:
-        """Take ``.grad`` off the parameters and watch the buffers until the step ends."""
-        self._hook = register_module_buffer_registration_hook(self._remember_replaced)
-        for parameter in self._vector.parameters:
-            parameter.grad = None
+    def begin(self, closures: Iterable[Callable[..., Any]] = ()) -> None:
+        """Hide ``.grad`` and hooks, set torch's switches, and watch the policy's state.
 
-    def remember_written(self, tensor: Tensor) -> None:
-        """Keep the content of a tensor about to be written in place, for as long as it lives."""
-        if tensor.grad_fn is not None or is_transformed(tensor):
-            return
-        tensor = local(tensor)
-        owner: Any = tensor
-        place: _Place = ()
-        if tensor.layout == torch.strided:  # the memory outlives this view of it
-            owner = tensor.untyped_storage()
-            place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
-        contents = self._written.setdefault(owner, {})
-        if place not in contents:
-            with outside_transforms():  # a copy made at a transform's level dies with it
-                contents[place] = tensor.detach().clone()
+        Args:
+            closures: What the step is taken on.
+        """
+        differentiable.hold(self)
+        self._policy.hold_what_has_parameters(closures)
+        self._hooks.append(register_module_buffer_registration_hook(self._remember_replaced))
+        for parameter, name, value in self._hidden:
+            if value is not None:
+                setattr(parameter, name, None)
+
+    @contextmanager
+    def modules_about_to_run(self, told: Callable[[nn.Module], None]) -> Iterator[None]:
+        """Have this thread's modules told of before they run.
+
+        Args:
+            told: Takes the module.
+
+        Yields:
+            Nothing.
+        """
+
+        def tell(module: nn.Module, _inputs: Any) -> None:
+            if threading.get_ident() == self._thread:
+                told(module)
+
+        try:
+            self._hooks.append(register_module_forward_pre_hook(tell))  # on one line: none is lost
+            yield
+        finally:
+            self._remove_hooks(keep=1)
+
+    def hold_running(self, module: nn.Module) -> None:
+        """Remember the state of a module that is about to run.
+
+        Args:
+            module: It may be known.
+        """
+        self._policy.hold_running(module)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Note which generators an evaluation moves.
+
+        Yields:
+            Nothing.
+        """
+        before, known = self.random_states(), self._drawn
+        self._drawn = [True] * len(known)  # should this be interrupted
+        try:
+            yield
+        finally:
+            after = self.random_states()
+            drawn = [not torch.equal(*states) for states in zip(before, after, strict=True)]
+            self._drew = any(drawn)
+            self._drawn = [a or b for a, b in zip(known, drawn, strict=True)]
 
     def rewind(self) -> None:
-        """Return buffers and random state to where they were before the step."""
+        """Return the policy's state and the random state to where they were before the step."""
         for module, name, value in self._replaced.values():
             module._buffers[name] = value
-        for owner, contents in self._written.items():
-            for place, content in reversed(contents.items()):  # the first of two aliases wins
-                target = content.new_empty(0).set_(owner, *place) if place else owner.detach()
-                target.copy_(content)
-        for generator, state in self._random:
-            generator.set_state(state)
-        self.kept.unwrap()
-        torch.clear_autocast_cache()  # it does not see parameters that are written in place
+        try:
+            self._policy.rewind()
+        finally:
+            for generator, state, drawn in zip(
+                self._generators, self._random, self._drawn, strict=True
+            ):
+                if drawn:
+                    generator.set_state(state)
+            self.kept.unwrap()
+            torch.clear_autocast_cache()  # it does not see parameters that are written in place
 
     def random_states(self) -> list[Tensor]:
         """Return the state of every generator that an evaluation may draw from."""
-        return [generator.get_state() for generator, _ in self._random]
+        return [generator.get_state() for generator in self._generators]
 
     def drew_random_numbers(self) -> bool:
-        """Return whether a generator has moved since the last rewind."""
-        return any(not torch.equal(each.get_state(), state) for each, state in self._random)
+        """Return whether the last evaluation moved a generator."""
+        return self._drew
 
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step; whether they may stay is decided later.
@@ -161,14 +209,30 @@ class Transaction:
 
     def _settle(self) -> None:
         try:
+            self._put_back_unmoved()
             self.rewind()
-            self.kept.make_plain(self._vector.parameters)
         finally:
-            for parameter, grad in zip(self._vector.parameters, self._grads, strict=True):
-                parameter.grad = grad
-            if self._hook is not None:
-                self._hook.remove()
+            try:
+                self.kept.make_plain(self._vector.parameters)
+            finally:
+                for parameter, name, value in self._hidden:
+                    if getattr(parameter, name) is not value:
+                        setattr(parameter, name, value)
+                self._remove_hooks()
+                differentiable.release(self)
         self._ended = True
+
+    def _remove_hooks(self, keep: int = 0) -> None:
+        for hook in self._hooks[keep:]:
+            hook.remove()
+        del self._hooks[keep:]
+
+    def _put_back_unmoved(self) -> None:
+        """Undo what an evaluation wrote into parameters that the step does not move."""
+        written = self._vector.reached(self._vector.current().ne(self.origin).to(self.origin))
+        unmoved = [each and not moved for each, moved in zip(written, self._moved, strict=True)]
+        if any(unmoved):
+            self._vector.write(self._vector.scatter(self.origin), unmoved)
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.closure.torch_switches import remedy
 from trpo_optim.curvature.autograd_graph import now, require_attached, require_twice_differentiable
 from trpo_optim.curvature.double_backward import by_double_backward, gradient_of
 from trpo_optim.curvature.engine_choice import EngineChoice
@@ -142,7 +141,7 @@ def second_order(
     made = by_double_backward(loss, values.kl, vector)
     if isinstance(made, str):
         raise TrustRegionError(
-            f"The closure cannot be differentiated twice. {remedy(made)} {_VANILLA}\n"
+            f"The closure cannot be differentiated twice. {_VANILLA}\n"
             f"double backward: {made}\n"
             f"torch.func: {hindered or refusal or 'not tried'}"
         )
@@ -166,7 +165,7 @@ def _model(
             raise
         except RuntimeError as error:
             raise TrustRegionError(
-                f"The KL cannot be differentiated twice. {remedy(str(error))} {_VANILLA}\n"
+                f"The KL cannot be differentiated twice. {_VANILLA}\n"
                 f"{engine}: {error}"
             ) from error
 

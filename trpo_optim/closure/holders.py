@@ -1,0 +1,140 @@
+"""Where the parameters live: the modules and objects behind a closure that hold one of them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LONGEST", "holders", "is_plain_object"]
+
+LONGEST = 1000
+"""Lists and dicts with more entries hold data, not a policy."""
+
+_MOST = 2000
+"""How many objects are looked at; the nearest come first."""
+
+_FOREIGN = ("builtins", "gymnasium", "logging", "mujoco", "numpy", "torch")
+"""Packages whose functions and objects hold nobody's policy."""
+
+_VALUES = (
+    *(Tensor, str, bytes, int, float, complex, bool, type(None), type, range, slice),
+    *(torch.dtype, torch.device, torch.Size, torch.Generator),
+)
+
+
+def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Iterator[Any]:
+    """Yield the modules, objects, dicts and lists that hold a parameter.
+
+    They are looked for from a closure on: in its variables, the globals that it names, its
+    ``self``, and what these hold in turn.
+
+    Args:
+        closures: What a step is taken on.
+        parameters: The ``id`` of each.
+
+    Yields:
+        Each once, a module before those inside of it.
+    """
+    queue = deque[Any](closures)
+    seen: dict[int, Any] = {}
+    while queue and len(seen) < _MOST:
+        here = queue.popleft()
+        if id(here) in seen or isinstance(here, _VALUES):
+            continue
+        seen[id(here)] = here
+        if isinstance(here, nn.Module) and any(id(each) in parameters for each in here.parameters()):
+            yield here
+            continue
+        children = list(_children(here))
+        if _may_hold(here) and any(id(child) in parameters for child in children):
+            yield here
+        queue.extend(children)
+
+
+def is_plain_object(value: Any) -> bool:
+    """Return whether a value is an object of a class that keeps its attributes in a dict.
+
+    Args:
+        value: No module, function, class or container counts.
+    """
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (*_VALUES, nn.Module, torch.optim.Optimizer, Mapping, Sequence))
+        and not isinstance(value, types.FunctionType | types.MethodType | types.ModuleType)
+        and not _is_foreign(type(value).__module__)
+    )
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether a value that has a parameter among its children is the policy's, not a function."""
+    return isinstance(value, dict | list | tuple | deque) or is_plain_object(value)
+
+
+def _children(value: Any) -> Iterator[Any]:
+    """Yield what a value refers to, without running any code of its class."""
+    if isinstance(value, types.MethodType):
+        yield value.__self__
+        yield value.__func__
+    elif isinstance(value, functools.partial):
+        yield value.func
+        yield from value.args
+        yield from value.keywords.values()
+    elif isinstance(value, types.FunctionType):
+        if not _is_foreign(value.__module__):
+            yield from _captured(value)
+    elif isinstance(value, dict):
+        yield from value.values() if len(value) <= LONGEST else ()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from value if len(value) <= LONGEST else ()
+    elif isinstance(value, nn.Module) or is_plain_object(value):
+        yield from vars(value).values()
+        yield from _in_slots(value)
+        if isinstance(called := getattr(type(value), "__call__", None), types.FunctionType):
+            yield called
+
+
+def _captured(function: types.FunctionType) -> Iterator[Any]:
+    """Yield a function's variables from outside, its defaults and the globals that it names."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from vars(function).values()
+    names = list(_names(function.__code__))
+    for name in names:
+        found = function.__globals__.get(name)
+        if isinstance(found, types.ModuleType) and not _is_foreign(found.__name__):
+            yield from (vars(found).get(each) for each in names)
+        else:
+            yield found
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of globals and attributes in a function and in those defined inside."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _in_slots(value: Any) -> Iterator[Any]:
+    for kind in type(value).__mro__:
+        for name in vars(kind).get("__slots__", ()):
+            if isinstance(slot := vars(kind).get(name), types.MemberDescriptorType):
+                try:
+                    yield slot.__get__(value)
+                except AttributeError:  # not assigned
+                    continue
+
+
+def _is_foreign(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _FOREIGN
