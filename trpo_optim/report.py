@@ -9,7 +9,7 @@ from typing import Literal
 
 __all__ = ["Engine", "Outcome", "StepReport"]
 
-Engine = Literal["Gauss-Newton", "torch.func", "double backward", "autograd"]
+Engine = Literal["Gauss-Newton", "torch.func", "double backward", "finite differences", "autograd"]
 """What differentiates a closure; the earlier of two is the better."""
 
 
@@ -139,6 +139,7 @@ class StepReport:
         fisher_products: How many Fisher-vector products were made.
         engine: What differentiated the closure. ``"Gauss-Newton"``: its third value served.
             ``"torch.func"``: it returned two values. ``"double backward"``: neither was possible.
+            ``"finite differences"``: torch cannot differentiate it twice, or gets it wrong.
             ``"autograd"``: first derivatives alone (mode ``"vanilla"``). Of several closures with
             different engines, the last of these. Empty: the step did not come so far.
         fallback: Why the products are not Gauss–Newton, which is the fastest engine. Empty if they

@@ -65,6 +65,19 @@ class Batch(Protocol):
     def second_order(self) -> LocalModel:
         """Return the local model with Fisher-vector products."""
 
+    def slope(self) -> tuple[float, Tensor]:
+        """Return the KL, in nats, and its gradient where the parameters now are."""
+
+    def is_unproven(self) -> bool:
+        """Return whether products are yet to be compared with finite differences."""
+
+    def prove(self, flaw: str) -> None:
+        """Note that products have been compared with finite differences.
+
+        Args:
+            flaw: Why finite differences are to serve in all further steps, or empty.
+        """
+
     def values(self) -> Numbers:
         """Return the values where the parameters now are."""
 
@@ -74,6 +87,10 @@ class Batch(Protocol):
 
 class Parameters(Protocol):
     """The parameters as one vector, held until the step ends."""
+
+    @property
+    def precision(self) -> float:
+        """The unit of rounding of the coarsest parameter."""
 
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step."""

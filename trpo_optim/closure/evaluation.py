@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType
 
@@ -134,9 +134,23 @@ class Objective:
         self._random |= self.drew_random_numbers()
         return values
 
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Have what a backward computes anew be computed as the evaluation computed it.
+
+        Yields:
+            Nothing.
+        """
+        with uncompiled(), without_cudnn() if self._recurrent else nullcontext():
+            yield
+
     def rewind(self) -> None:
         """Return buffers and random state to where the step found them."""
         self._transaction.rewind()
+
+    def other_parameters(self) -> list[Tensor]:
+        """Return the policy's parameters that are not the optimizer's and require gradients."""
+        return self._transaction.other_parameters()
 
     def drew_random_numbers(self) -> bool:
         """Return whether the evaluation since the last rewind drew random numbers."""

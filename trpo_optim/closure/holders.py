@@ -48,7 +48,9 @@ def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Ite
         if id(here) in seen or isinstance(here, _VALUES):
             continue
         seen[id(here)] = here
-        if isinstance(here, nn.Module) and any(id(each) in parameters for each in here.parameters()):
+        if isinstance(here, nn.Module) and any(
+            id(each) in parameters for each in here.parameters()
+        ):
             yield here
             continue
         children = list(_children(here))

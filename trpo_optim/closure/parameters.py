@@ -50,6 +50,7 @@ class ParameterVector:
         self.dtype = functools.reduce(
             torch.promote_types, (parameter.dtype for parameter in self.parameters), torch.float32
         )
+        self.precision = max(torch.finfo(each.dtype).eps for each in self.parameters)
         self._sizes = [parameter.numel() for parameter in self.parameters]
 
     def __len__(self) -> int:
@@ -66,20 +67,32 @@ class ParameterVector:
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return tensors shaped like the parameters as one vector; None counts as zeros."""
+        return torch.cat(self.flat(tensors))
+
+    def flat(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return tensors shaped like the parameters as the pieces of a vector."""
         pieces = [
             whole(torch.zeros_like(parameter) if tensor is None else tensor)
             for tensor, parameter in zip(tensors, self.parameters, strict=True)
         ]
         dense = [each.to_dense() if each.is_sparse else each for each in pieces]
-        return torch.cat([each.reshape(-1) for each in dense]).to(self.dtype)
+        return [each.reshape(-1).to(self.dtype) for each in dense]
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return a vector's pieces, one for each parameter.
+
+        Each begins where complex numbers may begin in memory, since a parameter may be viewed so.
+        """
+        return [
+            piece.clone() if piece.storage_offset() % 2 else piece
+            for piece in torch.split(vector, self._sizes)
+        ]
 
     def scatter(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's pieces in the parameters' shapes and dtypes."""
         return [
             part_like(piece.view(parameter.shape).to(parameter.dtype), parameter)
-            for piece, parameter in zip(
-                torch.split(vector, self._sizes), self.parameters, strict=True
-            )
+            for piece, parameter in zip(self.split(vector), self.parameters, strict=True)
         ]
 
     def reached(self, vector: Tensor) -> list[bool]:

@@ -72,6 +72,11 @@ class PolicyState:
                 for each in module.modules():
                     self._hold_module(each, named=False)
 
+    def other_parameters(self) -> list[Tensor]:
+        """Return the parameters that are not the optimizer's and require gradients."""
+        tensors = [content.tensor for content in self._contents.values()]
+        return [each for each in tensors if isinstance(each, nn.Parameter) and each.requires_grad]
+
     def rewind(self) -> None:
         """Put everything back, as far as each can be.
 
@@ -110,7 +115,9 @@ class PolicyState:
         self._seen[id(entries)] = entries
         tensors: dict[Any, Tensor] = {}
         numbers: dict[Any, float] = {}
-        for key, value in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
+        for key, value in list(
+            entries.items() if isinstance(entries, dict) else enumerate(entries)
+        ):
             kind = type(value)
             if kind in (int, float, bool):
                 numbers[key] = value
@@ -174,7 +181,7 @@ class _Content:
     """
 
     def __init__(self, tensor: Tensor, name: str) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
         self._name = name
         self._data = local(tensor).data
         self._memory = _every_element_once(self._data)
@@ -191,18 +198,18 @@ class _Content:
         Raises:
             TrustRegionError: If the tensor is a large frozen parameter, and was written.
         """
-        written = _version(self._tensor) != self._version
-        self._version = _version(self._tensor)
+        written = _version(self.tensor) != self._version
+        self._version = _version(self.tensor)
         if self._copy is None:
             if written:
                 raise TrustRegionError(
                     f"The closure writes {self._name}, a frozen parameter of shape "
-                    f"{tuple(self._tensor.shape)}. It is too large to be copied and put back. Make "
+                    f"{tuple(self.tensor.shape)}. It is too large to be copied and put back. Make "
                     "it a buffer, or write it outside the closure."
                 )
             return False
-        if written and not _is_same_memory(local(self._tensor), self._data):
-            self._tensor.data = self._data
+        if written and not _is_same_memory(local(self.tensor), self._data):
+            self.tensor.data = self._data
         if self._memory.device.type == "cpu" and self._memory.layout == torch.strided:
             if torch.equal(self._memory, self._copy):
                 return False  # memory may be read-only

@@ -22,7 +22,10 @@ from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable
 
-__all__ = ["Transaction"]
+__all__ = ["HIDDEN", "Transaction"]
+
+HIDDEN = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+"""What a derivative must neither add to nor call, by attribute of a parameter."""
 
 
 class Transaction:
@@ -50,9 +53,7 @@ class Transaction:
         self._vector = vector
         self.origin = vector.current()
         self._hidden = [
-            (each, name, getattr(each, name))
-            for each in vector.parameters
-            for name in ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+            (each, name, getattr(each, name)) for each in vector.parameters for name in HIDDEN
         ]
         self._generators = generators([vector.device])
         self._random = self.random_states()
@@ -154,6 +155,10 @@ class Transaction:
             self.kept.unwrap()
             torch.clear_autocast_cache()  # it does not see parameters that are written in place
 
+    def other_parameters(self) -> list[Tensor]:
+        """Return the policy's parameters that are not the optimizer's and require gradients."""
+        return self._policy.other_parameters()
+
     def random_states(self) -> list[Tensor]:
         """Return the state of every generator that an evaluation may draw from."""
         return [generator.get_state() for generator in self._generators]
@@ -172,6 +177,11 @@ class Transaction:
         reached = self._vector.reached(step)
         self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
         self._put(torch.add(self.origin, step, alpha=scale))
+
+    @property
+    def precision(self) -> float:
+        """The unit of rounding of the coarsest parameter."""
+        return self._vector.precision
 
     def moved(self) -> float:
         """Return how far the parameters are from the origin, as their precision has it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from trpo_optim.closure.checks import DETACHED
@@ -17,15 +17,17 @@ from trpo_optim.torch_private import autograd_clock
 __all__ = [
     "Edge",
     "below",
+    "calls_python",
     "edge_of",
     "graph_leaves",
     "have_second_derivatives",
     "meets",
     "now",
+    "once_differentiable_function",
     "passes_by",
     "reaches",
     "require_attached",
-    "require_twice_differentiable",
+    "require_kl_reaches_all",
 ]
 
 _mark: Any = once_differentiable
@@ -127,7 +129,7 @@ def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int
 
 
 def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> None:
-    """Check that loss and KL each depend on the parameters.
+    """Check that loss and KL each depend on the parameters, as far as the graph shows.
 
     Args:
         values: What the closure returned.
@@ -138,32 +140,64 @@ def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], sta
         TrustRegionError: If one does not, or does so through the old policy.
     """
     for value in values:
-        if not reaches([value], parameters, started):
+        if not (reaches([value], parameters, started) or calls_python(value)):
             raise TrustRegionError(DETACHED)
 
 
-def require_twice_differentiable(value: Tensor) -> None:
-    """Check that a value passes through no function that forbids second derivatives.
+def require_kl_reaches_all(loss: Tensor, kl: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Check that the KL depends on every parameter that the loss depends on.
+
+    Where it does not, the Fisher matrix is zero. The damping alone then gives the length of the
+    step there, and the KL says nothing of it.
+
+    Args:
+        loss: The closure's first value, with its graph.
+        kl: Its KL, with its graph.
+        parameters: The optimizer's, as the graph knows them.
+
+    Raises:
+        TrustRegionError: If it does not; the parameters are named by their place.
+    """
+    leaves = [set(map(id, graph_leaves(value))) for value in (loss, kl)]
+    missed = [
+        f"{index} (shape {tuple(each.shape)})"
+        for index, each in enumerate(parameters)
+        if id(each) in leaves[0] and id(each) not in leaves[1]
+    ]
+    if missed and not calls_python(kl):
+        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+        raise TrustRegionError(
+            "The loss depends on parameters that the KL does not depend on: "
+            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave the "
+            "value loss out of the closure, and train the critic with an optimizer of its own."
+        )
+
+
+def calls_python(value: Tensor) -> bool:
+    """Return whether an ``autograd.Function`` lies behind a value.
+
+    Its backward may reach parameters that the graph does not show, as a reentrant checkpoint does.
+
+    Args:
+        value: With its graph.
+    """
+    return any(isinstance(node, BackwardCFunction) for node, _ in _nodes([value]))
+
+
+def once_differentiable_function(value: Tensor) -> str:
+    """Return the name of a function behind a value that forbids second derivatives, or empty.
 
     Torch raises no error there: backward to given inputs takes the second derivative for zero.
 
     Args:
         value: With its graph, plain or of a transform of torch.func's.
-
-    Raises:
-        TrustRegionError: If an ``autograd.Function`` whose backward is marked
-            ``once_differentiable`` lies behind it.
     """
     for node, _ in _nodes([value]):
         if (function := _function_of(node)) is not None and (
             getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE
         ):
-            raise TrustRegionError(
-                f"The KL passes through {function.__name__}, an autograd.Function whose backward "
-                "is marked once_differentiable, so it has no second derivatives. Write its "
-                "backward with differentiable torch operations and drop the mark, or use "
-                "mode='vanilla'."
-            )
+            return str(function.__name__)
+    return ""
 
 
 def _function_of(node: Any) -> Any:

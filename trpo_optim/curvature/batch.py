@@ -17,7 +17,7 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.engine_choice import EngineChoice
-from trpo_optim.curvature.local_model import LocalModel, first_order, second_order
+from trpo_optim.curvature.local_model import LocalModel, first_order, second_order, slope
 from trpo_optim.errors import blaming
 from trpo_optim.report import Engine, StepReport
 
@@ -89,6 +89,36 @@ class Batch:
             return self.values()
         except Exception:  # what a sound closure makes of a point no step goes to
             return None
+
+    def slope(self) -> tuple[float, Tensor]:
+        """Return the KL that gives the curvature, in nats, and its gradient, shape (n,)."""
+        own = None if self._curvature is None else [(1.0, self._curvature)]
+        total, gradient = 0.0, None
+        for weight, part in own or zip(self._weights, self._parts, strict=True):
+            with blaming(part.name):
+                kl, share = slope(part)
+            total += weight * kl
+            share.mul_(weight)
+            gradient = share if gradient is None else gradient.add_(share)
+        assert gradient is not None  # there is at least one part
+        return total, gradient
+
+    def is_unproven(self) -> bool:
+        """Return whether products are yet to be compared with finite differences."""
+        return not self._choice.proven
+
+    def prove(self, flaw: str) -> None:
+        """Note that products have been compared with finite differences.
+
+        Args:
+            flaw: Why finite differences are to serve in all further steps, or empty.
+        """
+        self._choice.proven, self._choice.flaw = True, flaw
+
+    @property
+    def _choice(self) -> EngineChoice:
+        """What is known of the closures that give the curvature."""
+        return self._choices["parts" if self._curvature is None else "curvature"]
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""

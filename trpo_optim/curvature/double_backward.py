@@ -1,4 +1,4 @@
-"""Derivatives by plain autograd: the gradient, and products by backward through a backward."""
+"""Products by backward through a backward, by plain autograd."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.evaluation import Objective
 from trpo_optim.curvature.autograd_graph import have_second_derivatives
+from trpo_optim.curvature.first_derivatives import gradient_of
 
-__all__ = ["by_double_backward", "gradient_of"]
+__all__ = ["by_double_backward"]
 
 
 def by_double_backward(
-    loss: Tensor | None, kl: Tensor, vector: ParameterVector
+    loss: Tensor | None, kl: Tensor, objective: Objective
 ) -> tuple[Tensor | None, Callable[[Tensor], Tensor]] | str:
     """Return the gradient of the loss and v ↦ Fv, or why torch refuses them.
 
     Args:
         loss: The closure's first value, with its graph; None where its gradient is not wanted.
         kl: Its KL, with its graph.
-        vector: The parameters.
+        objective: The closure.
 
     Returns:
         The gradient, shape (n,), or None, and the product; or the refusal.
@@ -29,49 +30,33 @@ def by_double_backward(
     Raises:
         OutOfMemoryError: If there is no memory left.
     """
+    vector = objective.vector
     try:
-        gradient = None if loss is None else gradient_of(loss, vector, retain_graph=True)
-        kl_gradient = gradient_of(kl, vector, create_graph=True)
+        gradient = None if loss is None else gradient_of(loss, objective, retain_graph=True)
+        with torch.enable_grad():
+            slopes = vector.flat(
+                torch.autograd.grad(kl, vector.parameters, allow_unused=True, create_graph=True)
+            )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return str(error)
-    if not have_second_derivatives([kl_gradient]):
+    if not have_second_derivatives(slopes):
         return "compiled modules have no second derivatives"
+    curved = [index for index, slope in enumerate(slopes) if slope.requires_grad]
 
     def product(direction: Tensor) -> Tensor:
-        if not kl_gradient.requires_grad:
+        if not curved:
             return torch.zeros_like(direction)
+        pieces = vector.split(direction)
         return vector.gather(
             torch.autograd.grad(
-                kl_gradient, vector.parameters, direction, retain_graph=True, allow_unused=True
+                [slopes[index] for index in curved],
+                vector.parameters,
+                [pieces[index] for index in curved],
+                retain_graph=True,
+                allow_unused=True,
             )
         )
 
     return gradient, product
-
-
-def gradient_of(
-    value: Tensor,
-    vector: ParameterVector,
-    *,
-    retain_graph: bool = False,
-    create_graph: bool = False,
-) -> Tensor:
-    """Return the gradient of a scalar, shape (n,).
-
-    Args:
-        value: The scalar, with its graph.
-        vector: The parameters.
-        retain_graph: Whether the graph is kept.
-        create_graph: Whether the gradient has a graph of its own.
-    """
-    with torch.enable_grad():
-        slopes = torch.autograd.grad(
-            value,
-            vector.parameters,
-            allow_unused=True,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-        )
-        return vector.gather(slopes)

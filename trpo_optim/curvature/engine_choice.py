@@ -23,10 +23,14 @@ class EngineChoice:
     Attributes:
         third: Whether the last closure returned a third value; None until one was evaluated.
         refusal: Why ``torch.func`` does not serve, or empty.
+        flaw: Why no engine but finite differences serves, or empty.
+        proven: Whether products have been compared with finite differences.
     """
 
     third: bool | None = None
     refusal: str = ""
+    flaw: str = ""
+    proven: bool = False
 
     def torch_func_first(self, objective: Objective) -> bool:
         """Return whether ``torch.func`` is to evaluate a closure.

@@ -59,22 +59,29 @@ def gauss_newton(
             for slope, like in zip(slopes, outputs.templates, strict=True)
         ]
         with torch.enable_grad():
-            pieces = torch.autograd.grad(
-                outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
+            pulled = vector.flat(
+                torch.autograd.grad(
+                    outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
+                )
             )
-            pulled = vector.gather(pieces)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return str(error)
-    if not have_second_derivatives([pulled]):
+    if not have_second_derivatives(pulled):
         return "compiled modules have no second derivatives"
+    linear = [index for index, piece in enumerate(pulled) if piece.requires_grad]
     edges, fisher = outputs.edges, outputs.product
     owners = [each.owner for each in cut]
 
     def product(direction: Tensor, _kept: Any = owners) -> Tensor:  # as long as the product
+        pieces = vector.split(direction)
         tangents = torch.autograd.grad(
-            pulled, cotangents, direction, retain_graph=True, materialize_grads=True
+            [pulled[index] for index in linear],
+            cotangents,
+            [pieces[index] for index in linear],
+            retain_graph=True,
+            materialize_grads=True,
         )
         return vector.gather(
             torch.autograd.grad(
@@ -84,4 +91,4 @@ def gauss_newton(
 
     if loss is None:
         return None, product
-    return pulled.detach() if whole is None else vector.gather(whole), product
+    return torch.cat(pulled).detach() if whole is None else vector.gather(whole), product

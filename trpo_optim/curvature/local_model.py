@@ -1,6 +1,7 @@
 """The closure near the current parameters: gradient and Fisher-vector products.
 
-Three engines make the same operator. ``second_order`` chooses one of them.
+Three engines make the same operator, and ``second_order`` chooses one of them. Where none can,
+products are finite differences of ``slope``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from torch import Tensor
 from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import now, require_attached, require_twice_differentiable
-from trpo_optim.curvature.double_backward import by_double_backward, gradient_of
+from trpo_optim.curvature.autograd_graph import (
+    now,
+    once_differentiable_function,
+    require_attached,
+    require_kl_reaches_all,
+)
+from trpo_optim.curvature.double_backward import by_double_backward
 from trpo_optim.curvature.engine_choice import EngineChoice
+from trpo_optim.curvature.first_derivatives import gradient_of
 from trpo_optim.curvature.gauss_newton import gauss_newton
 from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func, obstacle
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.report import Engine
 
-__all__ = ["NO_THIRD_VALUE", "LocalModel", "first_order", "second_order"]
+__all__ = ["NO_THIRD_VALUE", "LocalModel", "first_order", "second_order", "slope"]
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""
@@ -31,8 +38,6 @@ NO_THIRD_VALUE = (
     "the closure returned no third value; with (loss, kl, dist) products would be Gauss-Newton, at "
     "about half the cost"
 )
-
-_VANILLA = "Or use mode='vanilla', which needs first derivatives alone."
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,23 @@ def first_order(objective: Objective) -> LocalModel:
     Returns:
         A model whose ``product`` is not to be called.
     """
-    parameters = objective.vector.parameters
     started = now()
     values = objective.with_graph()
-    require_attached((values.loss, values.kl), parameters, started)
-    gradient = gradient_of(values.loss, objective.vector)
-    return _model(objective.name, values, gradient, _no_product, "autograd")
+    require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    gradient = gradient_of(values.loss, objective)
+    return _model(objective, values, gradient, _no_product, "autograd")
+
+
+def slope(objective: Objective) -> tuple[float, Tensor]:
+    """Return a closure's KL, in nats, and its gradient where the parameters now are, shape (n,).
+
+    Args:
+        objective: The closure.
+    """
+    with objective.differentiable():
+        values = objective.with_graph()
+        gradient = gradient_of(values.kl, objective)
+    return values.numbers().kl, gradient
 
 
 def second_order(
@@ -90,7 +106,8 @@ def second_order(
 
     A closure of two values is differentiated by torch.func, and where torch.func refuses it, by
     double backward. A closure of three values has Gauss–Newton products, and where its third value
-    does not serve, those of double backward.
+    does not serve, those of double backward. Where torch cannot differentiate it twice, the model
+    says that finite differences are to serve, and has no products.
 
     Args:
         objective: The closure.
@@ -101,33 +118,48 @@ def second_order(
         The model, with the engine that made it.
 
     Raises:
-        TrustRegionError: If no engine can differentiate the closure.
+        TrustRegionError: If the closure is misused.
         RuntimeError: Whatever the closure itself raises.
     """
     choice = EngineChoice() if choice is None else choice
+    with objective.differentiable():
+        model = _second_order(objective, choice, gradient=gradient)
+        if not (choice.proven or choice.flaw):
+            try:
+                model.product(torch.ones_like(objective.vector.current()))
+            except _RefusedProductError as error:
+                choice.flaw = str(error)
+                return _without_products(objective, choice.flaw, gradient=gradient)
+    return model
+
+
+def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool) -> LocalModel:
+    if choice.flaw:
+        return _without_products(objective, choice.flaw, gradient=gradient)
     vector = objective.vector
     hindered = obstacle(vector.parameters)
     refusal = choice.refusal
     if first := not hindered and choice.torch_func_first(objective):
         try:
-            found = by_torch_func(objective, gradient=gradient)
+            found = by_torch_func(objective, gradient=gradient, unproven=not choice.proven)
         except ThirdValueError:
             pass
         except RefusedError as error:
             refusal = str(error)
         else:
             choice.learn(objective, third=False, refusal="")
-            return _model(objective.name, *found, "torch.func", NO_THIRD_VALUE)
+            return _model(objective, *found, "torch.func", NO_THIRD_VALUE)
     started = now()
     values = objective.with_graph()
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
     choice.learn(objective, third=values.third is not None, refusal=refusal)
     if not (first or hindered or refusal or objective.third):  # it was expected to return three
-        return second_order(objective, choice, gradient=gradient)
+        return _second_order(objective, choice, gradient=gradient)
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
     require_attached(wanted, vector.parameters, started)
-    require_twice_differentiable(values.kl)
+    if loss is not None and not choice.proven:
+        require_kl_reaches_all(loss, values.kl, vector.parameters)
     if values.third is None:
         refusal = (
             hindered or refusal or "the closure returns a third value at some evaluations only"
@@ -136,37 +168,50 @@ def second_order(
     else:
         made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
-            return _model(objective.name, values, *made, "Gauss-Newton")
+            return _model(objective, values, *made, "Gauss-Newton")
         fallback = made
-    made = by_double_backward(loss, values.kl, vector)
+    if name := once_differentiable_function(values.kl):
+        made = f"the backward of {name} is marked once_differentiable"
+    else:
+        made = by_double_backward(loss, values.kl, objective)
     if isinstance(made, str):
-        raise TrustRegionError(
-            f"The closure cannot be differentiated twice. {_VANILLA}\n"
-            f"double backward: {made}\n"
-            f"torch.func: {hindered or refusal or 'not tried'}"
-        )
-    return _model(objective.name, values, *made, "double backward", fallback)
+        choice.flaw = f"torch cannot differentiate the closure twice: {made}"
+        return _without_products(objective, choice.flaw, gradient=gradient)
+    return _model(objective, values, *made, "double backward", fallback)
+
+
+def _without_products(objective: Objective, flaw: str, *, gradient: bool) -> LocalModel:
+    """Return a model for finite differences; one evaluation of the closure."""
+    started = now()
+    values = objective.with_graph()
+    require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    slopes = gradient_of(values.loss, objective) if gradient else None
+    return _model(objective, values, slopes, _no_product, "finite differences", flaw)
+
+
+class _RefusedProductError(TrustRegionError):
+    """Torch has refused a second derivative only when it was asked for."""
 
 
 def _model(
-    name: str,
+    objective: Objective,
     values: Values,
     gradient: Tensor | None,
     product: Product,
     engine: Engine,
     fallback: str = "",
 ) -> LocalModel:
-    """Assemble the model, with a product whose refusal is an error that names the engine."""
+    """Assemble the model, with a product whose refusal names the engine."""
 
     def named_product(direction: Tensor) -> Tensor:
         try:
-            return product(direction)
+            with objective.differentiable():
+                return product(direction)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise TrustRegionError(
-                f"The KL cannot be differentiated twice. {_VANILLA}\n"
-                f"{engine}: {error}"
+            raise _RefusedProductError(
+                f"torch cannot differentiate the closure twice: {engine}: {error}"
             ) from error
 
     loss, kl, largest_kl = values.numbers()
@@ -178,7 +223,7 @@ def _model(
         gradient=torch.empty(0) if gradient is None else gradient,
         product=named_product,
         engine=engine,
-        kls={name: kl},
+        kls={objective.name: kl},
         fallback=fallback,
     )
 

@@ -12,7 +12,12 @@ from trpo_optim.closure.checks import DETACHED, Values
 from trpo_optim.closure.dtensor import is_sharded
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import now, reaches, require_twice_differentiable
+from trpo_optim.curvature.autograd_graph import (
+    now,
+    once_differentiable_function,
+    reaches,
+    require_kl_reaches_all,
+)
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import transforms_undone
 
@@ -29,15 +34,11 @@ def obstacle(parameters: Sequence[Tensor]) -> str:
     Args:
         parameters: The optimizer's, as they are now.
     """
-    if any(parameter._backward_hooks for parameter in parameters):
-        return "it ignores the hooks on the parameters' gradients"
-    if any(map(is_sharded, parameters)):
-        return "some parameters are DTensors"
-    return ""
+    return "some parameters are DTensors" if any(map(is_sharded, parameters)) else ""
 
 
 def by_torch_func(
-    objective: Objective, *, gradient: bool
+    objective: Objective, *, gradient: bool, unproven: bool
 ) -> tuple[Values, Tensor | None, Callable[[Tensor], Tensor]]:
     """Return a closure's values, the gradient of its loss, and v ↦ Fv; one evaluation.
 
@@ -48,6 +49,7 @@ def by_torch_func(
     Args:
         objective: The closure.
         gradient: Whether the gradient of the loss is wanted.
+        unproven: Whether closures of this kind are yet to be checked.
 
     Returns:
         The values without a graph, the gradient, shape (n,), or None, and the product.
@@ -55,7 +57,8 @@ def by_torch_func(
     Raises:
         RefusedError: If torch.func cannot differentiate the closure, or would do so wrongly.
         ThirdValueError: If the closure returns a third value.
-        TrustRegionError: If loss or KL does not depend on the parameters.
+        TrustRegionError: If loss or KL does not depend on the parameters, or the loss on more than
+            the KL.
         OutOfMemoryError: If there is no memory left.
     """
     vector = objective.vector
@@ -69,7 +72,10 @@ def by_torch_func(
         in_closure = False
         if values.third is not None:
             raise ThirdValueError
-        require_twice_differentiable(values.kl)
+        if name := once_differentiable_function(values.kl):
+            raise RefusedError(f"{name} is marked once_differentiable")
+        if unproven and gradient:
+            require_kl_reaches_all(values.loss, values.kl, inputs)
         attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)
         slopes: tuple[Tensor, ...] = ()
         if gradient and attached:

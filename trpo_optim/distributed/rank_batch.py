@@ -50,6 +50,7 @@ class SharedBatch:
         self._own = own
         self._vector = vector
         self._reduction = reduction
+        self._unproven = False
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
@@ -73,6 +74,34 @@ class SharedBatch:
             if isinstance(error, RankError) and error.lost:
                 raise
             return None
+
+    def slope(self) -> tuple[float, Tensor]:
+        """Return the KL that gives the curvature, in nats, and its gradient, shape (n,)."""
+        found = 0.0
+
+        def work() -> Tensor | None:
+            nonlocal found
+            if self._own is None:
+                return None
+            found, gradient = self._own.slope()
+            return gradient
+
+        gradient = self._total(work)
+        rows = self._reduction.rows(lambda: [found], 1)
+        return self._mean([rows[rank][0] for rank in self._present]), gradient
+
+    def is_unproven(self) -> bool:
+        """Return whether products are yet to be compared with finite differences."""
+        return self._unproven
+
+    def prove(self, flaw: str) -> None:
+        """Note that products have been compared with finite differences.
+
+        Args:
+            flaw: Why finite differences are to serve in all further steps, or empty.
+        """
+        if self._own is not None:
+            self._own.prove(flaw)
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
@@ -115,15 +144,17 @@ class SharedBatch:
         def work() -> list[float]:
             nonlocal own
             if self._own is None:
-                return [0.0] * 6
+                return [0.0] * 7
             own = order(self._own)
             said = checksum(f"{own.engine}: {own.fallback}")
             values = Numbers(own.loss, own.kl, own.largest_kl)
-            return [*_row(values), _furthest(own.kls.values()), own.kl_resolution, said]
+            flags = [own.kl_resolution, said, self._own.is_unproven()]
+            return [*_row(values), _furthest(own.kls.values()), *flags]
 
-        rows = self._reduction.rows(work, 6)
+        rows = self._reduction.rows(work, 7)
         present = [rows[rank] for rank in self._present]
-        losses, kls, largest, furthest, resolutions, said = zip(*present, strict=True)
+        losses, kls, largest, furthest, resolutions, said, unproven = zip(*present, strict=True)
+        self._unproven = any(unproven)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(

@@ -1,0 +1,72 @@
+"""Gradients by plain autograd, and by ``backward()`` where torch allows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trpo_optim.closure.checks import DETACHED
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.transaction import HIDDEN
+from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["gradient_of"]
+
+
+def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = False) -> Tensor:
+    """Return the gradient of a scalar, shape (n,).
+
+    Args:
+        value: The scalar, with its graph.
+        objective: The closure that made it.
+        retain_graph: Whether the graph is kept.
+
+    Raises:
+        OutOfMemoryError: If there is no memory left.
+        RuntimeError: If torch cannot differentiate the value.
+        TrustRegionError: If the value does not depend on the parameters.
+    """
+    vector = objective.vector
+    may_refuse = calls_python(value)
+    try:
+        slopes = torch.autograd.grad(
+            value, vector.parameters, allow_unused=True, retain_graph=retain_graph or may_refuse
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not may_refuse:
+            raise
+        # A reentrant checkpoint calls backward() in its own, and knows of parameters that the
+        # graph does not show.
+        return _by_backward(value, objective, retain_graph=retain_graph)
+    if may_refuse and all(each is None for each in slopes):
+        return _by_backward(value, objective, retain_graph=retain_graph)
+    return vector.gather(slopes)
+
+
+def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> Tensor:
+    vector = objective.vector
+    with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_parameters()]):
+        value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
+        slopes = [parameter.grad for parameter in vector.parameters]
+    if all(each is None for each in slopes):
+        raise TrustRegionError(DETACHED)
+    return vector.gather(slopes)
+
+
+@contextmanager
+def _hidden(leaves: list[Tensor]) -> Iterator[None]:
+    """Take gradients and hooks off some leaves, and put them back."""
+    before = [(leaf, name, getattr(leaf, name)) for leaf in leaves for name in HIDDEN]
+    try:
+        for leaf, name, _ in before:
+            setattr(leaf, name, None)
+        yield
+    finally:
+        for leaf, name, value in before:
+            setattr(leaf, name, value)
