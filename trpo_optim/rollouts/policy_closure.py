@@ -182,13 +182,14 @@ def _rows(
 ) -> tuple[Callable[[Tensor], _Part], int]:
     """Return what selects from the valid rows, and how many there are."""
     observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
+    entries = batch.flat(batch.info)
     device, count = batch.rewards.device, int(batch.valid.sum())
 
     def select(chosen: Tensor) -> _Part:
         rows = slice(None) if len(chosen) == count else chosen.to(device)
-        seen = mapped(lambda each: each[rows], observations)
+        seen, said = mapped(lambda each: each[rows], (observations, entries))
         return _Part(
-            evaluate=lambda: policy(seen),
+            evaluate=lambda: policy(seen, **said),
             actions=mapped(lambda each: each[rows], actions),
             mask=None,
             numbers=lambda values: values[batch.valid][rows],
@@ -212,9 +213,10 @@ def _sequences(
             return mapped(lambda each: each[:, columns], values)
 
         seen, state = of_columns(batch.observations), of_columns(batch.state)
+        said = of_columns(batch.info)
         starts, mask = batch.starts[:, columns], batch.valid[:, columns]
         return _Part(
-            evaluate=lambda: policy(seen, state, starts)[0],
+            evaluate=lambda: policy(seen, state, starts, **said)[0],
             actions=of_columns(batch.actions),
             mask=mask,
             numbers=lambda values: values[:, columns][mask],

@@ -14,7 +14,16 @@ from torch import Tensor
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["actions_for", "one_of", "require_known", "stacked", "tensors_of"]
+__all__ = [
+    "actions_for",
+    "array_of",
+    "copies_of",
+    "in_form_of",
+    "one_of",
+    "require_known",
+    "stacked",
+    "tensors_of",
+]
 
 _KNOWN = (
     gym.spaces.Box,
@@ -48,24 +57,41 @@ def require_known(space: gym.Space[Any], what: str) -> None:
         )
 
 
+def array_of(value: Any) -> np.ndarray[Any, Any]:
+    """Return an array on the CPU that shares no memory with an array, a tensor or a number."""
+    if not isinstance(value, Tensor):
+        return np.array(value)
+    if value.is_floating_point() and value.dtype.itemsize < 4:
+        value = value.float()  # NumPy has no bfloat16
+    return np.array(value.detach().cpu().numpy())
+
+
+def copies_of(observations: Any) -> Any:
+    """Return observations as they are, arrays or tensors, that share no memory with these."""
+    return mapped(
+        lambda each: each.detach().clone() if isinstance(each, Tensor) else np.array(each),
+        observations,
+    )
+
+
 def tensors_of(observations: Any, device: torch.device | str) -> Any:
     """Return observations as tensors: real numbers in torch's default type, others in their own."""
 
-    def tensor(value: Any) -> Tensor:
-        made = torch.from_numpy(np.array(value))  # a copy: environments may reuse their memory
+    def tensor(value: Any) -> Tensor:  # copies: environments may reuse their memory
+        made = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         kind = torch.get_default_dtype() if made.is_floating_point() else made.dtype
-        return made.to(device=device, dtype=kind)
+        return made.detach().to(device=device, dtype=kind, copy=made is value)
 
     return mapped(tensor, observations)
 
 
 def one_of(observations: Any, index: int) -> Any:
-    """Return a copy of one environment's observation, out of a batch or an array of objects."""
+    """Return one environment's observation as arrays, out of a batch or an array of objects."""
     if isinstance(observations, Mapping):
         return {name: one_of(each, index) for name, each in observations.items()}
     if isinstance(observations, tuple):
         return tuple(one_of(each, index) for each in observations)
-    return mapped(np.array, observations[index])
+    return mapped(array_of, observations[index])
 
 
 def stacked(steps: Sequence[Any]) -> Any:
@@ -98,7 +124,7 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
         return {name: actions_for(part, actions[name]) for name, part in space.spaces.items()}
     if isinstance(actions, tuple | list):
         actions = torch.stack(list(actions), -1)
-    values = actions.cpu().numpy()
+    values = array_of(actions)
     shape: tuple[int, ...] = space.shape or ()
     if values.size != len(values) * math.prod(shape):
         raise TrustRegionError(
@@ -113,3 +139,13 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     if isinstance(space, gym.spaces.Box):
         return values.clip(space.low, space.high).astype(space.dtype, copy=False)
     return values.astype(space.dtype, copy=False)
+
+
+def in_form_of(observations: Any, actions: Any) -> Any:
+    """Return arrays of actions as tensors, where the observations are tensors, on their device."""
+    first = observations
+    while isinstance(first, Mapping | tuple):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    if not isinstance(first, Tensor):
+        return actions
+    return mapped(lambda each: torch.as_tensor(each, device=first.device), actions)

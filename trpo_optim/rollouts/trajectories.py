@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Cursor:
         resetting: Where the next step only resets (``AutoresetMode.NEXT_STEP``), shape (N,).
         returns: The sums of rewards of the episodes in progress, shape (N,).
         lengths: Their steps, shape (N,).
+        info: What the environments say beside the observations, (N, …) by name; None where nothing
+            was asked for.
     """
 
     observations: Any
@@ -36,6 +38,7 @@ class Cursor:
     resetting: _Array
     returns: _Array
     lengths: _Array
+    info: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,8 @@ class SinglePathBatch:
         episode_returns: Undiscounted returns of the episodes that ended in the batch, in order.
         episode_lengths: Their lengths in steps.
         end: Where the next rollout goes on.
+        info: What the environments said beside the observations, (T, N, …) by name: what
+            ``single_path(info=…)`` asked for.
     """
 
     observations: Any
@@ -72,6 +77,7 @@ class SinglePathBatch:
     episode_returns: list[float]
     episode_lengths: list[int]
     end: Cursor
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ends(self) -> Tensor:
