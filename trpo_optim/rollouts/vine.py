@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
@@ -16,15 +15,15 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
-from trpo_optim.distributions import log_prob, sample
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import RolloutError, TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts, require_shares
-from trpo_optim.rollouts.branches import Branches
+from trpo_optim.rollouts.branch_actions import branch_actions
+from trpo_optim.rollouts.branches import Branches, State
 from trpo_optim.rollouts.single_path import single_path
 from trpo_optim.rollouts.spaces import one_of, stacked, tensors_of
 from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
-from trpo_optim.snapshots.snapshot import Snapshot, capture, restore
+from trpo_optim.snapshots.snapshot import capture, restore
 
 __all__ = ["VineBatch", "vine"]
 
@@ -40,9 +39,12 @@ class VineBatch:
         trunk: The trajectories that the states were taken from.
         observations: Of the rollout set, (S, …).
         actions: Shape (S, K, …).
-        q: Estimates of Q(s, a), shape (S, K).
+        q: Estimates of Q(s, a), shape (S, K). Where all actions are tried, NaN for those that the
+            policy rules out: they are not run.
         sampling_log_prob: ln q(a|s) of the actions, (S, K); None where all actions were tried.
         steps: Simulator steps of trunk and branches together.
+        info: What was said beside the observations, (S, …) by name: what ``vine(info=…)`` asked
+            for.
     """
 
     trunk: SinglePathBatch
@@ -51,12 +53,13 @@ class VineBatch:
     q: Tensor
     sampling_log_prob: Tensor | None
     steps: int
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def vine(
     envs: SyncVectorEnv,
-    policy: Callable[[Any], Any],
+    policy: Callable[..., Any],
     *,
     steps: int,
     states: int | Rule,
@@ -67,6 +70,7 @@ def vine(
     critic: Callable[[Any], Tensor] | None = None,
     common_random_numbers: bool = True,
     after: VineBatch | SinglePathBatch | Cursor | None = None,
+    info: str | Sequence[str] = (),
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> VineBatch:
@@ -82,8 +86,9 @@ def vine(
             only reset, with ``AutoresetMode.NEXT_STEP``, are passed over); or a rule that says
             which.
         branches: K, how many actions to try from each state, at least 2. None: every action of a
-            Discrete space, for the estimator (15).
-        sampling: What draws K actions, for the estimator (16): the policy, or all alike.
+            Discrete space that the policy does not rule out, for the estimator (15).
+        sampling: What draws K actions, for the estimator (16): the policy, or all alike that it
+            does not rule out.
         horizon: Most steps of a branch, the first action's included.
         gamma: Discount factor γ, in [0, 1].
         critic: What a branch is worth that was cut off, from observations (B, …) to (B,) or
@@ -94,6 +99,8 @@ def vine(
             emulator's, goes on as it was captured.
         after: The vine or the rollout that this trunk goes on from, or its ``end``. None: the
             environments are reset.
+        info: Names in the environments' info, such as ``"action_mask"``: what they hold is passed
+            to the policy as keyword arguments, as by ``single_path``.
         seed: Of the reset; the i-th environment's is ``seed + i``.
         device: Where policy and critic live.
 
@@ -114,7 +121,7 @@ def vine(
     require_shares(gamma=gamma)
     if isinstance(after, VineBatch):
         after = after.trunk
-    chosen: list[tuple[int, Snapshot, Any]] = []
+    chosen: list[State] = []
     rule = states if callable(states) else _uniform(states, steps, envs.num_envs)
 
     def keep(step: int, cursor: Cursor) -> None:
@@ -124,12 +131,19 @@ def vine(
                 f"The rule returned {wanted!r}; it must be an array of {envs.num_envs} bools, true "
                 "for the environments whose states are taken."
             )
-        for index in np.flatnonzero(wanted & ~cursor.resetting):
-            observation = one_of(cursor.observations, int(index))
-            chosen.append((int(index), capture(envs.envs[index]), observation))
+        for index in map(int, np.flatnonzero(wanted & ~cursor.resetting)):
+            seen, said = one_of((cursor.observations, cursor.info or {}), index)
+            chosen.append(State(index, capture(envs.envs[index]), seen, said))
 
     trunk = single_path(
-        envs, policy, steps=steps, after=after, seed=seed, device=device, before_step=keep
+        envs,
+        policy,
+        steps=steps,
+        after=after,
+        info=info,
+        seed=seed,
+        device=device,
+        before_step=keep,
     )
     if not chosen:
         raise TrustRegionError(
@@ -137,9 +151,11 @@ def vine(
             "only reset. Take more of them."
         )
     rounds = _rounds(chosen)
-    observations = tensors_of(stacked([each for part in rounds for *_, each in part]), device)
-    actions, sampling_log_prob = _branch_actions(
-        partial(policy, observations),
+    ordered = [state for part in rounds for state in part]
+    observations = tensors_of(stacked([state.observation for state in ordered]), device)
+    said = tensors_of(stacked([state.info for state in ordered]), device)
+    actions, allowed, sampling_log_prob = branch_actions(
+        partial(policy, observations, **said),
         len(chosen),
         envs.single_action_space,
         branches,
@@ -159,6 +175,7 @@ def vine(
             q=torch.cat(q) if q else torch.zeros(0, 0),
             sampling_log_prob=None if sampling_log_prob is None else sampling_log_prob[:done],
             steps=int(trunk.valid.sum()) + branch.steps,
+            info=mapped(lambda each: each[:done], said),
         )
 
     try:
@@ -166,7 +183,7 @@ def vine(
         for part, end in zip(rounds, ends, strict=True):
             rows = slice(end - len(part), end)
             tried = mapped(lambda each: each[rows], actions)  # noqa: B023 (used at once)
-            q.append(branch.values(part, tried, common=common_random_numbers))
+            q.append(branch.values(part, tried, allowed[rows], common=common_random_numbers))
     except Exception as error:
         raise RolloutError(
             f"A branch failed ({type(error).__name__}: {error}). The states that were finished are "
@@ -178,38 +195,16 @@ def vine(
     return batch()
 
 
-def _rounds(chosen: list[tuple[int, Snapshot, Any]]) -> list[list[tuple[int, Snapshot, Any]]]:
+def _rounds(chosen: list[State]) -> list[list[State]]:
     """Return states in groups that hold one of an environment at most, to run side by side."""
-    rounds: list[list[tuple[int, Snapshot, Any]]] = []
+    rounds: list[list[State]] = []
     seen = Counter[int]()
     for state in chosen:
-        if seen[state[0]] == len(rounds):
+        if seen[state.number] == len(rounds):
             rounds.append([])
-        rounds[seen[state[0]]].append(state)
-        seen[state[0]] += 1
+        rounds[seen[state.number]].append(state)
+        seen[state.number] += 1
     return rounds
-
-
-def _branch_actions(
-    policy: Callable[[], Any],
-    count: int,
-    space: gym.Space[Any],
-    branches: int | None,
-    sampling: str,
-    device: torch.device | str,
-) -> tuple[Any, Tensor | None]:
-    """Return the actions to try, (S, K, …), and ln q of them."""
-    if branches is not None and sampling == "policy":
-        dist = policy()
-        drawn = [sample(dist) for _ in range(branches)]
-        logs = torch.stack([log_prob(dist, each) for each in drawn], 1)
-        return mapped(lambda *each: torch.stack(each, 1), *drawn), logs
-    assert isinstance(space, gym.spaces.Discrete)  # as required before
-    number = int(space.n)
-    if branches is None:
-        return torch.arange(number, device=device).expand(count, -1), None
-    actions = torch.randint(number, (count, branches), device=device)
-    return actions, torch.full(actions.shape, -math.log(number), device=device)
 
 
 def _uniform(states: int, steps: int, count: int) -> Rule:

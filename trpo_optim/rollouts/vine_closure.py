@@ -10,9 +10,11 @@ from torch import Tensor
 
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob
+from trpo_optim.closure.random_state import random_state_kept
+from trpo_optim.distributions import entropy, frozen, joint_kl
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.rollouts.branch_actions import log_probs
 from trpo_optim.rollouts.policy_closure import curvature_rows
 from trpo_optim.rollouts.vine import VineBatch
 
@@ -20,7 +22,7 @@ __all__ = ["vine_closure"]
 
 
 def vine_closure(
-    policy: Callable[[Any], Any],
+    policy: Callable[..., Any],
     batch: VineBatch,
     *,
     entropy_bonus: float = 0.0,
@@ -31,8 +33,9 @@ def vine_closure(
 
     The loss is that of the rollout set: where every action was tried, −mean Σ π(a|s) Q(s, a);
     otherwise the self-normalised −mean Σ r Q / Σ r with r = π(a|s)/q(a|s). Neither changes with
-    what is added to the Q of a state. The KL is one per sample, over all states of the trunk; the
-    distribution there is the third value.
+    what is added to the Q of a state. The old policy is the policy as it is at this call, which
+    leaves the random state alone: a step that follows at once sees the same dropout masks. The KL
+    is one per sample, over all states of the trunk; the distribution there is the third value.
 
     Args:
         policy: What collected the batch.
@@ -62,11 +65,20 @@ def vine_closure(
     rows = curvature_rows(curvature, int(batch.trunk.valid.sum()), generator)
     if batch.q.numel() == 0:
         raise TrustRegionError("The vine is empty: no state has branches.")
-    if not batch.q.isfinite().all():
-        raise TrustRegionError("The vine's Q holds NaN or infinity. Look at rewards and critic.")
-    trunk = batch.trunk.flat(batch.trunk.observations)
-    with torch.no_grad():
-        start = _log_probs(policy(batch.observations), batch)
+    trunk = batch.trunk.flat((batch.trunk.observations, batch.trunk.info))
+
+    def rollout_set() -> Any:
+        return policy(batch.observations, **batch.info)
+
+    with torch.no_grad(), random_state_kept([batch.q.device]):
+        start = log_probs(rollout_set(), batch.actions)
+    allowed = start.exp() > 0
+    untried = batch.q.isnan() & ~allowed
+    if not batch.q[~untried].isfinite().all():
+        raise TrustRegionError(
+            "The vine's Q holds NaN or infinity. Look at rewards and critic. If the policy allows "
+            "actions that the one that collected the vine ruled out, pass that one."
+        )
     if batch.sampling_log_prob is None and not torch.allclose(
         start.exp().sum(1), torch.ones_like(start[:, 0]), atol=1e-3
     ):
@@ -74,44 +86,36 @@ def vine_closure(
             "The policy's probabilities of all actions of the space do not sum to 1: its "
             f"distribution has others than the {batch.q.shape[1]} that were tried."
         )
-    if not bool(start.exp().any(1).all()):
+    if not bool(allowed.any(1).all()):
         raise TrustRegionError(
             "In some states the policy rules out all the actions that were tried: none of their Q "
             "can be weighed. Draw them by the policy (sampling='policy'), or try all of them."
         )
     base = start if batch.sampling_log_prob is None else batch.sampling_log_prob
     shares = start.softmax(1) if batch.sampling_log_prob is None else (start - base).softmax(1)
-    # With advantages in place of Q the loss begins at zero.
-    advantages = batch.q - (shares * batch.q).sum(1, keepdim=True)
+    # With advantages in place of Q the loss begins at zero, or near it with dropout.
+    q = batch.q.masked_fill(untried, 0.0)
+    advantages = (q - (shares * q).sum(1, keepdim=True)).masked_fill(untried, 0.0)
 
-    def closure_on(states: Any) -> Closure:
-        with torch.no_grad():
-            old = frozen(policy(states))
+    def closure_on(seen: Any, said: dict[str, Any]) -> Closure:
+        with torch.no_grad(), random_state_kept([batch.q.device]):
+            old = frozen(policy(seen, **said))
 
         def closure() -> tuple[Tensor, Tensor, Any]:
-            dist = policy(batch.observations)
-            logs = _log_probs(dist, batch)
+            new = policy(seen, **said)  # first, so that it draws the old one's dropout masks
+            dist = rollout_set()
+            logs = log_probs(dist, batch.actions)
             if batch.sampling_log_prob is None:
                 loss = -(logs.exp() * advantages).sum(1).mean()
             else:
                 loss = -((logs - base).softmax(1) * advantages).sum(1).mean()
             if entropy_bonus:
                 loss = loss - entropy_bonus * entropy(dist).mean()
-            new = policy(states)
             return loss, joint_kl(old, new), new
 
         return closure
 
     part = None
     if rows is not None:
-        part = closure_on(mapped(lambda each: each[rows.to(each.device)], trunk))
-    return Closures([closure_on(trunk)], weights=[float(len(batch.q))], curvature=part)
-
-
-def _log_probs(dist: Any, batch: VineBatch) -> Tensor:
-    """Return ln π of the actions that were tried, (S, K)."""
-    columns = range(batch.q.shape[1])
-    return torch.stack(
-        [log_prob(dist, mapped(lambda each: each[:, k], batch.actions)) for k in columns],  # noqa: B023 (used at once)
-        1,
-    )
+        part = closure_on(*mapped(lambda each: each[rows.to(each.device)], trunk))
+    return Closures([closure_on(*trunk)], weights=[float(len(batch.q))], curvature=part)
