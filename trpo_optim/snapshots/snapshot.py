@@ -24,7 +24,7 @@ Environment = gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One environment or wrapper of several.
+    """One environment or wrapper of several; in data that refers back to it, it stands for it.
 
     Attributes:
         name: Its class, and of the innermost the environment's id.
@@ -54,12 +54,14 @@ def capture(env: Environment) -> Snapshot:
     """Take the state of an environment: simulator, clocks, random state, wrappers.
 
     All attributes of all layers are copied that are data; what the constructor makes and nobody
-    changes (spaces, specs, functions, models, networks, loggers, renderers) is not. What is shared
-    with objects outside, such as a list that both hold, no longer is after ``restore``. Known
-    simulators are MuJoCo's and the Arcade Learning Environment's; ``register_simulator`` adds
-    others, and ``Replayed`` does without. Out of sight is what lies outside the environment's
-    attributes: the generators of its spaces, NumPy's global one, attributes of classes, variables
-    of closures and what methods of other objects are bound to.
+    changes (spaces, specs, functions, models, networks, loggers, renderers) is not. What refers
+    back to one of the layers, such as a helper that holds its environment, one of its methods or a
+    weak reference to it, refers to the environment that is restored. What is shared with objects
+    outside, such as a list that both hold, no longer is after ``restore``. Known simulators are
+    MuJoCo's and the Arcade Learning Environment's; ``register_simulator`` adds others, and
+    ``Replayed`` does without. Out of sight is what lies outside the environment's attributes: the
+    generators of its spaces, NumPy's global one, attributes of classes, variables of closures and
+    what methods of objects that are no layer are bound to.
 
     Args:
         env: An environment, or vector environments that live in this process.
@@ -77,16 +79,16 @@ def capture(env: Environment) -> Snapshot:
         for value in vars(layer).values()
         if (simulator := simulator_of(value)) is not None
     ]
-    memo: dict[int, Any] = {}
-    layers = []
-    for layer in live:
-        data, simulators = {}, {}
+    layers = [Layer(_name_of(layer), frozenset(vars(layer)), {}, {}) for layer in live]
+    memo: dict[int, Any] = {
+        id(layer): (saved, layer) for layer, saved in zip(live, layers, strict=True)
+    }
+    for layer, saved in zip(live, layers, strict=True):
         for name, value in vars(layer).items():
             if (simulator := simulator_of(value)) is not None:
-                simulators[name] = simulator.capture(value)
+                saved.simulators[name] = simulator.capture(value)
             elif is_state(layer, name, value) and not _is_held(value, known):
-                data[name] = copied(value, memo, f"{type(layer).__name__}.{name}")
-        layers.append(Layer(_name_of(layer), frozenset(vars(layer)), data, simulators))
+                saved.data[name] = copied(value, memo, f"{type(layer).__name__}.{name}")
     return Snapshot(tuple(layers))
 
 
@@ -128,7 +130,9 @@ def restore(env: Environment, snapshot: Snapshot) -> None:
             found.append((simulator, live, state))
     for simulator, live, state in found:
         simulator.restore(live, state)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        id(saved): (layer, saved) for layer, saved in zip(layers, snapshot.layers, strict=True)
+    }
     for layer, saved in zip(layers, snapshot.layers, strict=True):
         for name in vars(layer).keys() - saved.attributes:
             delattr(layer, name)  # it did not exist yet

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import random
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,15 +118,23 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         TrustRegionError: If something in it is not known to be data.
     """
     kind: Any = type(value)
+    if kind in _ATOMS:
+        return value
+    if (known := memo.get(id(value))) is not None:
+        return known[0]
+    if kind is _Reference:
+        return value.make(copied(value.target, memo, place))
+    if (look := _REFERENCES.get(kind)) is not None:
+        target, make = look(value)
+        if isinstance(target, gym.Env | VectorEnv) and id(target) in memo:
+            return _Reference(memo[id(target)][0], make)
     if isinstance(value, gym.Env | VectorEnv):
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is an environment of its own, out of "
             "reach there. Hold environments as attributes, or in a list that is one."
         )
-    if kind in _ATOMS or isinstance(value, _UNCHANGING):
+    if isinstance(value, _UNCHANGING):
         return value
-    if (known := memo.get(id(value))) is not None:
-        return known[0]
     if kind is _View or (
         kind is np.ndarray and isinstance(value.base, np.ndarray) and not value.dtype.hasobject
     ):
@@ -157,6 +166,9 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     if kind in {list, deque}:
         for index, each in enumerate(value):
             twin[index] = copied(each, memo, f"{place}[{index}]")
+    elif kind is np.ndarray and value.dtype == object:
+        for index, each in np.ndenumerate(value):
+            twin[index] = copied(each, memo, f"{place}[…]")
     elif isinstance(value, dict):
         twin.clear()
         for key, each in value.items():
@@ -167,8 +179,33 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     return twin
 
 
-def _array_like(array: Array) -> Array:
-    return copy.deepcopy(array) if array.dtype == object else array.copy(order="K")
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """A method of an environment, or a weak reference to one, while it is kept."""
+
+    target: Any
+    make: Callable[[Any], Any]
+
+
+# Functions of this module can be pickled; the types of methods and weak references cannot.
+def _method(function: Callable[..., Any], environment: Any) -> Any:
+    return MethodType(function, environment)
+
+
+def _weak(environment: Any) -> Any:
+    return weakref.ref(environment)
+
+
+def _proxy(environment: Any) -> Any:
+    return weakref.proxy(environment)
+
+
+_REFERENCES: dict[Any, Callable[[Any], tuple[Any, Callable[[Any], Any]]]] = {
+    MethodType: lambda value: (value.__self__, functools.partial(_method, value.__func__)),
+    weakref.ReferenceType: lambda value: (value(), _weak),
+    weakref.ProxyType: lambda value: (value.__repr__.__self__, _proxy),
+}
+"""From what refers to an object to that object, and what makes another of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +239,7 @@ def _generator_like(generator: np.random.Generator) -> np.random.Generator:
 
 _COPIES: dict[type, Callable[[Any], Any]] = {
     bytearray: bytearray,
-    np.ndarray: _array_like,
+    np.ndarray: lambda array: array.copy(order="K"),
     np.random.Generator: _generator_like,
     np.random.RandomState: copy.deepcopy,
     random.Random: copy.deepcopy,
