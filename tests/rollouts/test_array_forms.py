@@ -20,7 +20,7 @@ from trpo_optim.rollouts import SinglePathBatch, fit_value, gae, policy_closure,
 VectorEnvs = VectorEnv[Any, Any, Any]
 
 
-class Tensors(VectorWrapper):  # type: ignore[type-arg]  # no generic in Gymnasium 1.1
+class Tensors(VectorWrapper):
     """Environments of tensors, as those on a GPU are."""
 
     def reset(self, **options: Any) -> Any:
@@ -65,7 +65,7 @@ def test_infos_in_a_list_give_the_batch_of_those_in_a_dict(mode: AutoresetMode) 
     assert_alike(DictInfoToList(vector(cartpole, mode=mode)), vector(cartpole, mode=mode))
 
 
-class Column(VectorWrapper):  # type: ignore[type-arg]  # no generic in Gymnasium 1.1
+class Column(VectorWrapper):
     """Rewards of shape (N, 1)."""
 
     def step(self, actions: Any) -> Any:

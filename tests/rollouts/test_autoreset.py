@@ -42,7 +42,7 @@ def test_an_unknown_mode_is_refused(given: Any) -> None:
         single_path(without_a_mode(AutoresetMode.NEXT_STEP, given), coin, steps=1)
 
 
-class Silent(VectorWrapper):  # type: ignore[type-arg]  # no generic in Gymnasium 1.1
+class Silent(VectorWrapper):
     """Drops the last observations of episodes, or those of one environment."""
 
     def __init__(self, envs: Any, dropped: slice) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import gymnasium as gym
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from trpo_optim import TrustRegionOptimizer
+from trpo_optim import TrustRegionError, TrustRegionOptimizer
 from trpo_optim.rollouts import policy_closure, single_path
 
 
@@ -37,12 +40,56 @@ class Recurrent(nn.Module):
         return Categorical(logits=torch.stack(outputs)), state
 
 
-def test_a_named_tuple_comes_back_as_one() -> None:
+class Packing(nn.Module):
+    """The same policy with its state in another form, from and to which it is brought."""
+
+    def __init__(self, pack: Callable[[Memory], Any], unpack: Callable[[Any], Memory]) -> None:
+        super().__init__()
+        self.inner, self.pack, self.unpack = Recurrent(), pack, unpack
+
+    def forward(self, seen: Tensor, state: Any, starts: Tensor) -> tuple[Categorical, Any]:
+        dist, after = self.inner(seen, self.unpack(state), starts)
+        return dist, self.pack(after)
+
+
+FORMS: dict[str, tuple[Callable[[Memory], Any], Callable[[Any], Memory]]] = {
+    "a named tuple": (lambda memory: memory, lambda state: state),
+    "a tuple": (tuple, lambda state: Memory(*state)),
+    "a list": (list, lambda state: Memory(*state)),
+    "a dict": (lambda memory: memory._asdict(), lambda state: Memory(**state)),
+    "nested": (
+        lambda memory: {"all": (memory, [memory.cell])},
+        lambda state: Memory(state["all"][0].hidden, state["all"][1][0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_comes_back_in_the_form_that_it_was_given(form: str) -> None:
     torch.manual_seed(0)
     envs = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync")
-    policy, start = Recurrent(), Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
+    policy = Packing(*FORMS[form])
+    start = policy.pack(Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)))
     first = single_path(envs, policy, steps=16, state=start, seed=0)
     batch = single_path(envs, policy, steps=16, after=first)
-    assert isinstance(batch.state, Memory)
+    assert type(batch.state) is type(start)
+    with torch.no_grad():
+        _, expected = policy(first.observations, first.state, first.starts)
+    for found, wanted in zip(*map(policy.unpack, (batch.state, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
     closures = policy_closure(policy, batch, torch.randn(16, 4), micro_batch=2)
     assert TrustRegionOptimizer(policy.parameters()).step(closures).accepted
+
+
+@dataclass
+class Cell:
+    """A state of a form that is not taken apart."""
+
+    hidden: Tensor
+
+
+@pytest.mark.parametrize("state", [Cell(torch.zeros(1, 4, 8)), (torch.zeros(1, 4, 8), None)])
+def test_a_state_of_another_form_is_refused(state: Any) -> None:
+    envs = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync")
+    with pytest.raises(TrustRegionError, match=r"state holds a (Cell|NoneType); it must be a ten"):
+        single_path(envs, Recurrent(), steps=1, state=state)

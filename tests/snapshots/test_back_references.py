@@ -84,7 +84,7 @@ def test_helpers_of_vector_environments_may_refer_to_all_of_them() -> None:
     restore(others, snapshot)
     assert others.referee.home is others  # type: ignore[attr-defined]  # as above
     for inner in others.envs:
-        assert inner.referee.home is inner  # type: ignore[attr-defined]  # Refereed's
+        assert inner.referee.home is inner
     actions = [np.array([1, 0])] * 5
     assert same([envs.step(each) for each in actions], [others.step(each) for each in actions])
 

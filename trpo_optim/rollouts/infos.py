@@ -95,7 +95,7 @@ def _form(entry: _Array) -> tuple[int, ...]:
             f"info= names an entry that holds {entry!r}. Only numbers and bools reach a policy. "
             "Name another, or encode it in a wrapper."
         )
-    return entry.shape
+    return tuple(map(int, entry.shape))
 
 
 def updated(

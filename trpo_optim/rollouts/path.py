@@ -115,7 +115,7 @@ class Path:
 
     def _column(self, values: Any, kind: type) -> _Array:
         """Return one number of every environment."""
-        column = array_of(values).astype(kind, copy=False)
+        column: _Array = array_of(values).astype(kind, copy=False)
         if column.shape != (self.envs.num_envs,):
             raise TrustRegionError(
                 f"The environments returned rewards or ends of shape {column.shape}; it must be "

@@ -38,7 +38,7 @@ class Cursor:
     resetting: _Array
     returns: _Array
     lengths: _Array
-    info: dict[str, Any] | None = None
+    info: dict[str, Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)

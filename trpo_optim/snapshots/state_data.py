@@ -125,9 +125,9 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     if kind is _Reference:
         return value.make(copied(value.target, memo, place))
     if (look := _REFERENCES.get(kind)) is not None:
-        target, make = look(value)
+        target, again = look(value)
         if isinstance(target, gym.Env | VectorEnv) and id(target) in memo:
-            return _Reference(memo[id(target)][0], make)
+            return _Reference(memo[id(target)][0], again)
     if isinstance(value, gym.Env | VectorEnv):
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is an environment of its own, out of "
@@ -167,8 +167,8 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
         for index, each in enumerate(value):
             twin[index] = copied(each, memo, f"{place}[{index}]")
     elif kind is np.ndarray and value.dtype == object:
-        for index, each in np.ndenumerate(value):
-            twin[index] = copied(each, memo, f"{place}[…]")
+        for where, each in np.ndenumerate(value):
+            twin[where] = copied(each, memo, f"{place}[…]")
     elif isinstance(value, dict):
         twin.clear()
         for key, each in value.items():
