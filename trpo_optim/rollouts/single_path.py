@@ -67,7 +67,8 @@ def single_path(
         The batch.
 
     Raises:
-        TrustRegionError: If the arguments do not fit, or a space is not known.
+        TrustRegionError: If the arguments do not fit, a space is not known, the environments do not
+            say how they begin new episodes, or an info lacks what it must have.
         RolloutError: If an environment raises: its batch holds what came before. Or if one returns
             a reward that is no number: its batch holds all steps.
     """
