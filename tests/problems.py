@@ -101,6 +101,13 @@ class Problem:
         optimizer._engine_choices["parts"].refusal = self.refused
         return optimizer
 
+    def proven_optimizer(self, **settings: Any) -> TrustRegionOptimizer:
+        """Return an optimizer as after its first step, which compares products with others."""
+        optimizer = self.optimizer(**settings)
+        for choice in optimizer._engine_choices.values():
+            choice.proven = True
+        return optimizer
+
     def vector(self) -> Tensor:
         """Return a copy of the parameters as one vector."""
         return torch.cat([each.detach().reshape(-1) for each in self.policy.parameters()]).clone()

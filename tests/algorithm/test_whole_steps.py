@@ -14,7 +14,7 @@ from taken import taken
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from trpo_optim import Outcome, TrustRegionOptimizer
+from trpo_optim import Outcome, TrustRegionError, TrustRegionOptimizer
 from trpo_optim.hyperparameters import ModeName
 
 pytestmark = pytest.mark.no_cover
@@ -170,7 +170,27 @@ def test_a_critic_handed_over_with_the_actor_stays_untouched(mode: ModeName) -> 
     assert not torch.equal(agent.actor_logstd, start.actor_logstd)
 
 
-def test_a_parameter_in_the_loss_but_not_in_the_kl_is_no_error() -> None:
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("mode", ["trpo", "natural"])
+def test_a_parameter_in_the_loss_but_not_in_the_kl_is_an_error(mode: Any, third: bool) -> None:
+    """Such as a critic's: nothing but the damping would say how far it goes."""
+    problem = gaussian()
+    critic = nn.Linear(4, 1).double()
+
+    def closure() -> Any:
+        dist = problem.policy(problem.observations)
+        loss, kl = problem.values(dist)
+        whole = loss + 0.5 * (critic(problem.observations) - 3).square().mean()
+        return (whole, kl, dist) if third else (whole, kl)
+
+    before = problem.vector()
+    optimizer = TrustRegionOptimizer([*problem.parameters(), *critic.parameters()], mode=mode)
+    with pytest.raises(TrustRegionError, match=r"5 \(shape \(1, 4\)\), 6 .*critic with an opti"):
+        optimizer.step(closure)
+    assert torch.equal(problem.vector(), before)
+
+
+def test_vanilla_takes_a_parameter_that_the_kl_does_not_depend_on() -> None:
     problem = gaussian()
     value = nn.Parameter(torch.ones((), dtype=torch.float64))
 
@@ -178,9 +198,9 @@ def test_a_parameter_in_the_loss_but_not_in_the_kl_is_no_error() -> None:
         loss, kl = problem.closure()
         return loss + 0.5 * (value - 3).square(), kl
 
-    optimizer = TrustRegionOptimizer([*problem.parameters(), value])
+    optimizer = TrustRegionOptimizer([*problem.parameters(), value], mode="vanilla", lr=0.1)
     assert optimizer.step(closure).accepted
-    assert value.item() > 1
+    assert value.item() == pytest.approx(1.2)
 
 
 def test_frozen_and_unused_parameters_stay_untouched() -> None:

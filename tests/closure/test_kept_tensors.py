@@ -96,7 +96,7 @@ def test_kept_tensors_are_plain_after_every_outcome(outcome: str, engine: str) -
     problem, policy = keeping()
     change(problem)
     if engine == "double backward":
-        policy.inner.log_std.register_hook(lambda grad: grad)
+        problem.refused = "another engine is tried"
     if engine == "autograd":
         settings = {"mode": "vanilla", "lr": 1e-3, **settings}
     optimizer = problem.optimizer(**settings)
@@ -131,7 +131,7 @@ def test_values_kept_are_those_of_the_evaluation() -> None:
     problem, policy = keeping()
     with torch.no_grad():
         expected = policy.first(problem.observations).tanh()
-    assert problem.optimizer(lr=0.0).step(problem.closure).engine == "torch.func"
+    assert problem.proven_optimizer(lr=0.0).step(problem.closure).engine == "torch.func"
     torch.testing.assert_close(policy.hidden, expected, rtol=0, atol=0)
 
 

@@ -24,7 +24,7 @@ def test_only_the_first_evaluation_builds_a_graph(mode: str) -> None:
         return loss, kl
 
     with torch.no_grad():
-        report = problem.optimizer(mode=mode).step(closure)
+        report = problem.proven_optimizer(mode=mode).step(closure)
     assert graphs[0] == (True, True, True)
     assert graphs[1:] == [(False, False, False)] * (report.closure_evaluations - 1)
     assert len(graphs) > 1

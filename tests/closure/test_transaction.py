@@ -49,7 +49,8 @@ def bump(x: Tensor) -> None:
 )
 def test_buffers_are_put_back_whatever_operator_wrote_them(write: Callable[[Tensor], Any]) -> None:
     problem = small_problem()
-    buffer = torch.tensor([-1.0, 2.0, 3.0])
+    problem.policy.register_buffer("written", torch.tensor([-1.0, 2.0, 3.0]))
+    buffer = problem.policy.get_buffer("written")
     seen = []
 
     def closure() -> tuple[Tensor, Tensor]:

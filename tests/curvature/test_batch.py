@@ -251,7 +251,7 @@ def test_unlike_parts_are_each_evaluated_once_a_product() -> None:
         on_rows(problem, slice(0, 32), third=True),
         on_rows(problem, slice(32, 64)),
     ]
-    optimizer = problem.optimizer(cg_tolerance=0.0, cg_iterations=3)
+    optimizer = problem.proven_optimizer(cg_tolerance=0.0, cg_iterations=3)
     report = optimizer.step(parts)
     assert (report.engine, report.fisher_products) == ("torch.func", 3)
     once = 2 * (1 + 3 + 1 + report.backtracks)

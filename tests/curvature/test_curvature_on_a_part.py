@@ -54,7 +54,7 @@ def test_the_part_is_evaluated_once_however_many_products() -> None:
         calls.append(1)
         return part()
 
-    report = problem.optimizer(cg_tolerance=0.0).step(problem.closure, curvature=curvature)
+    report = problem.proven_optimizer(cg_tolerance=0.0).step(problem.closure, curvature=curvature)
     assert report.fisher_products == 10
     assert len(calls) == 1
     assert report.closure_evaluations == 3 + report.backtracks

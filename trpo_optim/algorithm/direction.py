@@ -12,7 +12,7 @@ from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
 from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
 
-__all__ = ["Direction", "direction_of"]
+__all__ = ["Direction", "DirectionSolver"]
 
 _FINITE_DIFFERENCES = "finite differences"
 
@@ -25,74 +25,98 @@ class Direction:
         solution: The direction.
         engine: What made the products.
         fallback: Why no better engine did, or empty.
+        image: The product with the gradient's unit vector, shape (n,); None if it is to be taken on
+            trust.
     """
 
     solution: Solution
     engine: str
     fallback: str
+    image: Tensor | None = None
 
 
-def direction_of(
-    batch: Batch,
-    parameters: Parameters,
-    model: LocalModel,
-    uphill: Tensor,
-    mode: Mode,
-    settings: Hyperparameters,
-) -> Direction:
-    """Solve for the direction of a step.
+@dataclass(frozen=True)
+class DirectionSolver:
+    """How the direction of one step follows from the local model.
 
-    An optimizer's first step compares the first product, along the gradient, with a finite
-    difference. If they disagree, the step is solved anew by finite differences.
-
-    Args:
+    Attributes:
         batch: The closures.
-        parameters: What the closures depend on; afterwards they are where they were.
-        model: The local model. Its products are finite differences where its engine says so.
+        parameters: What the closures depend on. They are where they were after every call.
         uphill: The gradient's unit vector, shape (n,).
         mode: How a direction follows from products.
         settings: The hyperparameters.
-
-    Returns:
-        The direction.
     """
-    precision = max(parameters.precision, model.kl_resolution / 10)
 
-    def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
-        parameters.move(vector, length)
-        found = batch.slope()
-        parameters.move(vector, 0.0)
-        return found
+    batch: Batch
+    parameters: Parameters
+    uphill: Tensor
+    mode: Mode
+    settings: Hyperparameters
 
-    def by_finite_differences(reason: str) -> Direction:
-        differences = FiniteDifferences(slope, precision)
-        solution = mode.direction(differences.product, uphill, settings)
-        return Direction(solution, _FINITE_DIFFERENCES, reason)
+    def solve(self, model: LocalModel) -> Direction:
+        """Solve with the model's products, or with finite differences where it has none.
 
-    if not mode.curved:
-        return Direction(mode.direction(model.product, uphill, settings), model.engine, "")
-    if model.engine == _FINITE_DIFFERENCES:
-        return by_finite_differences(model.fallback)
-    first: list[Tensor] = []
+        Args:
+            model: The closures near the current parameters.
+        """
+        if model.engine == _FINITE_DIFFERENCES:
+            return self._by_finite_differences(model, model.fallback)
+        images: list[Tensor] = []
 
-    def product(vector: Tensor) -> Tensor:
-        image = model.product(vector)
-        if not first:
-            first.append(image)
-        return image
+        def product(vector: Tensor) -> Tensor:
+            image = model.product(vector)
+            if not images:
+                images.append(image)
+            return image
 
-    solution = mode.direction(product, uphill, settings)
-    flaw = ""
-    if batch.is_unproven():
-        model = model.released()  # finite differences write the parameters, which breaks its graph
-        apart = disagreement(slope, uphill, first[0], precision, model.kl_resolution)
+        solution = self.mode.direction(product, self.uphill, self.settings)
+        unproven = self.mode.curved and self.batch.is_unproven()
+        image = images[0] if images and unproven else None
+        return Direction(solution, model.engine, model.fallback, image)
+
+    def prove(self, direction: Direction, model: LocalModel) -> Direction:
+        """Compare the product along the gradient with a finite difference.
+
+        An optimizer's first step does so. If they disagree, the step is solved anew by finite
+        differences, as are all further ones.
+
+        Args:
+            direction: As it was solved.
+            model: The model, released: finite differences write the parameters, which breaks its
+                graph.
+
+        Returns:
+            The direction to take.
+        """
+        if direction.image is None:
+            return direction
+        apart = disagreement(
+            self._slope,
+            self.uphill,
+            direction.image,
+            self._precision(model),
+            model.kl_resolution,
+        )
+        flaw = ""
         if apart > 0:
             flaw = (
-                f"along the gradient, the product by {model.engine} differs from the finite "
-                f"difference by {apart:.0%}: some operation's second derivative is not that of its "
-                "first"
+                f"along the gradient, the product by {direction.engine} differs from the finite "
+                f"difference by {apart:.0%}: an operation has second derivatives that are not "
+                "those of its first ones"
             )
-        batch.prove(flaw)
-    return (
-        by_finite_differences(flaw) if flaw else Direction(solution, model.engine, model.fallback)
-    )
+        self.batch.prove(flaw)
+        return self._by_finite_differences(model, flaw) if flaw else direction
+
+    def _by_finite_differences(self, model: LocalModel, reason: str) -> Direction:
+        differences = FiniteDifferences(self._slope, self._precision(model))
+        solution = self.mode.direction(differences.product, self.uphill, self.settings)
+        return Direction(solution, _FINITE_DIFFERENCES, reason)
+
+    def _slope(self, vector: Tensor, length: float) -> tuple[float, Tensor]:
+        self.parameters.move(vector, length)
+        found = self.batch.slope()
+        self.parameters.move(vector, 0.0)
+        return found
+
+    def _precision(self, model: LocalModel) -> float:
+        return max(self.parameters.precision, model.kl_resolution / 10)

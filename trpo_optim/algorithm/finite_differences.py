@@ -164,10 +164,13 @@ def _displaced(
     for tries in range(_MOST_TRIES):
         kl, there = slope(unit, length)
         made = 0.5 * length * float(unit @ (there - origin))
-        factor = 10.0 if made <= 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
+        if not math.isfinite(made):
+            factor = 0.1
+        else:
+            factor = 10.0 if made <= 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
         fits = window[0] * target <= made <= window[1] * target
         flat = length == longest and factor > 1
-        if fits or flat or not math.isfinite(made) or tries == _MOST_TRIES - 1:
+        if fits or flat or tries == _MOST_TRIES - 1:
             break
         length = min(factor * length, longest)
     return length, kl, there

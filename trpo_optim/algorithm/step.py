@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
-from trpo_optim.algorithm.direction import direction_of
+from trpo_optim.algorithm.direction import DirectionSolver
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
 from trpo_optim.algorithm.kl_checks import (
     require_largest_kl,
@@ -61,12 +61,14 @@ def take_step(
     if (flaw := _flaw_of_model(model, gradient_norm)) is not None:
         return flaw
 
-    found = direction_of(batch, parameters, model, uphill, mode, settings)
-    model = model.released()  # the trials need no graph
-    direction = found.solution
+    solver = DirectionSolver(batch, parameters, uphill, mode, settings)
+    solved = solver.solve(model)
+    model = model.released()  # neither the trials nor a finite difference need the graph
+    solved = solver.prove(solved, model)
+    direction = solved.solution
     figures |= {
-        "engine": found.engine,
-        "fallback": found.fallback,
+        "engine": solved.engine,
+        "fallback": solved.fallback,
         "curvature": gradient_norm * gradient_norm * direction.curvature,
         "cg_iterations": direction.iterations,
         "cg_residual": direction.residual,

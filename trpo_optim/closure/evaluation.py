@@ -126,6 +126,15 @@ class Objective:
         finally:
             watch.failure = None  # its traceback leads back here
 
+    def with_graph_elsewhere(self) -> Values | None:
+        """Evaluate at displaced parameters, recording the graph; None at an overflow there."""
+        try:
+            return self.with_graph()
+        except Exception as error:
+            if not _is_overflow(error):
+                raise
+            return None
+
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph."""
         self.rewind()
@@ -172,10 +181,8 @@ class Objective:
         try:
             seen = {without_cudnn: self._recurrent, uncompiled: self._random}
             values = self._evaluate(*(switch() for switch, needed in seen.items() if needed))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
-            return Numbers(math.nan, math.nan)
-        except ValueError as error:
-            if not _raised_in(error, torch.distributions.__file__):
+        except Exception as error:
+            if not _is_overflow(error):
                 raise
             return Numbers(math.nan, math.nan)
         return values.numbers()
@@ -227,6 +234,13 @@ def _is_refusal(error: BaseException, failure: BaseException | None) -> bool:
         # An error's context may be one that somebody handled long before this evaluation.
         each = each.__cause__ or (each.__context__ if failure is not None else None)
     return False
+
+
+def _is_overflow(error: Exception) -> bool:
+    """Whether an exception is what an overflow looks like to torch's distributions and solvers."""
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # documented, not in __all__
+        return True
+    return isinstance(error, ValueError) and _raised_in(error, torch.distributions.__file__)
 
 
 def _passed_through_backward(error: BaseException) -> bool:

@@ -128,7 +128,7 @@ def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int
     return found
 
 
-def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> None:
+def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int) -> bool:
     """Check that loss and KL each depend on the parameters, as far as the graph shows.
 
     Args:
@@ -136,12 +136,19 @@ def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], sta
         parameters: The parameters to look for.
         started: What ``now`` said before the closure ran.
 
+    Returns:
+        Whether the graph shows it. If not, an ``autograd.Function`` may hide the parameters.
+
     Raises:
         TrustRegionError: If one does not, or does so through the old policy.
     """
+    shown = True
     for value in values:
-        if not (reaches([value], parameters, started) or calls_python(value)):
-            raise TrustRegionError(DETACHED)
+        if not reaches([value], parameters, started):
+            shown = False
+            if not calls_python(value):
+                raise TrustRegionError(DETACHED)
+    return shown
 
 
 def require_kl_reaches_all(loss: Tensor, kl: Tensor, parameters: Sequence[Tensor]) -> None:

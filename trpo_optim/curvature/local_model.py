@@ -6,6 +6,7 @@ products are finite differences of ``slope``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -92,9 +93,14 @@ def slope(objective: Objective) -> tuple[float, Tensor]:
 
     Args:
         objective: The closure.
+
+    Returns:
+        The KL and the gradient; NaN where they overflow.
     """
     with objective.differentiable():
-        values = objective.with_graph()
+        values = objective.with_graph_elsewhere()
+        if values is None:
+            return math.nan, torch.full_like(objective.vector.current(), math.nan)
         gradient = gradient_of(values.kl, objective)
     return values.numbers().kl, gradient
 
@@ -157,7 +163,12 @@ def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool)
         return _second_order(objective, choice, gradient=gradient)
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
-    require_attached(wanted, vector.parameters, started)
+    if not require_attached(wanted, vector.parameters, started):
+        choice.flaw = (
+            "the graph shows none of the parameters: an autograd.Function hides them, as a "
+            "checkpoint with use_reentrant=True does"
+        )
+        return _without_products(objective, choice.flaw, gradient=gradient)
     if loss is not None and not choice.proven:
         require_kl_reaches_all(loss, values.kl, vector.parameters)
     if values.third is None:
