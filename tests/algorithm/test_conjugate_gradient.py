@@ -146,6 +146,25 @@ def test_curvature_that_turns_negative_later_leaves_the_last_good_iterate() -> N
     assert solution.residual == pytest.approx(true_residual(f, b, good.x), rel=1e-12)
 
 
+@pytest.mark.parametrize("damping", [None, 0.0, 0.02, 0.1])
+@pytest.mark.parametrize("least", [-0.5, -0.05, -0.02, -0.005])
+def test_damping_that_hides_a_negative_curvature_leaves_the_last_iterate_that_curves_upwards(
+    least: float, damping: float | None
+) -> None:
+    f = torch.diag(torch.tensor([1.0, least], dtype=torch.float64))
+    b = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    solution = conjugate_gradient(f.mv, b, damping=damping, iterations=10, tolerance=1e-10)
+    second = RELATIVE_DAMPING * float(f.trace()) / 2 if damping is None else damping
+    expected = b / (f.diagonal() + second)
+    upwards = second + least > 0 and float(expected @ f @ expected) > 0
+    if not upwards:  # the minimum along b alone
+        expected = b.dot(b) / (b @ f @ b + solution.damping * b.dot(b)) * b
+    assert solution.ending is (Ending.CONVERGED if upwards else Ending.NON_POSITIVE_CURVATURE)
+    torch.testing.assert_close(solution.x, expected)
+    assert solution.curvature == pytest.approx(float(expected @ f @ expected), rel=1e-12)
+    assert solution.curvature > 0
+
+
 def test_damping_makes_a_slightly_indefinite_matrix_solvable() -> None:
     f, b = indefinite()
     expected = torch.linalg.solve(f + 1.5 * torch.eye(4).double(), b)

@@ -18,7 +18,9 @@ class Ending(enum.Enum):
 
     CONVERGED = "The relative residual reached the tolerance."
     ITERATION_LIMIT = "The iterations ran out before the residual reached the tolerance."
-    NON_POSITIVE_CURVATURE = "A search direction had pᵀ(F + λI)p <= 0; x is the last good iterate."
+    NON_POSITIVE_CURVATURE = (
+        "F + λI is not positive definite, or xᵀFx <= 0; x is the last good iterate."
+    )
     NON_FINITE = "A product held NaN or infinity; x is the last finite iterate."
 
 
@@ -67,6 +69,9 @@ def conjugate_gradient(
     chosen by T; and xᵀFx needs neither another product nor a cancelling difference. One transfer to
     the host per iteration; memory for ``iterations`` vectors.
 
+    A good iterate is one along which F itself curves upwards: damping may hide that F does not, and
+    a step length follows from xᵀFx alone. The first iterate that is not good ends the solve.
+
     Args:
         product: v ↦ Fv for vectors of shape (n,), F symmetric; called once per iteration.
         b: The right-hand side, shape (n,), of a length whose square neither under- nor overflows;
@@ -104,7 +109,7 @@ def conjugate_gradient(
             break
         small = small.extended(bend, rest_length)
         iterate = small.solved(damping)
-        if iterate is None:
+        if iterate is None or not small.bend_along(iterate.y) > 0:
             ending = Ending.NON_POSITIVE_CURVATURE
             break
         best = iterate
