@@ -62,8 +62,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             ``"mean"`` or the ``"max"`` over samples, for which the closure returns one KL per
             sample. The mean gives curvature and length either way.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
-        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` still shortens
-            a step beyond ``max_kl``. None: 1.0. Mode ``"vanilla"`` without ``max_norm``, and mode
+        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` fits the step to
+            ``max_kl`` first; there an ``lr`` above 1 changes nothing. None: 1.0. Mode ``"vanilla"`` without ``max_norm``, and mode
             ``"natural"`` with ``max_kl=None``, need a number: there ``lr`` is the rate itself.
         damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
             basis q of the directions that the solve goes through.
@@ -71,7 +71,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         cg_tolerance: Stop the solve at ‖residual‖ ≤ ``cg_tolerance`` · ‖g‖.
         backtrack_ratio: What a trial that improves too little multiplies the step by. One beyond
             the radius is shortened by the KL that it measured.
-        max_backtracks: How many further trials a step may take before it is given up.
+        max_backtracks: How many further trials a step may take before it is given up. An ``lr``
+            below 1 takes one more, unless this is 0.
         improvement_ratio: Least share of the predicted improvement that a trial must deliver.
         maximize: The closure's first value is an objective to be raised.
         process_group: The processes that take every step together, each on samples of its own

@@ -121,7 +121,7 @@ class StepReport:
         largest_kl: The largest KL of a sample there, in nats; NaN where the closure gives the mean.
         predicted_kl: ½ sᵀFs for the trial, in nats, undamped.
         step_scale: The multiple of the full step that was taken: 1 without a line search; with
-            one, √0.97 at ``lr=1``, unless it shortened or lengthened the step.
+            one, ``lr`` times √0.97, unless it shortened or lengthened the step.
         step_norm: L2 length of the move in parameter space, as the parameters' precision kept it:
             0 where a step is too small for bfloat16 to show.
         gradient_norm: L2 length of the gradient of the loss.
@@ -129,8 +129,8 @@ class StepReport:
         cg_iterations: Iterations of conjugate gradient behind the direction.
         cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at its end.
         damping: λ of the solve: the hyperparameter, or what stood in for None.
-        backtracks: How many further trials the line search made after the first, a longer one
-            included.
+        backtracks: How many further trials the line search made after the first, including a
+            longer one, and the one that ``lr`` below 1 asks for.
         trial_loss: The closure's first value at the trial.
         trial_kl: The closure's KL at the trial, in nats.
         trial_largest_kl: The largest KL of a sample at the trial, in nats, or NaN.

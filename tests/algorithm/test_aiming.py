@@ -55,10 +55,59 @@ def test_a_negative_kl_is_within_the_radius_and_no_reason_to_go_further() -> Non
     assert (result, scales) == (Search(Outcome.ACCEPTED, negative, 1.0, 0), [1.0])
 
 
-@pytest.mark.parametrize("share", [0.01, 0.25])
-def test_what_lr_asks_for_is_not_lengthened_to_the_radius(share: float) -> None:
-    result, scales = search(improving(lambda t: share * DELTA * t**2), predicted_kl=share * DELTA)
-    assert (result.outcome, scales) == (Outcome.ACCEPTED, [1.0])
+# KLs in units of the radius: the first trial lands, overshoots, or falls far short of it.
+KLS = [lambda t: t**2, lambda t: t**2 + t**4, lambda t: 0.5 * t**2 + 0.1 * t**3]
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("lr", [0.99, 0.9, 0.5, 0.1, 1e-3, 1e-200])
+def test_lr_multiplies_the_step_that_fills_the_radius(
+    kl: Callable[[float], float], lr: float
+) -> None:
+    attempt = improving(lambda t: DELTA * kl(t))
+    whole, scales = search(attempt, predicted_kl=DELTA)
+    part, tried = search(attempt, predicted_kl=DELTA, lr=lr)
+    assert whole.outcome is part.outcome is Outcome.ACCEPTED
+    assert tried == [*scales, part.scale]
+    assert part == Search(
+        Outcome.ACCEPTED, attempt(lr * whole.scale), lr * whole.scale, len(scales)
+    )
+
+
+@pytest.mark.parametrize("lr", [1.0, 2.0, 1e300])
+def test_lr_above_one_takes_the_step_that_fills_the_radius(lr: float) -> None:
+    attempt = improving(lambda t: DELTA * t**2)
+    assert search(attempt, predicted_kl=DELTA, lr=lr) == search(attempt, predicted_kl=DELTA)
+
+
+def test_without_further_trials_lr_multiplies_the_first_one() -> None:
+    for lr in (1.0, 0.5):
+        _, scales = search(
+            improving(lambda t: 0.1 * DELTA * t**2), predicted_kl=DELTA, lr=lr, max_backtracks=0
+        )
+        assert scales == [lr * math.sqrt(0.97)]
+
+
+@pytest.mark.parametrize(
+    ("refused", "outcome"),
+    [(BEYOND, Outcome.KL_ABOVE_RADIUS), (WORSE, Outcome.NO_IMPROVEMENT)],
+)
+def test_a_part_that_lr_asks_for_and_that_does_not_serve_is_shortened(
+    refused: Trial, outcome: Outcome
+) -> None:
+    trials = [AT_RADIUS, refused, refused, GOOD]
+    result, scales = search(scripted(trials), lr=0.5, backtrack_ratio=0.8, max_backtracks=3)
+    assert result == Search(Outcome.ACCEPTED, GOOD, scales[-1], 3)
+    assert scales == pytest.approx([1.0, 0.5, 0.4, 0.32])
+    result, _ = search(scripted(trials), lr=0.5, max_backtracks=2)
+    assert (result.outcome, result.backtracks) == (outcome, 2)
+
+
+def test_a_part_that_lr_asks_for_and_that_is_not_finite_is_not_taken() -> None:
+    odd = Trial(math.nan, 0.0, 1.0)
+    result, scales = search(scripted([AT_RADIUS, odd]), lr=0.5)
+    assert result == Search(Outcome.NON_FINITE_TRIAL, odd, 0.5, 1)
+    assert scales == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("second", [WORSE, FEEBLE, Trial(-1.0, 0.95 * DELTA, 0.9)])

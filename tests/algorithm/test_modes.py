@@ -14,7 +14,7 @@ from taken import settings, taken
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from trpo_optim.algorithm.modes import natural_length, vanilla_length
+from trpo_optim.algorithm.modes import natural_length, radius_length, vanilla_length
 
 EXACT = {"cg_iterations": 200, "cg_tolerance": 1e-13}
 
@@ -107,15 +107,15 @@ def test_sparse_gradients_give_the_same_step(mode: str) -> None:
     torch.testing.assert_close(*steps)
 
 
+@makers
 @pytest.mark.parametrize("mode", MODES)
-def test_lr_multiplies_the_step(mode: str) -> None:
-    whole, _ = taken(gaussian(), mode=mode, max_kl=1e-4, improvement_ratio=0.0)
-    half, _ = taken(gaussian(), mode=mode, max_kl=1e-4, lr=0.5)
-    scale = 0.5
-    if mode == "trpo":  # the line search may have shortened the whole step by a little
-        scale = float(half.norm() / whole.norm())
-        assert scale == pytest.approx(0.5, rel=0.1)
-    torch.testing.assert_close(half, scale * whole, rtol=1e-10, atol=1e-14)
+@pytest.mark.parametrize("max_kl", [1e-4, 0.01, 0.5])
+def test_lr_multiplies_the_step(make: Callable[..., Problem], mode: str, max_kl: float) -> None:
+    whole, _ = taken(make(), mode=mode, max_kl=max_kl, improvement_ratio=0.0)
+    for lr in (0.99, 0.9, 0.5, 0.01):
+        part, report = taken(make(), mode=mode, max_kl=max_kl, improvement_ratio=0.0, lr=lr)
+        torch.testing.assert_close(part, lr * whole, rtol=1e-10, atol=1e-14)
+        assert report.kl <= max_kl or mode != "trpo"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,18 +173,24 @@ def test_without_a_radius_or_a_ball_the_step_is_the_rate_times_the_gradient(
 @pytest.mark.parametrize(
     "values",
     [
-        {"mode": "trpo"},
         {"mode": "natural"},
         {"mode": "natural", "max_kl": None},
         {"mode": "vanilla"},
         {"mode": "vanilla", "max_norm": 3.0},
     ],
 )
-def test_the_learning_rate_multiplies_every_length(values: dict[str, Any], lr: float) -> None:
+def test_the_learning_rate_multiplies_every_length_that_no_search_fits(
+    values: dict[str, Any], lr: float
+) -> None:
     length = vanilla_length if values["mode"] == "vanilla" else natural_length
     whole = length(settings(**values), 2.0, 5.0)
     assert whole > 0
     assert length(settings(lr=lr, **values), 2.0, 5.0) == lr * whole
+
+
+def test_with_a_search_the_length_is_that_of_the_radius_for_every_learning_rate_but_zero() -> None:
+    lengths = [radius_length(settings(lr=lr), 2.0, 5.0) for lr in (0.0, 1e-300, 0.25, 1.0, 2.0)]
+    assert lengths == [0.0, *[math.sqrt(2 * 0.01 / 5.0)] * 4]
 
 
 def test_vanilla_lengths_ignore_the_radius() -> None:

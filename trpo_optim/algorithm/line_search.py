@@ -89,17 +89,21 @@ def backtrack(
     With ``constraint="max"`` it is the largest KL of a sample that is held to δ. The first trial
     aims just inside the radius, by the local model (of the mean). One beyond the radius is
     followed by one that aims just inside it by the KLs measured so far, and if that falls far
-    short, by one between the two. A first trial that falls far short is lengthened once, unless lr
-    asks for less than the radius, or its KL is negative, as a sampled one may be: it lies within
-    the radius, but tells nothing of the length. A trial that improves too little is shortened by
-    ``backtrack_ratio``. A trial that is NaN or infinite ends the search: a step next to such a
-    point is not a safe one, unless only the lengthening of an acceptable one met it.
+    short, by one between the two. A first trial that falls far short is lengthened once, unless its
+    KL is negative, as a sampled one may be: it lies within the radius, but tells nothing of the
+    length. A trial that improves too little is shortened by ``backtrack_ratio``. A trial that is
+    NaN or infinite ends the search: a step next to such a point is not a safe one, unless only the
+    lengthening of an acceptable one met it.
+
+    ``lr`` below 1 multiplies the step that was so found, which takes one more trial. A search that
+    aimed at lr²δ instead would not be monotonic: at one lr its first trial is accepted, at a larger
+    one it is shortened.
 
     Args:
         attempt: From a share of the step to the trial there.
-        prediction: The local model's promise for the full step.
+        prediction: The local model's promise for the full step, whose KL is δ.
         settings: ``max_kl`` (δ, nats), ``constraint``, ``improvement_ratio``,
-            ``backtrack_ratio``, ``max_backtracks``.
+            ``backtrack_ratio``, ``max_backtracks``, ``lr``.
 
     Returns:
         The search; its trial is the accepted one, or else the last.
@@ -107,40 +111,54 @@ def backtrack(
     Source:
         Schulman et al. (2015), appendix C, step 3.
     """
-    radius = float("inf") if settings.max_kl is None else settings.max_kl
-    first = _FIRST * radius
-    whole = prediction.kl >= first  # not where lr < 1 asks for less than the radius
-    scale = math.sqrt(first / prediction.kl) if whole else 1.0
+    assert settings.max_kl is not None  # as the mode requires
+    first = math.sqrt(_FIRST * settings.max_kl / max(prediction.kl, _FIRST * settings.max_kl))
+    if settings.lr >= 1:
+        return _fitted(attempt, prediction, settings, first)
+    if settings.max_backtracks == 0:  # there is one trial, and no other to fit the length by
+        return _shortened(attempt, prediction, settings, settings.lr * first, 0)
+    fitted = _fitted(attempt, prediction, settings, first)
+    if fitted.outcome is not Outcome.ACCEPTED:
+        return fitted
+    scale = settings.lr * fitted.scale
+    return _shortened(attempt, prediction, settings, scale, fitted.backtracks + 1)
+
+
+def _fitted(
+    attempt: Callable[[float], Trial],
+    prediction: Prediction,
+    settings: Hyperparameters,
+    scale: float,
+) -> Search:
+    """Search for the length that fills the radius, from a first share of the step on."""
+    radius = settings.max_kl
+    assert radius is not None
     bend = prediction.kl  # of the KL that is held; of the largest, as the trial has it to the mean
     known: _Point | None = None  # the other measured point of the bracket
     beyond: _Point | None = None  # the last point beyond the radius
     short: Search | None = None  # acceptable, but with much of the radius left
     for backtracks in range(settings.max_backtracks + 1):
         trial = attempt(scale)
-        promised = settings.improvement_ratio * scale * prediction.improvement
-        accepted = Search(Outcome.ACCEPTED, trial, scale, backtracks)
-        if not trial.finite:
+        found = _judged(Search(Outcome.ACCEPTED, trial, scale, backtracks), prediction, settings)
+        if found.outcome is Outcome.NON_FINITE_TRIAL:
             if short is not None and beyond is None:
                 break  # only a longer step was not
-            return replace(accepted, outcome=Outcome.NON_FINITE_TRIAL)
-        held = trial.kl if settings.constraint == "mean" else trial.largest_kl
-        assert held is not None  # as required before
-        if held > radius:
-            last = replace(accepted, outcome=Outcome.KL_ABOVE_RADIUS)
+            return found
+        held = _held(trial, settings)
+        if found.outcome is Outcome.KL_ABOVE_RADIUS:
+            last = found
             known = known if short is not None else beyond
             beyond = (scale, held)
             bend = prediction.kl * (held / trial.kl if trial.kl > 0 else 1.0)
-        elif trial.improvement <= 0 or trial.improvement < promised:
-            last = replace(accepted, outcome=Outcome.NO_IMPROVEMENT)
+        elif found.outcome is Outcome.NO_IMPROVEMENT:
+            last = found
             beyond = None
         elif short is not None and trial.improvement < short.trial.improvement:
             break
-        elif held >= _ENOUGH * radius or (
-            beyond is None and (backtracks > 0 or not whole or held < 0)
-        ):
-            return accepted
+        elif held >= _ENOUGH * radius or (beyond is None and (backtracks > 0 or held < 0)):
+            return found
         else:
-            short = accepted
+            short = found
             known = (scale, held)
         if beyond is not None:
             scale = beyond[0] * _share(_TARGET * radius, bend, known, beyond)
@@ -151,6 +169,44 @@ def backtrack(
         if short is not None and scale <= short.scale:
             break
     return last if short is None else replace(short, backtracks=backtracks)
+
+
+def _shortened(
+    attempt: Callable[[float], Trial],
+    prediction: Prediction,
+    settings: Hyperparameters,
+    scale: float,
+    backtracks: int,
+) -> Search:
+    """Try a share of the step, and smaller ones by ``backtrack_ratio`` until one is acceptable."""
+    while True:
+        trial = Search(Outcome.ACCEPTED, attempt(scale), scale, backtracks)
+        found = _judged(trial, prediction, settings)
+        ended = found.outcome in (Outcome.ACCEPTED, Outcome.NON_FINITE_TRIAL)
+        if ended or backtracks >= settings.max_backtracks:
+            return found
+        scale *= settings.backtrack_ratio
+        backtracks += 1
+
+
+def _judged(search: Search, prediction: Prediction, settings: Hyperparameters) -> Search:
+    """Return the search with the outcome that its trial has."""
+    trial = search.trial
+    promised = settings.improvement_ratio * search.scale * prediction.improvement
+    if not trial.finite:
+        return replace(search, outcome=Outcome.NON_FINITE_TRIAL)
+    if settings.max_kl is not None and _held(trial, settings) > settings.max_kl:
+        return replace(search, outcome=Outcome.KL_ABOVE_RADIUS)
+    if trial.improvement <= 0 or trial.improvement < promised:
+        return replace(search, outcome=Outcome.NO_IMPROVEMENT)
+    return search
+
+
+def _held(trial: Trial, settings: Hyperparameters) -> float:
+    """Return the KL that is held to the radius."""
+    held = trial.kl if settings.constraint == "mean" else trial.largest_kl
+    assert held is not None  # as required before
+    return held
 
 
 def _share(kl: float, predicted: float, known: _Point | None, beyond: _Point) -> float:

@@ -16,7 +16,7 @@ from trpo_optim.algorithm.conjugate_gradient import Solution, conjugate_gradient
 from trpo_optim.algorithm.line_search import Prediction, Search, Trial, backtrack, whole_step
 from trpo_optim.hyperparameters import Hyperparameters, ModeName
 
-__all__ = ["MODES", "Mode", "natural_length", "vanilla_length"]
+__all__ = ["MODES", "Mode", "natural_length", "radius_length", "vanilla_length"]
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ Fv for vectors of shape (n,)."""
@@ -29,7 +29,7 @@ class Mode:
     Attributes:
         curved: Whether the local model has curvature.
         direction: Where the step goes.
-        length: How far.
+        length: How far the full step goes.
         search: Which share of it is taken.
         radius_is_held: Whether the search measures the KL and holds it to the radius.
     """
@@ -79,6 +79,24 @@ def gradient_direction(
     return Solution(unit)
 
 
+def radius_length(settings: Hyperparameters, gradient_norm: float, curvature: float) -> float:  # noqa: ARG001 (one signature for all modes)
+    """Return √(2δ / xᵀFx), or 0 where ``lr`` is: the line search multiplies by ``lr``.
+
+    Args:
+        settings: ``max_kl`` gives δ in nats.
+        gradient_norm: Not used.
+        curvature: xᵀFx > 0, undamped, of the direction solved for g/‖g‖.
+
+    Returns:
+        The factor that turns the direction into the step that fills the radius.
+
+    Source:
+        Schulman et al. (2015), appendix C, with the undamped F.
+    """
+    assert settings.max_kl is not None  # as the mode requires
+    return math.sqrt(2 * settings.max_kl / curvature) if settings.lr > 0 else 0.0
+
+
 def natural_length(settings: Hyperparameters, gradient_norm: float, curvature: float) -> float:
     """Return lr·√(2δ / xᵀFx), or with no radius lr·‖g‖.
 
@@ -91,11 +109,11 @@ def natural_length(settings: Hyperparameters, gradient_norm: float, curvature: f
         The factor that turns the direction into the full step.
 
     Source:
-        Schulman et al. (2015), appendix C, with the undamped F; Kakade (2001) for the fixed rate.
+        Kakade (2001) for the fixed rate.
     """
     if settings.max_kl is None:
         return settings.lr * gradient_norm
-    return settings.lr * math.sqrt(2 * settings.max_kl / curvature)
+    return settings.lr * radius_length(settings, gradient_norm, curvature)
 
 
 def vanilla_length(settings: Hyperparameters, gradient_norm: float, curvature: float) -> float:  # noqa: ARG001 (one signature for all modes)
@@ -113,7 +131,7 @@ def vanilla_length(settings: Hyperparameters, gradient_norm: float, curvature: f
 
 
 MODES: dict[ModeName, Mode] = {
-    "trpo": Mode(True, natural_direction, natural_length, backtrack, radius_is_held=True),
+    "trpo": Mode(True, natural_direction, radius_length, backtrack, radius_is_held=True),
     "natural": Mode(True, natural_direction, natural_length, whole_step),
     "vanilla": Mode(False, gradient_direction, vanilla_length, whole_step),
 }
