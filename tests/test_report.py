@@ -145,6 +145,29 @@ def test_early_pickles_load() -> None:
     assert (report.accepted, report.max_kl, report.damping) == (True, 0.02, 0.5)
 
 
+@pytest.mark.parametrize("outcome", Outcome)
+def test_outcomes_are_pickled_by_their_names_and_not_by_their_messages(outcome: Outcome) -> None:
+    data = pickle.dumps(outcome)
+    assert outcome.value.encode() in data
+    assert outcome.message.encode() not in data
+    assert pickle.loads(data) is outcome
+
+
+@pytest.mark.parametrize(
+    ("sentence", "outcome"),
+    [
+        ("The step was taken.", Outcome.ACCEPTED),
+        ("lr is 0, so the step has no length; the rest of it.", Outcome.ZERO_LEARNING_RATE),
+    ],
+)
+def test_sentences_of_early_pickles_stay_known_when_a_message_changes(
+    sentence: str, outcome: Outcome
+) -> None:
+    assert Outcome(sentence) is outcome
+    with pytest.raises(ValueError, match="is not a valid Outcome"):
+        Outcome("another sentence")
+
+
 def test_pickles_of_later_versions_load() -> None:
     """Which may know further hyperparameters and figures."""
     optimizer = gaussian().optimizer(max_kl=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from itertools import product
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -27,6 +27,10 @@ class Hyperparameters:
 
     Numbers are kept as plain ``int`` and ``float``, whatever kind of number came in.
 
+    Args:
+        scheduled: Whether the values may be those of a schedule's end: there ``max_kl`` and
+            ``max_norm`` may be 0, and what rounding left below 0 is 0.
+
     Raises:
         TrustRegionError: If a value has the wrong type, lies outside its bounds, or does not
             belong to the mode.
@@ -44,8 +48,9 @@ class Hyperparameters:
     max_backtracks: int = 10
     improvement_ratio: float = 0.1
     maximize: bool = False
+    scheduled: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, scheduled: bool) -> None:
         """Check every value, alone and together."""
         for name, choices in (("mode", get_args(ModeName)), ("constraint", get_args(Constraint))):
             value = getattr(self, name)
@@ -61,7 +66,7 @@ class Hyperparameters:
             value = getattr(self, name)
             if value is None and bound.optional:
                 continue
-            object.__setattr__(self, name, bound.checked(name, value))
+            object.__setattr__(self, name, bound.checked(name, value, scheduled=scheduled))
         if self.max_kl is None and self.mode != "natural":
             raise TrustRegionError(
                 f"max_kl is None with mode={self.mode!r}; only mode='natural' goes without a "
@@ -104,7 +109,7 @@ class Hyperparameters:
             TrustRegionError: If a value is not valid, or the groups do not agree.
         """
         names = cls.names()
-        found = [cls(**{name: group[name] for name in names}) for group in groups]
+        found = [cls.of_group(group, scheduled=True) for group in groups]
         for group, own in zip(groups, found, strict=True):
             group.update(asdict(own))
         for index, name in product(range(1, len(groups)), names):
@@ -118,28 +123,57 @@ class Hyperparameters:
         return found[0]
 
     @classmethod
+    def of_group(cls, group: dict[str, Any], *, scheduled: bool = False) -> Hyperparameters:
+        """Return the hyperparameters of one group.
+
+        Args:
+            group: One of ``param_groups``.
+            scheduled: As for the class.
+
+        Raises:
+            TrustRegionError: If a value is not valid.
+        """
+        return cls(**{name: group[name] for name in cls.names()}, scheduled=scheduled)
+
+    @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all hyperparameters, as in ``param_groups``."""
         return tuple(entry.name for entry in fields(cls))
 
 
+_ROUNDING = 1e-12
+"""How far below 0 the sums of a schedule may end that should end at 0."""
+
+
 @dataclass(frozen=True)
 class _Bound:
-    """What a number must satisfy: a type, a test, and the words for both."""
+    """What a number must satisfy: a type, a test, and the words for both.
+
+    Attributes:
+        holds: The test.
+        words: The limit, in words.
+        whole: Whether the number is an integer.
+        optional: Whether None may stand for it.
+        may_end_at_zero: Whether a schedule may end at 0, where the test forbids 0.
+    """
 
     holds: Callable[[float], bool]
     words: str
     whole: bool = False
     optional: bool = False
+    may_end_at_zero: bool = False
 
-    def checked(self, name: str, value: Any) -> float | int:
+    def checked(self, name: str, value: Any, *, scheduled: bool) -> float | int:
         """Return ``value`` as a plain number, or raise an error that names it."""
         kind = Integral if self.whole else Real
         plain = math.nan
         if isinstance(value, kind) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):  # an integer beyond every float
                 plain = float(value)
-        if math.isfinite(plain) and self.holds(plain):
+        if scheduled and -_ROUNDING <= plain < 0:
+            plain = 0.0
+        ended = scheduled and self.may_end_at_zero and plain == 0
+        if ended or (math.isfinite(plain) and self.holds(plain)):
             return int(plain) if self.whole else plain
         raise TrustRegionError(f"{name} is {value!r}; it must be {self.words}.")
 
@@ -149,11 +183,13 @@ _BOUNDS = {
         lambda value: value > 0,
         "a finite number above 0, in nats (0.01 in the paper), or None with mode='natural'",
         optional=True,
+        may_end_at_zero=True,
     ),
     "max_norm": _Bound(
         lambda value: value > 0,
         "a finite number above 0, the L2 length of a vanilla step, or None for the fixed rate lr",
         optional=True,
+        may_end_at_zero=True,
     ),
     "lr": _Bound(
         lambda value: value >= 0,

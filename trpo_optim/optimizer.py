@@ -50,8 +50,9 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     =========== ================== ==================================== =========================
 
     Every hyperparameter lives in ``param_groups`` and may be changed there between steps; all
-    groups must agree, since one step has one length. An optimizer step moves the parameters and
-    nothing else: buffers, random state and ``.grad`` are afterwards what they were.
+    groups must agree, since one step has one length. A schedule may bring a length to 0. An
+    optimizer step moves the parameters and nothing else: buffers, random state and ``.grad`` are
+    afterwards what they were.
 
     Args:
         params: What torch.optim takes: tensors, ``named_parameters()`` or group dicts.
@@ -62,9 +63,10 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             ``"mean"`` or the ``"max"`` over samples, for which the closure returns one KL per
             sample. The mean gives curvature and length either way.
         max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
-        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` fits the step to
-            ``max_kl`` first; there an ``lr`` above 1 changes nothing. None: 1.0. Mode ``"vanilla"`` without ``max_norm``, and mode
-            ``"natural"`` with ``max_kl=None``, need a number: there ``lr`` is the rate itself.
+        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` fits the step
+            to ``max_kl`` first; there an ``lr`` above 1 changes nothing. None: 1.0. Mode
+            ``"vanilla"`` without ``max_norm``, and mode ``"natural"`` with ``max_kl=None``, need a
+            number: there ``lr`` is the rate itself.
         damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
             basis q of the directions that the solve goes through.
         cg_iterations: Most Fisher-vector products in one solve.
@@ -212,6 +214,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             require_real(self.param_groups[-1])
+            Hyperparameters.of_group(self.param_groups[-1])
             self._settings()
         except BaseException:
             del self.param_groups[-1]

@@ -35,8 +35,8 @@ class Outcome(enum.Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> Outcome | None:
-        """Find a member by its message, which was its value in early pickles."""
-        return next((each for each in cls if each.message == value), None)
+        """Find a member by the sentence that was its value in early pickles."""
+        return next((each for each, start in _EARLY.items() if str(value).startswith(start)), None)
 
 
 _MESSAGES = {
@@ -47,8 +47,8 @@ _MESSAGES = {
         "saturated."
     ),
     Outcome.ZERO_LEARNING_RATE: (
-        "lr is 0, so the step has no length; the parameters are unchanged. Raise lr, or stop "
-        "the schedule that lowered it."
+        "lr is 0, or a schedule brought max_kl or max_norm to 0, so the step has no length; the "
+        "parameters are unchanged. Raise the one that is 0, or stop the schedule that lowered it."
     ),
     Outcome.NON_FINITE_LOSS: (
         "The loss is NaN or infinite at the current parameters, which are unchanged. Look for "
@@ -94,6 +94,21 @@ _MESSAGES = {
         "that the closure evaluates the same batch each time."
     ),
 }
+
+_EARLY = {
+    Outcome.ACCEPTED: "The step was taken",
+    Outcome.ZERO_GRADIENT: "The gradient of the loss is exactly zero",
+    Outcome.ZERO_LEARNING_RATE: "lr is 0, so the step has no length",
+    Outcome.NON_FINITE_LOSS: "The loss is NaN or infinite at the current parameters",
+    Outcome.NON_FINITE_KL: "The KL is NaN or infinite at the current parameters",
+    Outcome.NON_FINITE_GRADIENT: "The gradient of the loss holds NaN or infinity",
+    Outcome.NON_FINITE_CURVATURE: "A Fisher-vector product holds NaN or infinity",
+    Outcome.NON_FINITE_TRIAL: "The step, or the loss or the KL after it, is NaN or infinite",
+    Outcome.NON_POSITIVE_CURVATURE: "The KL does not curve upwards along the gradient",
+    Outcome.KL_ABOVE_RADIUS: "The line search ended with the KL still above max_kl",
+    Outcome.NO_IMPROVEMENT: "The line search ended without enough improvement",
+}
+"""How the sentence began that was a member's value in early pickles; it does not change."""
 
 
 _NAN = float("nan")

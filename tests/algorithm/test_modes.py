@@ -193,6 +193,15 @@ def test_with_a_search_the_length_is_that_of_the_radius_for_every_learning_rate_
     assert lengths == [0.0, *[math.sqrt(2 * 0.01 / 5.0)] * 4]
 
 
+def test_vanilla_takes_many_steps_on_one_batch_whatever_the_radius() -> None:
+    problem, twin = gaussian(), gaussian()
+    optimizer = problem.optimizer(mode="vanilla", lr=0.5, max_kl=1e-6)
+    kls = [optimizer.step(problem.closure).kl for _ in range(5)]
+    assert 1e-3 < kls[0] < kls[-1]
+    other = twin.optimizer(mode="vanilla", lr=0.5)
+    assert [other.step(twin.closure).kl for _ in range(5)] == kls
+
+
 def test_vanilla_lengths_ignore_the_radius() -> None:
     small, large = (settings(mode="vanilla", max_kl=max_kl) for max_kl in (1e-6, 1.0))
     assert vanilla_length(small, 2.0, math.nan) == vanilla_length(large, 2.0, math.nan)

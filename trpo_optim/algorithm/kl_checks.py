@@ -32,13 +32,13 @@ def require_resolved(max_kl: float | None, resolution: float) -> None:
     """Check that a radius is not lost in the rounding of the KL.
 
     Args:
-        max_kl: The radius, in nats, or None.
+        max_kl: The radius, in nats, or None. A radius of 0, where a schedule ends, takes no step.
         resolution: KLs closer than this cannot be told apart, in nats.
 
     Raises:
         TrustRegionError: If it is.
     """
-    if max_kl is not None and max_kl < resolution:
+    if max_kl is not None and 0 < max_kl < resolution:
         raise TrustRegionError(
             f"max_kl is {max_kl:g}, but the precision of the closure's KL resolves "
             f"{resolution:.2g} nats. Raise max_kl, or use a higher precision: mean_kl() computes "
@@ -52,12 +52,12 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     Args:
         kl: The closure's KL at the current parameters, in nats; one that is not finite passes.
         resolution: KLs closer than this cannot be told apart, in nats.
-        max_kl: The radius, in nats; a tenth of it counts as about zero.
+        max_kl: The radius, in nats; a tenth of it counts as about zero. None or 0: there is none.
 
     Raises:
         TrustRegionError: If the KL is anything else.
     """
-    radius = 0.01 if max_kl is None else max_kl
+    radius = max_kl or 0.01
     limit = max(min(10 * resolution, radius), radius / 10)
     if math.isfinite(kl) and abs(kl) > limit:
         raise TrustRegionError(

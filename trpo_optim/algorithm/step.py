@@ -53,7 +53,7 @@ def take_step(
     figures |= _figures_of_model(model, gradient_norm)
     if mode.radius_is_held:
         require_resolved(settings.max_kl, model.kl_resolution)
-    for name, kl in model.kls.items():
+    for name, kl in model.kls.items() if mode.curved else ():
         with blaming(name):
             require_zero_kl(kl, model.kl_resolution, settings.max_kl)
     if mode.radius_is_held and settings.constraint == "max":
