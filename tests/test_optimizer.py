@@ -250,6 +250,25 @@ def test_it_sits_beside_another_optimizer_whose_gradients_it_leaves_alone() -> N
     adam.step()
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_compiled_or_called_by_compiled_code_runs_eagerly(mode: str) -> None:
+    def update(x: Tensor, closure: Any) -> tuple[Tensor, StepReport]:
+        return x + 1, optimizers[1].step(closure)
+
+    problems = [gaussian() for _ in range(3)]
+    optimizers = [each.optimizer(mode=mode) for each in problems]
+    step = torch.compile(optimizers[0].step, backend="eager")
+    called = torch.compile(update, backend="eager")
+    for _ in range(3):
+        reports = [step(problems[0].closure), called(torch.zeros(2), problems[1].closure)[1]]
+        expected = optimizers[2].step(problems[2].closure)
+        assert expected.accepted
+        assert reports == [expected, expected]
+        problems = [renewed(each) for each in problems]
+    assert torch.equal(problems[0].vector(), problems[2].vector())
+
+
 def test_the_state_of_another_kind_of_optimizer_is_refused() -> None:
     problem = gaussian()
     optimizer = problem.optimizer()

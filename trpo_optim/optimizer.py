@@ -25,6 +25,7 @@ from trpo_optim.distributed.rank_batch import SharedBatch
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.hyperparameters import Constraint, Hyperparameters, ModeName
 from trpo_optim.report import Outcome, StepReport
+from trpo_optim.torch_private import never_compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,6 +153,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         require_member(group)
         self._process_group = None if group is None else weakref.ref(group)
 
+    @never_compiled
     @torch.no_grad()
     def step(  # type: ignore[override]  # the closure returns two values and step a report, where torch has one float
         self,

@@ -49,6 +49,7 @@ __all__ = [
     "kl_rule",
     "may_draw",
     "mps_generator",
+    "never_compiled",
     "norm_of_each",
     "outside_transforms",
     "pop_mode",
@@ -62,6 +63,7 @@ _PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", 
 """Functions that call others which draw, and have no tag."""
 
 copy_each = torch._foreach_copy_
+never_compiled = torch._disable_dynamo  # as torch.optim has it; torch.compiler's is not lazy
 norm_of_each = torch._foreach_norm
 weight_norm = torch._weight_norm
 
