@@ -121,6 +121,22 @@ def test_hooks_fire_once_per_step() -> None:
     assert calls[2:] == ["state_dict", "load_state_dict"]
 
 
+def test_a_hook_that_unwraps_a_checkpoint_runs_before_the_state_is_checked() -> None:
+    optimizer = gaussian().optimizer(max_kl=0.02)
+    saved = {"policy": None, "optimizer": optimizer.state_dict()}
+    other = gaussian().optimizer()
+    hook = other.register_load_state_dict_pre_hook(lambda _, state: state["optimizer"])
+    for _ in range(2):
+        other.load_state_dict(saved)
+        assert other.state_dict() == optimizer.state_dict()
+    adam = torch.optim.Adam([*gaussian().parameters()]).state_dict()
+    with pytest.raises(TrustRegionError, match="another kind of optimizer"):
+        other.load_state_dict({"optimizer": adam})
+    hook.remove()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state_dict() == optimizer.state_dict()
+
+
 def test_the_last_report_is_kept() -> None:
     problem = gaussian()
     optimizer = problem.optimizer()

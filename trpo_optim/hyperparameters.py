@@ -136,6 +136,36 @@ class Hyperparameters:
         return cls(**{name: group[name] for name in cls.names()}, scheduled=scheduled)
 
     @classmethod
+    def complete(cls, groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        """Fill in the hyperparameters that an older version did not save.
+
+        Args:
+            groups: ``param_groups``; they take what they lack from the defaults.
+            defaults: The optimizer's; they take what they lack from here.
+        """
+        for entry in fields(cls):
+            defaults.setdefault(entry.name, entry.default)
+            for group in groups:
+                group.setdefault(entry.name, defaults[entry.name])
+
+    @staticmethod
+    def require_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:  # noqa: ARG004 (a hook of torch.optim)
+        """Check that a saved state holds these hyperparameters.
+
+        Args:
+            optimizer: Not used.
+            state_dict: What is to be loaded.
+
+        Raises:
+            TrustRegionError: If it is that of another kind of optimizer.
+        """
+        if any("mode" not in group for group in state_dict["param_groups"]):
+            raise TrustRegionError(
+                "The state has no 'mode': it is that of another kind of optimizer, whose lr and "
+                "other settings mean something else. Load a TrustRegionOptimizer's state."
+            )
+
+    @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all hyperparameters, as in ``param_groups``."""
         return tuple(entry.name for entry in fields(cls))

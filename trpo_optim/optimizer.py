@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from trpo_optim.algorithm.step import take_step
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameters import ParameterVector, require_real
+from trpo_optim.closure.parameters import ParameterVector, require_real, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import no_choices
-from trpo_optim.distributed.collectives import GROUP_DESTROYED, Reduction, require_member
+from trpo_optim.distributed.collectives import (
+    GROUP_DESTROYED,
+    GROUP_NOT_COPIED,
+    Reduction,
+    require_member,
+)
 from trpo_optim.distributed.consistency import Ready, agreed
 from trpo_optim.distributed.ddp import unwrapped
 from trpo_optim.distributed.rank_batch import SharedBatch
@@ -216,6 +220,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             require_real(self.param_groups[-1])
+            trainable(self.param_groups)
             Hyperparameters.of_group(self.param_groups[-1])
             self._settings()
         except BaseException:
@@ -227,17 +232,16 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         """Take over the hyperparameters of a saved state.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: What ``state_dict`` returned, once the pre-hooks have seen it.
 
         Raises:
             TrustRegionError: If it is that of another kind of optimizer.
         """
-        if any("mode" not in group for group in state_dict["param_groups"]):
-            raise TrustRegionError(
-                "The state has no 'mode': it is that of another kind of optimizer, whose lr and "
-                "other settings mean something else. Load a TrustRegionOptimizer's state."
-            )
-        super().load_state_dict(state_dict)
+        check = self.register_load_state_dict_pre_hook(Hyperparameters.require_saved)  # the last
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            check.remove()
         self._lr_given |= Hyperparameters.of_groups(self.param_groups).lr_is_the_rate
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,11 +251,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             TrustRegionError: If there is a process group, which belongs to this process.
         """
         if self._process_group is not None:
-            raise TrustRegionError(
-                "An optimizer with a process_group can be neither pickled nor copied, since the "
-                "group belongs to this process. Save its state_dict(), or set process_group to "
-                "None before, and again afterwards."
-            )
+            raise TrustRegionError(GROUP_NOT_COPIED)
         own = {"last_report": self.last_report, "_lr_given": self._lr_given}
         return {**super().__getstate__(), **own}
 
@@ -261,9 +261,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
         self.__dict__.setdefault("_engine_choices", no_choices())
-        for group in self.param_groups:
-            for entry in fields(Hyperparameters):
-                group.setdefault(entry.name, self.defaults.setdefault(entry.name, entry.default))
+        Hyperparameters.complete(self.param_groups, self.defaults)
 
     def _prepared(
         self,
@@ -275,7 +273,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         shared = self.process_group is not None
 
         def prepare() -> Ready:
-            settings, vector = self._settings(), ParameterVector(self._trainable())
+            settings, vector = self._settings(), ParameterVector(trainable(self.param_groups))
             transaction = Transaction(vector)
             closures = collected(closure, weights, curvature, shared=shared)
             choices = self._engine_choices
@@ -289,10 +287,6 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         reduction = Reduction(self.process_group, self.param_groups[0]["params"][0].device)
         ready, counts = agreed(reduction, prepare)
         return ready, SharedBatch(ready.batch, counts, ready.vector, reduction)
-
-    def _trainable(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from (each for each in group["params"] if each.requires_grad)
 
     def _settings(self) -> Hyperparameters:
         """Return the hyperparameters that all groups agree on, checked anew."""

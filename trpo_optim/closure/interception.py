@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
+from trpo_optim.closure.parameters import share_memory
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
@@ -200,8 +201,7 @@ class Watch(TorchFunctionMode):
         candidates = self._storages.get(tensor.untyped_storage().data_ptr())
         if candidates is None:
             return False
-        start, end = _span(tensor)
-        return any(start < _span(each)[1] and _span(each)[0] < end for each in candidates)
+        return any(share_memory(tensor, each) for each in candidates)
 
 
 def _of_outsiders(
@@ -209,10 +209,3 @@ def _of_outsiders(
 ) -> bool:
     """Whether a gradient is asked for in tensors that no transform of torch.func knows."""
     return not all(map(is_transformed, [inputs] if isinstance(inputs, Tensor) else inputs))
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's memory begins and ends, in bytes."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size() * (tensor.numel() > 0)

@@ -21,7 +21,7 @@ if dist.is_available():
     # torch imports it: after init_process_group(), it would hold that group to the end.
     import torch.distributed.nn.functional  # noqa: F401
 
-__all__ = ["GROUP_DESTROYED", "Reduction", "require_member"]
+__all__ = ["GROUP_DESTROYED", "GROUP_NOT_COPIED", "Reduction", "require_member"]
 
 _Result = TypeVar("_Result")
 
@@ -35,6 +35,12 @@ waits for that thread."""
 GROUP_DESTROYED = (
     "The optimizer's process_group was destroyed. Set process_group to a living group, or to None "
     "to step alone."
+)
+
+GROUP_NOT_COPIED = (
+    "An optimizer with a process_group can be neither pickled nor copied, since the group belongs "
+    "to this process. Save its state_dict(), or set process_group to None before, and again "
+    "afterwards."
 )
 
 
