@@ -202,6 +202,9 @@ def _overlap(offset: int, first: _Dimensions, second: _Dimensions) -> bool:
         return False
     if len(first) == len(second) == 1:  # without gaps
         return True
+    period = math.gcd(*(stride for stride, _ in first[1:] + second[1:]))
+    if offset % period >= first[0][1] and offset % period + second[0][1] <= period:
+        return False  # as columns of one matrix lie
     covered = _covered(first)
     for start, stride, size in _runs(second, offset):
         skipped = max(0, -(start // stride))  # before the first's bytes
@@ -226,6 +229,8 @@ def _repeats(tensor: Tensor) -> bool:
 def _dimensions(tensor: Tensor) -> _Dimensions:
     """Return where a tensor's bytes lie; dimensions that follow without a gap are one."""
     width = tensor.element_size()
+    if tensor.is_contiguous():
+        return ((1, width * tensor.numel()),)
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     found = [(1, width)]
     for stride, size in sorted((width * stride, n) for stride, n in pairs if n > 1 and stride > 0):

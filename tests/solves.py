@@ -1,0 +1,48 @@
+"""Matrices with known eigenvalues, solves with them, and how far a solution is off."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trpo_optim.algorithm.conjugate_gradient import Solution, conjugate_gradient
+
+N = 30
+
+
+def with_eigenvalues(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    n, generator = len(eigenvalues), torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    matrix: Tensor = (q * eigenvalues) @ q.T
+    return matrix
+
+
+def spd(condition: float, seed: int = 0) -> Tensor:
+    return with_eigenvalues(torch.logspace(-math.log10(condition), 0, N).double(), seed)
+
+
+def right_side(seed: int = 1) -> Tensor:
+    b = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    unit: Tensor = b / b.norm()
+    return unit
+
+
+def solve(
+    f: Tensor,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    iterations: int = 200,
+    tolerance: float = 1e-10,
+) -> Solution:
+    return conjugate_gradient(f.mv, b, damping=damping, iterations=iterations, tolerance=tolerance)
+
+
+def true_residual(f: Tensor, b: Tensor, x: Tensor, damping: float = 0.0) -> float:
+    return float((b - f.mv(x) - damping * x).norm() / b.norm())
+
+
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    return float((x - expected).norm() / expected.norm())
