@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
-from trpo_optim import StepReport, TrustRegionError, frozen
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer, frozen
 
 pytestmark = pytest.mark.ranks
 
@@ -57,6 +57,13 @@ def refused(rank: int, wrap: str) -> str:
     settings: dict[str, Any] = {}
     if wrap == "DDP without group":
         task.policy = DistributedDataParallel(task.policy)
+    elif wrap == "zero redundancy":
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch's own
+
+        try:
+            ZeroRedundancyOptimizer(task.policy.parameters(), TrustRegionOptimizer, max_kl=0.01)
+        except TrustRegionError as error:
+            return str(error)
     elif wrap == "tensor parallelism of old":
         mesh, network = init_device_mesh("cpu", (2,)), task.policy.network
         assert isinstance(network, nn.Module)

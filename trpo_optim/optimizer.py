@@ -24,7 +24,7 @@ from trpo_optim.distributed.collectives import (
     require_member,
 )
 from trpo_optim.distributed.consistency import Ready, agreed
-from trpo_optim.distributed.ddp import unwrapped
+from trpo_optim.distributed.ddp import require_all_parameters, unwrapped
 from trpo_optim.distributed.rank_batch import SharedBatch
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.hyperparameters import Constraint, Hyperparameters, ModeName
@@ -117,6 +117,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        require_all_parameters()
         self.process_group = process_group
         self._engine_choices = no_choices()
         self._lr_given = lr is not None
@@ -195,7 +196,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             ready, batch = self._prepared(closure, weights, curvature)
             figures: dict[str, Any] = {}
-            with ready.transaction as transaction, unwrapped(self.process_group):
+            with ready.transaction as transaction, unwrapped(self.process_group, ready.vector):
                 transaction.begin([ready.closures])
                 outcome = take_step(batch, transaction, ready.settings, figures)
                 report = batch.concluded(StepReport(outcome, **figures))

@@ -81,6 +81,40 @@ def test_policies_in_ddp_take_the_step_of_plain_ones(mode: str, options: dict[st
         assert before == after
 
 
+class Encoded(nn.Module):
+    """A policy on what an encoder gives, which is not its own."""
+
+    def __init__(self, encoder: nn.Module, policy: nn.Module) -> None:
+        super().__init__()
+        self.encoder = [encoder]
+        self.policy = policy
+
+    def forward(self, observations: Tensor) -> Any:
+        return self.policy(self.encoder[0](observations))
+
+
+def encoded(rank: int, wrap: bool, frozen: bool) -> Tensor:
+    """Return the policy after a step of this rank alone, on what a replicated encoder gives."""
+    torch.manual_seed(0)
+    encoder: nn.Module = nn.Linear(4, 4).double()
+    if wrap:
+        encoder = DistributedDataParallel(encoder)
+    encoder.requires_grad_(not frozen)
+    task = gaussian()
+    optimizer = task.optimizer()
+    task.policy = Encoded(encoder, task.policy)
+    task.__post_init__()
+    assert optimizer.step(task.closure).accepted
+    return nn.utils.parameters_to_vector(optimizer.param_groups[0]["params"]).detach()
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained by another"])
+def test_ddp_around_a_module_that_the_step_does_not_move_needs_no_group(frozen: bool) -> None:
+    expected = encoded(0, wrap=False, frozen=frozen)
+    for vector in values_of(on_ranks(2, encoded, True, frozen)):
+        torch.testing.assert_close(vector, expected)
+
+
 class Logits(nn.Module):
     """A policy that returns tensors, as DDP likes it."""
 
@@ -212,6 +246,7 @@ def test_a_compiled_policy_is_compiled_no_more_often_than_without_steps(wrap: bo
             "DDP without group",
             "the optimizer has no process_group.*process_group=ddp.process_group",
         ),
+        ("zero redundancy", r"a part of the parameters.*on every rank.*process_group="),
         ("tensor parallelism of old", r"torch 2.12.1\+cpu cannot.*Use torch 2.13 or later"),
         (
             "FSDP",

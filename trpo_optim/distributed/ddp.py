@@ -1,30 +1,67 @@
-"""PyTorch's distributed wrappers of a policy: what they do during a step, and which cannot be."""
+"""PyTorch's distributed wrappers: what those of a policy do during a step, and which cannot be."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.errors import TrustRegionError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["unwrapped"]
+__all__ = ["require_all_parameters", "unwrapped"]
 
 _LOCK = threading.RLock()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The process group of a step, and what the step moves."""
+
+    group: ProcessGroup | None
+    vector: ParameterVector
+
+    def moves(self, module: nn.Module) -> bool:
+        """Return whether the step moves a parameter of a module."""
+        own = {id(each) for each in self.vector.parameters}
+        return any(id(each) in own for each in module.parameters())
+
+
+def require_all_parameters() -> None:
+    """Check that the optimizer that is being made is not one of a ``ZeroRedundancyOptimizer``.
+
+    Raises:
+        TrustRegionError: If it is: it would have a part of the parameters.
+    """
+    module = sys.modules.get("torch.distributed.optim")
+    wrapper = getattr(module, "ZeroRedundancyOptimizer", None)
+    frame = inspect.currentframe()
+    while wrapper is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), wrapper):
+            raise TrustRegionError(
+                "ZeroRedundancyOptimizer makes a TrustRegionOptimizer on every rank, of a part of "
+                "the parameters; one step needs all of them, or the KLs of the parts add up beyond "
+                "max_kl. Make one of policy.parameters() on every rank, with "
+                "process_group=torch.distributed.group.WORLD."
+            )
+        frame = frame.f_back
+
+
 @contextmanager
-def unwrapped(group: ProcessGroup | None) -> Iterator[None]:
+def unwrapped(group: ProcessGroup | None, vector: ParameterVector) -> Iterator[None]:
     """Have ``DistributedDataParallel`` run its module and nothing else, until the step ends.
 
     Its own forward prepares for a ``backward()`` that never comes, and sends buffers and sometimes
@@ -33,6 +70,7 @@ def unwrapped(group: ProcessGroup | None) -> Iterator[None]:
 
     Args:
         group: The optimizer's.
+        vector: What the step moves. DDP around other modules, as a frozen encoder, needs no group.
 
     Yields:
         Nothing.
@@ -41,15 +79,16 @@ def unwrapped(group: ProcessGroup | None) -> Iterator[None]:
         TrustRegionError: From the policy's forward: if DDP wraps it and the optimizer has no group,
             or if FSDP has sharded it.
     """
+    step = _Step(group, vector)
     with ExitStack() as stack:
         if dist.is_available() and dist.is_initialized():
             stack.enter_context(
-                _other(DistributedDataParallel, "forward", _run_replica).within(group)
+                _other(DistributedDataParallel, "forward", _run_replica).within(step)
             )
             for name in ("FSDPModule", "FullyShardedDataParallel"):
                 if wrapper := getattr(sys.modules.get("torch.distributed.fsdp"), name, None):
                     call = _other(wrapper, "__call__", _refuse)  # which comes before its hooks
-                    stack.enter_context(call.within(group))
+                    stack.enter_context(call.within(step))
         yield
 
 
@@ -62,32 +101,32 @@ class _Other:
 
     def __init__(self, wrapper: Any, name: str, method: Callable[..., Any]) -> None:
         own = vars(wrapper).get(name)
-        groups: dict[int, ProcessGroup | None] = {}
+        steps: dict[int, _Step] = {}
 
         def chosen(module: Any, *args: Any, **named: Any) -> Any:
-            if (thread := threading.get_ident()) in groups:
-                return method(module, groups[thread], *args, **named)
+            if (thread := threading.get_ident()) in steps:
+                return method(module, steps[thread], *args, **named)
             if own is not None:
                 return own(module, *args, **named)
             return getattr(super(wrapper, module), name)(*args, **named)
 
         self._chosen: Any = torch.compiler.disable(chosen, recursive=False)
-        self._wrapper, self._name, self._own, self._groups = wrapper, name, own, groups
+        self._wrapper, self._name, self._own, self._steps = wrapper, name, own, steps
 
     @contextmanager
-    def within(self, group: ProcessGroup | None) -> Iterator[None]:
-        """Be within a step of the group in this thread."""
+    def within(self, step: _Step) -> Iterator[None]:
+        """Be within a step in this thread."""
         with _LOCK:
-            self._groups[threading.get_ident()] = group
+            self._steps[threading.get_ident()] = step
             setattr(self._wrapper, self._name, self._chosen)
         try:
             yield
         finally:
             with _LOCK:
-                del self._groups[threading.get_ident()]
-                if not self._groups and self._own is None:
+                del self._steps[threading.get_ident()]
+                if not self._steps and self._own is None:
                     delattr(self._wrapper, self._name)
-                elif not self._groups:
+                elif not self._steps:
                     setattr(self._wrapper, self._name, self._own)
 
 
@@ -99,10 +138,9 @@ def _other(wrapper: Any, name: str, method: Callable[..., Any]) -> _Other:
 _made = functools.cache(_Other)
 
 
-def _run_replica(
-    module: DistributedDataParallel, group: ProcessGroup | None, *args: Any, **named: Any
-) -> Any:
-    if group is None and dist.get_world_size(module.process_group) > 1:
+def _run_replica(module: DistributedDataParallel, step: _Step, *args: Any, **named: Any) -> Any:
+    alone = step.group is None and dist.get_world_size(module.process_group) > 1
+    if alone and step.moves(module):
         raise TrustRegionError(
             "The policy is wrapped in DistributedDataParallel, and the optimizer has no "
             "process_group: every rank would take a step of its own. Pass "
@@ -111,7 +149,7 @@ def _run_replica(
     return module.module(*args, **named)
 
 
-def _refuse(module: Any, group: ProcessGroup | None, *args: Any, **named: Any) -> Any:  # noqa: ARG001 (called as others are)
+def _refuse(module: Any, step: _Step, *args: Any, **named: Any) -> Any:  # noqa: ARG001 (called as others are)
     raise TrustRegionError(
         f"The policy holds a {type(module).__name__}, sharded by FSDP: its parameters are put "
         "together outside of autograd, which cannot differentiate them twice. Keep a whole copy on "
