@@ -32,6 +32,7 @@ from torch._C._autograd import _get_sequence_nr as autograd_clock
 from torch._C._functorch import _grad_decrement_nesting, get_unwrapped
 from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
 from torch._C._functorch import maybe_current_level as _maybe_current_level
+from torch._compile import _disable_dynamo as never_compiled
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.distributions.kl import _dispatch_kl as kl_rule
 from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
@@ -63,7 +64,6 @@ _PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", 
 """Functions that call others which draw, and have no tag."""
 
 copy_each = torch._foreach_copy_
-never_compiled = torch._disable_dynamo  # as torch.optim has it; torch.compiler's is not lazy
 norm_of_each = torch._foreach_norm
 weight_norm = torch._weight_norm
 
