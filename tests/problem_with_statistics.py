@@ -40,12 +40,17 @@ def small_problem() -> Problem:
     return problem
 
 
-def take_a_step(problem: Problem, *, rejected: bool = False, mode: str = "trpo") -> StepReport:
+def take_a_step(
+    problem: Problem, *, rejected: bool = False, mode: str = "trpo", first: bool = False
+) -> StepReport:
+    """Take a step as a further one of an optimizer, or as its first one."""
+
     def closure() -> tuple[Tensor, Tensor]:
         loss, kl = problem.closure()
         return loss, (kl if torch.is_grad_enabled() or not rejected else kl * float("nan"))
 
-    optimizer = problem.optimizer(mode=mode, cg_iterations=1, damping=1e-3)
+    make = problem.optimizer if first else problem.proven_optimizer
+    optimizer = make(mode=mode, cg_iterations=1, damping=1e-3)
     report = optimizer.step(closure)
     assert report.accepted is not rejected
     return report

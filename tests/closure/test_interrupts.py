@@ -48,11 +48,11 @@ def interrupted_at_line(number: int, seen: list[tuple[str, int]]) -> Iterator[No
         sys.settrace(before)
 
 
-def lines_of_a_step(rejected: bool, mode: str) -> list[tuple[str, int]]:
+def lines_of_a_step(rejected: bool, mode: str, first: bool = False) -> list[tuple[str, int]]:
     gc.collect()  # what it frees later would change the number of lines
     seen: list[tuple[str, int]] = []
     with interrupted_at_line(-1, seen):
-        take_a_step(small_problem(), rejected=rejected, mode=mode)
+        take_a_step(small_problem(), rejected=rejected, mode=mode, first=first)
     return seen
 
 
@@ -77,7 +77,12 @@ def put_switches_back() -> None:
         enable(True)
 
 
-OTHER_STEPS = [(True, "trpo"), (False, "vanilla"), (True, "vanilla")]
+OTHER_STEPS = [
+    (True, "trpo", False),
+    (False, "vanilla", False),
+    (True, "vanilla", False),
+    (False, "trpo", True),
+]
 
 
 def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
@@ -90,22 +95,22 @@ def worth_interrupting(lines: list[tuple[str, int]]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("rejected", "mode", "only_new"),
+    ("rejected", "mode", "first", "only_new"),
     [
-        (False, "trpo", False),
+        (False, "trpo", False, False),
         *((*variant, True) for variant in OTHER_STEPS),
         *(pytest.param(*variant, False, marks=pytest.mark.thorough) for variant in OTHER_STEPS),
     ],
 )
 def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
-    rejected: bool, mode: str, only_new: bool
+    rejected: bool, mode: str, first: bool, only_new: bool
 ) -> None:
     """Of the other steps, only before the lines that an accepted one of TRPO does not run."""
     finished = small_problem()
-    take_a_step(finished, rejected=rejected, mode=mode)
+    take_a_step(finished, rejected=rejected, mode=mode, first=first)
     after = Snapshot.of(finished.policy)
     hooks = global_hooks()
-    lines = lines_of_a_step(rejected, mode)
+    lines = lines_of_a_step(rejected, mode, first)
     numbers = worth_interrupting(lines)
     assert len(numbers) > 150
     if only_new:
@@ -119,7 +124,7 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
         before = Snapshot.of(problem.policy)
         seen: list[tuple[str, int]] = []
         with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, seen):
-            take_a_step(problem, rejected=rejected, mode=mode)
+            take_a_step(problem, rejected=rejected, mode=mode, first=first)
         now = Snapshot.of(problem.policy)
         changed = before.differences(now)
         if "switches" in changed and seen[-1][0] == torch_switches.__file__:

@@ -58,6 +58,9 @@ class DirectionSolver:
 
         Args:
             model: The closures near the current parameters.
+
+        Returns:
+            The direction.
         """
         if model.engine == _FINITE_DIFFERENCES:
             return self._by_finite_differences(model, model.fallback)

@@ -1,7 +1,7 @@
 """Fisher-vector products from first derivatives alone, and a test of others by them.
 
-Where the old policy is the new one, the KL's gradient is zero. So Fv = (∇KL(θ + εv) − ∇KL(θ)) / ε to
-first order in ε, for the price of one gradient.
+Where the old policy is the new one, the KL's gradient is zero. So Fv = (∇KL(θ + εv) − ∇KL(θ)) / ε
+to first order in ε, for the price of one gradient.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class FiniteDifferences:
 
 
 _TOO_COARSE = (
-    "The closure cannot be differentiated twice, and finite differences of the KL's gradient do not "
-    "resolve its curvature: the policy computes in half precision, or the KL has a kink here. "
-    "Evaluate the policy in single precision (without autocast), or use mode='vanilla', which needs "
-    "first derivatives alone."
+    "The closure cannot be differentiated twice, and finite differences of the KL's gradient do "
+    "not resolve its curvature: the policy computes in half precision, or the KL has a kink here. "
+    "Evaluate the policy in single precision (without autocast), or use mode='vanilla', which "
+    "needs first derivatives alone."
 )
 
 

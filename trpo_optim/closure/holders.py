@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections import deque
@@ -97,17 +98,12 @@ def _children(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module) or is_plain_object(value):
         yield from vars(value).values()
         yield from _in_slots(value)
-        if isinstance(called := getattr(type(value), "__call__", None), types.FunctionType):
-            yield called
+        yield vars(type(value)).get("__call__")
 
 
 def _captured(function: types.FunctionType) -> Iterator[Any]:
     """Yield a function's variables from outside, its defaults and the globals that it names."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
+    yield from map(_content, function.__closure__ or ())
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
@@ -118,6 +114,13 @@ def _captured(function: types.FunctionType) -> Iterator[Any]:
             yield from (vars(found).get(each) for each in names)
         else:
             yield found
+
+
+def _content(cell: types.CellType) -> Any:
+    """Return what a variable from outside holds; None where it is not assigned yet."""
+    with contextlib.suppress(ValueError):
+        return cell.cell_contents
+    return None
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -131,11 +134,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _in_slots(value: Any) -> Iterator[Any]:
     for kind in type(value).__mro__:
         for name in vars(kind).get("__slots__", ()):
-            if isinstance(slot := vars(kind).get(name), types.MemberDescriptorType):
-                try:
-                    yield slot.__get__(value)
-                except AttributeError:  # not assigned
-                    continue
+            if isinstance(vars(kind).get(name), types.MemberDescriptorType):
+                yield getattr(value, name, None)
 
 
 def _is_foreign(module: str | None) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,11 +88,9 @@ class PolicyState:
         moved: set[int] = set()
         errors: list[Exception] = []
         for key, content in reversed(self._contents.items()):  # the first of two aliases wins
-            try:
+            with _collected(errors):
                 if content.rewind():
                     moved.add(key)
-            except (TrustRegionError, RuntimeError) as error:
-                errors.append(error)
         for place in self._places:
             place.rewind(moved)
         for generator, state in self._generators:
@@ -141,6 +140,15 @@ class PolicyState:
         if id(tensor) not in self._contents:
             self._contents[id(tensor)] = _Content(tensor, name)
         return True
+
+
+@contextmanager
+def _collected(errors: list[Exception]) -> Iterator[None]:
+    """Go on after an error, and keep it."""
+    try:
+        yield
+    except (TrustRegionError, RuntimeError) as error:
+        errors.append(error)
 
 
 @dataclass(frozen=True)

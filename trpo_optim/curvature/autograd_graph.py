@@ -175,8 +175,8 @@ def require_kl_reaches_all(loss: Tensor, kl: Tensor, parameters: Sequence[Tensor
         more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
         raise TrustRegionError(
             "The loss depends on parameters that the KL does not depend on: "
-            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave the "
-            "value loss out of the closure, and train the critic with an optimizer of its own."
+            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
+            "the value loss out of the closure, and train the critic with an optimizer of its own."
         )
 
 
