@@ -15,6 +15,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 
 from trpo_optim import TrustRegionOptimizer
+from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.hyperparameters import ModeName
 
 ClosureValues = tuple[Tensor, Tensor]
@@ -98,14 +99,14 @@ class Problem:
     def optimizer(self, **settings: Any) -> TrustRegionOptimizer:
         """Return an optimizer of the policy."""
         optimizer = TrustRegionOptimizer(self.policy.parameters(), **{"lr": 1.0, **settings})
-        optimizer._engine_choices["parts"].refusal = self.refused
+        learned(optimizer.param_groups[0])["parts"]["refusal"] = self.refused
         return optimizer
 
     def proven_optimizer(self, **settings: Any) -> TrustRegionOptimizer:
         """Return an optimizer as after its first step, which compares products with others."""
         optimizer = self.optimizer(**settings)
-        for choice in optimizer._engine_choices.values():
-            choice.proven = True
+        for choice in learned(optimizer.param_groups[0]).values():
+            choice["proven"] = True
         return optimizer
 
     def vector(self) -> Tensor:

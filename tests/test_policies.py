@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.engine_choice import EngineChoice
+from trpo_optim.curvature.engine_choice import nothing_learned
 from trpo_optim.curvature.local_model import second_order
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
@@ -71,11 +71,12 @@ def exact_engines(setting: Setting, tolerance: float = 1e-6) -> tuple[str, str]:
         with Transaction(vector) as transaction:
             transaction.begin()
             closure = functools.partial(setting.closure, third=letter == "G")
-            choice = EngineChoice(refusal="another engine is tried" if letter == "D" else "")
+            choice = nothing_learned()
+            choice["refusal"] = "another engine is tried" if letter == "D" else ""
             model = second_order(Objective(closure, vector, transaction), choice)
             product = model.product(direction)
-        if letter == "F" and choice.refusal:
-            refusal = choice.refusal
+        if letter == "F" and choice["refusal"]:
+            refusal = choice["refusal"]
             assert model.engine == "double backward"
             continue
         assert model.engine == engine, model.fallback

@@ -16,7 +16,7 @@ from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector, require_real, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
-from trpo_optim.curvature.engine_choice import no_choices
+from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.distributed.collectives import (
     GROUP_DESTROYED,
     GROUP_NOT_COPIED,
@@ -119,7 +119,6 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     ) -> None:
         require_all_parameters()
         self.process_group = process_group
-        self._engine_choices = no_choices()
         self._lr_given = lr is not None
         defaults = Hyperparameters(
             mode=mode,
@@ -261,7 +260,6 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
-        self.__dict__.setdefault("_engine_choices", no_choices())
         Hyperparameters.complete(self.param_groups, self.defaults)
 
     def _prepared(
@@ -277,7 +275,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             settings, vector = self._settings(), ParameterVector(trainable(self.param_groups))
             transaction = Transaction(vector)
             closures = collected(closure, weights, curvature, shared=shared)
-            choices = self._engine_choices
+            choices = learned(self.param_groups[0])
             batch = Batch(closures, vector, transaction, choices) if closures.parts else None
             return Ready(settings, vector, transaction, closures, batch)
 

@@ -99,7 +99,7 @@ def test_a_lack_of_memory_is_no_refusal(third: bool) -> None:
     optimizer = problem.optimizer()
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step(closure)
-    assert optimizer._engine_choices["parts"].refusal == ""
+    assert optimizer.param_groups[0]["engines"]["parts"]["refusal"] == ""
 
 
 def draws(problem: Problem) -> None:

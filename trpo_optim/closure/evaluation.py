@@ -47,6 +47,10 @@ _OF_TRANSFORMS = (
 """What torch says where a transform of torch.func is in the way."""
 
 
+_NO_GRAPH = "does not require grad"
+"""What torch says where a closure differentiates inside itself, and gradients are off."""
+
+
 class Objective:
     """A closure that can be evaluated at stand-ins for the parameters, with a graph, or displaced.
 
@@ -88,7 +92,7 @@ class Objective:
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
-        self._recurrent = self._random = False
+        self._recurrent = self._random = self._differentiates = False
 
     def at(self, *twins: Tensor) -> Values:
         """Evaluate with each parameter replaced by its twin, wherever it is used.
@@ -168,6 +172,8 @@ class Objective:
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph.
 
+        Gradients are off, unless the closure takes one itself.
+
         A ``torch.distributions`` object that refuses its arguments there counts as NaN, and so does
         a factorisation that fails: that is what an overflow looks like to them.
 
@@ -177,14 +183,27 @@ class Objective:
         Raises:
             ValueError: Whatever else the closure raises.
         """
-        self.rewind()
         try:
-            seen = {without_cudnn: self._recurrent, uncompiled: self._random}
-            values = self._evaluate(*(switch() for switch, needed in seen.items() if needed))
+            return self._without_graph()
         except Exception as error:
             if not _is_overflow(error):
                 raise
             return Numbers(math.nan, math.nan)
+
+    def _without_graph(self) -> Numbers:
+        seen = {
+            without_cudnn: self._recurrent,
+            uncompiled: self._random,
+            torch.enable_grad: self._differentiates,
+        }
+        self.rewind()
+        try:
+            values = self._evaluate(*(context() for context, needed in seen.items() if needed))
+        except RuntimeError as error:
+            if self._differentiates or _NO_GRAPH not in str(error):
+                raise
+            self._differentiates = True
+            return self._without_graph()
         return values.numbers()
 
     def _watch(self, twins: dict[int, Tensor]) -> Watch:
@@ -197,6 +216,7 @@ class Objective:
         finally:
             watch.remove()
             self._recurrent |= watch.recurrent
+            self._differentiates |= watch.differentiates
 
     def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
         self.evaluations += 1

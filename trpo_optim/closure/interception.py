@@ -74,6 +74,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         recurrent: Whether a recurrence was run.
+        differentiates: Whether the closure took a gradient itself.
         failure: What a torch call raised last, or None.
         drew: Whether a torch call moved the random state, while there were twins.
     """
@@ -86,6 +87,7 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.recurrent = False
+        self.differentiates = False
         self.failure: Exception | None = None
         self.drew = False
         self._paused = False
@@ -142,7 +144,8 @@ class Watch(TorchFunctionMode):
             func = Tensor.detach
         elif self._twins and (reason := _REFUSED.get(func)) is not None:
             raise RefusedError(reason)
-        elif self._twins and func is torch.autograd.grad and _of_outsiders(*args, **keywords):
+        self.differentiates |= func is torch.autograd.grad
+        if self._twins and func is torch.autograd.grad and _of_outsiders(*args, **keywords):
             raise RefusedError("the closure differentiates with respect to a tensor from outside")
         if func is torch_private.weight_norm:
             func = weight_norm

@@ -105,7 +105,7 @@ class Batch:
 
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
-        return not self._choice.proven
+        return not self._choice["proven"]
 
     def prove(self, flaw: str) -> None:
         """Note that products have been compared with finite differences.
@@ -113,7 +113,7 @@ class Batch:
         Args:
             flaw: Why finite differences are to serve in all further steps, or empty.
         """
-        self._choice.proven, self._choice.flaw = True, flaw
+        self._choice["proven"], self._choice["flaw"] = True, flaw
 
     @property
     def _choice(self) -> EngineChoice:

@@ -7,18 +7,23 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 from trpo_optim.closure.evaluation import Objective
 
-__all__ = ["EngineChoice", "no_choices", "seems_to_return_three"]
+__all__ = [
+    "EngineChoice",
+    "learn",
+    "learned",
+    "nothing_learned",
+    "seems_to_return_three",
+    "torch_func_first",
+]
 
 
-@dataclass
-class EngineChoice:
-    """What an optimizer has learned of its closures, for as long as the optimizer lives.
+class EngineChoice(TypedDict):
+    """What an optimizer has learned of its closures; plain values, which ``state_dict`` saves.
 
     Attributes:
         third: Whether the last closure returned a third value; None until one was evaluated.
@@ -27,37 +32,53 @@ class EngineChoice:
         proven: Whether products have been compared with finite differences.
     """
 
-    third: bool | None = None
-    refusal: str = ""
-    flaw: str = ""
-    proven: bool = False
-
-    def torch_func_first(self, objective: Objective) -> bool:
-        """Return whether ``torch.func`` is to evaluate a closure.
-
-        Args:
-            objective: The closure. What it returned in this step counts before what others did.
-        """
-        third = self.third if objective.third is None else objective.third
-        if third is None:
-            third = seems_to_return_three(objective.closure)
-        return not (self.refusal or third)
-
-    def learn(self, objective: Objective, *, third: bool, refusal: str) -> None:
-        """Keep what an evaluation has shown.
-
-        Args:
-            objective: The closure that was evaluated.
-            third: Whether it returned a third value.
-            refusal: Why ``torch.func`` does not serve, or empty.
-        """
-        objective.third = self.third = third
-        self.refusal = refusal
+    third: bool | None
+    refusal: str
+    flaw: str
+    proven: bool
 
 
-def no_choices() -> dict[str, EngineChoice]:
-    """Return what a new optimizer knows of the parts of its batch and of its curvature."""
-    return {"parts": EngineChoice(), "curvature": EngineChoice()}
+def nothing_learned() -> EngineChoice:
+    """Return what is known of closures that were never evaluated."""
+    return {"third": None, "refusal": "", "flaw": "", "proven": False}
+
+
+def learned(group: dict[str, Any]) -> dict[str, EngineChoice]:
+    """Return what an optimizer knows of the parts of its batch and of its curvature's closure.
+
+    Args:
+        group: One of ``param_groups``, in which it is kept as ``"engines"``.
+    """
+    known: dict[str, EngineChoice] = group.setdefault(
+        "engines", {"parts": nothing_learned(), "curvature": nothing_learned()}
+    )
+    return known
+
+
+def torch_func_first(choice: EngineChoice, objective: Objective) -> bool:
+    """Return whether ``torch.func`` is to evaluate a closure.
+
+    Args:
+        choice: What is known.
+        objective: The closure. What it returned in this step counts before what others did.
+    """
+    third = choice["third"] if objective.third is None else objective.third
+    if third is None:
+        third = seems_to_return_three(objective.closure)
+    return not (choice["refusal"] or third)
+
+
+def learn(choice: EngineChoice, objective: Objective, *, third: bool, refusal: str) -> None:
+    """Keep what an evaluation has shown.
+
+    Args:
+        choice: What is known; updated.
+        objective: The closure that was evaluated.
+        third: Whether it returned a third value.
+        refusal: Why ``torch.func`` does not serve, or empty.
+    """
+    objective.third = choice["third"] = third
+    choice["refusal"] = refusal
 
 
 def seems_to_return_three(closure: Callable[[], Any]) -> bool:

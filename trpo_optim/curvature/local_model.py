@@ -23,7 +23,12 @@ from trpo_optim.curvature.autograd_graph import (
     require_kl_reaches_all,
 )
 from trpo_optim.curvature.double_backward import by_double_backward
-from trpo_optim.curvature.engine_choice import EngineChoice
+from trpo_optim.curvature.engine_choice import (
+    EngineChoice,
+    learn,
+    nothing_learned,
+    torch_func_first,
+)
 from trpo_optim.curvature.first_derivatives import gradient_of
 from trpo_optim.curvature.gauss_newton import gauss_newton
 from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func, obstacle
@@ -127,49 +132,49 @@ def second_order(
         TrustRegionError: If the closure is misused.
         RuntimeError: Whatever the closure itself raises.
     """
-    choice = EngineChoice() if choice is None else choice
+    choice = nothing_learned() if choice is None else choice
     with objective.differentiable():
         model = _second_order(objective, choice, gradient=gradient)
-        if not (choice.proven or choice.flaw):
+        if not (choice["proven"] or choice["flaw"]):
             try:
                 model.product(torch.ones_like(objective.vector.current()))
             except _RefusedProductError as error:
-                choice.flaw = str(error)
-                return _without_products(objective, choice.flaw, gradient=gradient)
+                choice["flaw"] = str(error)
+                return _without_products(objective, choice["flaw"], gradient=gradient)
     return model
 
 
 def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool) -> LocalModel:
-    if choice.flaw:
-        return _without_products(objective, choice.flaw, gradient=gradient)
+    if choice["flaw"]:
+        return _without_products(objective, choice["flaw"], gradient=gradient)
     vector = objective.vector
     hindered = obstacle(vector.parameters)
-    refusal = choice.refusal
-    if first := not hindered and choice.torch_func_first(objective):
+    refusal = choice["refusal"]
+    if first := not hindered and torch_func_first(choice, objective):
         try:
-            found = by_torch_func(objective, gradient=gradient, unproven=not choice.proven)
+            found = by_torch_func(objective, gradient=gradient, unproven=not choice["proven"])
         except ThirdValueError:
             pass
         except RefusedError as error:
             refusal = str(error)
         else:
-            choice.learn(objective, third=False, refusal="")
+            learn(choice, objective, third=False, refusal="")
             return _model(objective, *found, "torch.func", NO_THIRD_VALUE)
     started = now()
     values = objective.with_graph()
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
-    choice.learn(objective, third=values.third is not None, refusal=refusal)
+    learn(choice, objective, third=values.third is not None, refusal=refusal)
     if not (first or hindered or refusal or objective.third):  # it was expected to return three
         return _second_order(objective, choice, gradient=gradient)
     loss = values.loss if gradient else None
     wanted = [values.kl] if loss is None else [loss, values.kl]
     if not require_attached(wanted, vector.parameters, started):
-        choice.flaw = (
+        choice["flaw"] = (
             "the graph shows none of the parameters: an autograd.Function hides them, as a "
             "checkpoint with use_reentrant=True does"
         )
-        return _without_products(objective, choice.flaw, gradient=gradient)
-    if loss is not None and not choice.proven:
+        return _without_products(objective, choice["flaw"], gradient=gradient)
+    if loss is not None and not choice["proven"]:
         require_kl_reaches_all(loss, values.kl, vector.parameters)
     if values.third is None:
         refusal = (
@@ -186,8 +191,8 @@ def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool)
     else:
         made = by_double_backward(loss, values.kl, objective)
     if isinstance(made, str):
-        choice.flaw = f"torch cannot differentiate the closure twice: {made}"
-        return _without_products(objective, choice.flaw, gradient=gradient)
+        choice["flaw"] = f"torch cannot differentiate the closure twice: {made}"
+        return _without_products(objective, choice["flaw"], gradient=gradient)
     return _model(objective, values, *made, "double backward", fallback)
 
 
