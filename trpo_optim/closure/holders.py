@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LONGEST", "holders", "is_plain_object"]
+__all__ = ["LONGEST", "attributes", "holders", "is_plain_object"]
 
 LONGEST = 1000
 """Lists and dicts with more entries hold data, not a policy."""
@@ -60,15 +60,31 @@ def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Ite
         queue.extend(children)
 
 
+def attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of a plain object, without running any code of its class.
+
+    Args:
+        value: With a ``__dict__``, which is returned itself, or with slots alone.
+    """
+    if hasattr(value, "__dict__"):
+        return vars(value)
+    slots = {
+        name: slot
+        for kind in type(value).__mro__
+        for name, slot in vars(kind).items()
+        if isinstance(slot, types.MemberDescriptorType)
+    }
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)}
+
+
 def is_plain_object(value: Any) -> bool:
-    """Return whether a value is an object of a class that keeps its attributes in a dict.
+    """Return whether a value is an object of somebody's class.
 
     Args:
         value: No module, function, class or container counts.
     """
     return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (*_VALUES, nn.Module, torch.optim.Optimizer, Mapping, Sequence))
+        not isinstance(value, (*_VALUES, nn.Module, torch.optim.Optimizer, Mapping, Sequence))
         and not isinstance(value, types.FunctionType | types.MethodType | types.ModuleType)
         and not _is_foreign(type(value).__module__)
     )
@@ -96,8 +112,7 @@ def _children(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value if len(value) <= LONGEST else ()
     elif isinstance(value, nn.Module) or is_plain_object(value):
-        yield from vars(value).values()
-        yield from _in_slots(value)
+        yield from attributes(value).values()
         yield vars(type(value)).get("__call__")
 
 
@@ -129,13 +144,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
-
-
-def _in_slots(value: Any) -> Iterator[Any]:
-    for kind in type(value).__mro__:
-        for name in vars(kind).get("__slots__", ()):
-            if isinstance(vars(kind).get(name), types.MemberDescriptorType):
-                yield getattr(value, name, None)
 
 
 def _is_foreign(module: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -55,7 +56,7 @@ class _NodeWithoutHooks:
 
 def _not_registered(*_arguments: Any, **_options: Any) -> RemovableHandle:
     """Stand in for the registration of a hook: it changes neither the loss nor the KL."""
-    return RemovableHandle({})
+    return RemovableHandle(OrderedDict())
 
 
 class Watch(TorchFunctionMode):

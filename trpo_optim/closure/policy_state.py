@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trpo_optim.closure.dtensor import local
-from trpo_optim.closure.holders import LONGEST, holders, is_plain_object
+from trpo_optim.closure.holders import LONGEST, attributes, holders, is_plain_object
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
@@ -59,7 +59,7 @@ class PolicyState:
             elif isinstance(holder, dict | list | tuple | deque):
                 self._hold(holder, type(holder).__name__)
             else:
-                self._hold(vars(holder), type(holder).__name__)
+                self._hold(attributes(holder), type(holder).__name__)
 
     def hold_running(self, module: nn.Module) -> None:
         """Remember a module that is about to run, unless it is known.
@@ -129,7 +129,7 @@ class PolicyState:
                 if value and depth < _DEEPEST:
                     self._hold(value, f"{name}.{key}", depth=depth + 1)
             elif depth == 0 and is_plain_object(value):
-                self._hold(vars(value), f"{name}.{key}", depth=_DEEPEST)
+                self._hold(attributes(value), f"{name}.{key}", depth=_DEEPEST)
         if bound and not isinstance(entries, tuple) and (tensors or "training" in numbers):
             self._places.append(_Place(entries, tensors, numbers))
 
@@ -216,7 +216,7 @@ class _Content:
                     "it a buffer, or write it outside the closure."
                 )
             return False
-        if written and not _is_same_memory(local(self.tensor), self._data):
+        if not _is_same_memory(local(self.tensor), self._data):  # resized, or given other memory
             self.tensor.data = self._data
         if self._memory.device.type == "cpu" and self._memory.layout == torch.strided:
             if torch.equal(self._memory, self._copy):

@@ -1,0 +1,407 @@
+"""What belongs to the policy is put back, however it is written; what a closure logs stays."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from problems import CategoricalPolicy, Problem, gaussian
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution
+
+from trpo_optim import StepReport, TrustRegionError, TrustRegionOptimizer
+
+LIBRARY = torch.library.Library("trpo_optim_tests_state", "DEF")
+LIBRARY.define("tally(Tensor(a!) x) -> ()")
+LIBRARY.impl("tally", lambda x: x.add_(1).sum().item() and None, "CPU")
+
+
+class Stateful(nn.Module):
+    """A layer that keeps statistics in every way, and writes them in one of them."""
+
+    tallied: Tensor
+    bound: Tensor
+
+    def __init__(self, write: Callable[[Stateful, Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.register_buffer("tallied", torch.zeros(2))
+        self.register_buffer("bound", torch.zeros(2))
+        self.plain = torch.zeros(2)
+        self.count = 0
+        self.named = {"mean": torch.zeros(2), "nested": [torch.zeros(2)]}
+        self.recent = deque([torch.zeros(2)], maxlen=3)
+        self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.expanded = torch.zeros(1).expand(2)
+        self.generator = torch.Generator().manual_seed(3)
+        self.helper = Helper()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self, x)
+        return x
+
+    def state(self) -> list[Any]:
+        """Return all that a step must leave alone."""
+        return [
+            self.tallied.tolist(),
+            self.bound.tolist(),
+            self.plain.tolist(),
+            self.count,
+            self.named["mean"].tolist(),  # type: ignore[attr-defined]  # a tensor
+            self.named["nested"][0].tolist(),
+            self.recent[0].tolist(),
+            self.frozen.tolist(),
+            self.expanded.tolist(),
+            self.generator.get_state().tolist(),
+            self.helper.mean.tolist(),
+            self.training,
+        ]
+
+
+class Helper:
+    """No module."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(2)
+
+
+def rebound(layer: Stateful, x: Tensor) -> None:
+    layer.plain = 0.9 * layer.plain + x.detach().mean()
+    layer.count += len(x)
+
+
+def rebound_item(layer: Stateful, x: Tensor) -> None:
+    layer.named["mean"] = layer.named["mean"] + x.detach().mean()  # type: ignore[operator]  # a tensor
+
+
+def only_without_gradients(layer: Stateful, x: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        layer.tallied += len(x)
+        layer.plain += 1
+
+
+def drawing(layer: Stateful, x: Tensor) -> None:
+    layer.plain.copy_(torch.rand(2, generator=layer.generator))
+
+
+def into_numpy(layer: Stateful, x: Tensor) -> None:
+    layer.tallied.numpy()[0] += 1
+
+
+def resized(layer: Stateful, x: Tensor) -> None:
+    layer.plain.set_(torch.ones(3))
+
+
+WRITES: dict[str, Callable[[Stateful, Tensor], object]] = {
+    "in place": lambda layer, x: layer.tallied.add_(1),
+    "through .data": lambda layer, x: layer.tallied.data.add_(1),
+    "by an operator of a library": lambda layer, x: torch.ops.trpo_optim_tests_state.tally(
+        layer.tallied
+    ),
+    "many at once": lambda layer, x: torch._foreach_add_([layer.tallied, layer.bound], 1),
+    "through NumPy": into_numpy,
+    "a buffer replaced": lambda layer, x: setattr(layer, "bound", layer.bound + 1),
+    "a buffer replaced in its dict": lambda layer, x: layer._buffers.update(bound=torch.ones(2)),
+    "an attribute": lambda layer, x: layer.plain.add_(1),
+    "an attribute and its count": rebound,
+    "an attribute of other memory": resized,
+    "an item": rebound_item,
+    "an item, in place": lambda layer, x: layer.named["nested"][0].add_(1),
+    "an item of a deque": lambda layer, x: layer.recent[0].add_(1),
+    "a frozen parameter": lambda layer, x: layer.frozen.add_(1),
+    "one element that stands for two": lambda layer, x: layer.expanded[:1].add_(1),
+    "a helper's tensor": lambda layer, x: setattr(layer.helper, "mean", layer.helper.mean + 1),
+    "a generator": drawing,
+    "the mode": lambda layer, x: layer.eval(),
+    "only without gradients": only_without_gradients,
+}
+
+
+def stateful(name: str) -> tuple[Problem, Stateful]:
+    torch.manual_seed(0)
+    layer = Stateful(lambda *_: None)
+    network = nn.Sequential(nn.Linear(2, 3), layer, nn.Linear(3, 2))
+    problem = Problem(CategoricalPolicy(network), torch.randn(6, 2))
+    layer.write = WRITES[name]
+    return problem, layer
+
+
+@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
+@pytest.mark.parametrize("rejected", [False, True])
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("name", WRITES)
+def test_the_policys_state_is_put_back_after_every_evaluation(
+    name: str, third: bool, rejected: bool, mode: str
+) -> None:
+    problem, layer = stateful(name)
+    before = layer.state()
+    seen = []
+
+    def closure() -> Any:
+        seen.append(layer.state())
+        loss, kl, dist = problem.closure_with_dist()
+        if rejected and not torch.is_grad_enabled():
+            kl = kl * torch.nan
+        return (loss, kl, dist) if third else (loss, kl)
+
+    report = problem.optimizer(mode=mode).step(closure)
+    assert report.accepted is not rejected
+    assert len(seen) == report.closure_evaluations > 1
+    assert [*seen, layer.state()] == [before] * (len(seen) + 1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*reduce_range")
+def test_quantisation_aware_training_leaves_its_observers_where_they_were() -> None:
+    from torch.ao import quantization
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    network.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]  # torch's way
+    quantization.prepare_qat(network.train(), inplace=True)
+    problem = Problem(CategoricalPolicy(network), torch.randn(64, 4))
+    before = {name: each.clone() for name, each in network.named_buffers()}
+    report = problem.optimizer().step(problem.closure_with_dist)
+    assert isinstance(report, StepReport)
+    assert len(before) > 10
+    for name, each in network.named_buffers():
+        assert torch.equal(each, before[name]), name
+
+
+class Method(nn.Module):
+    """A policy that acts by a method, and counts in it before any of its modules runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.seen = torch.zeros(())
+
+    def act(self, x: Tensor) -> Distribution:
+        self.seen += 1
+        return Categorical(logits=self.body(x))
+
+
+class Agent:
+    """No module: parameters and statistics side by side."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.seen = torch.zeros(())
+
+    def act(self, x: Tensor) -> Distribution:
+        self.seen += 1
+        return Categorical(logits=x @ self.weight)
+
+
+class Slots:
+    """The same, in slots, and found through a dict."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = {"weight": nn.Parameter(torch.randn(4, 3)), "seen": torch.zeros(())}
+
+    @property
+    def seen(self) -> Tensor:
+        return self.held["seen"]
+
+    def act(self, x: Tensor) -> Distribution:
+        self.held["seen"] += 1
+        return Categorical(logits=x @ self.held["weight"])
+
+
+def parameters_of(policy: Any) -> list[Tensor]:
+    if isinstance(policy, nn.Module):
+        return list(policy.parameters())
+    return [policy.weight if isinstance(policy, Agent) else policy.held["weight"]]
+
+
+@pytest.mark.parametrize("make", [Method, Agent, Slots])
+@pytest.mark.parametrize("hidden", ["a variable", "a default", "an attribute", "a list"])
+def test_what_holds_a_parameter_is_found_wherever_the_closure_keeps_it(
+    make: Callable[[], Any], hidden: str
+) -> None:
+    torch.manual_seed(0)
+    policy, observations = make(), torch.randn(20, 4)
+    with torch.no_grad():
+        old = policy.act(observations)
+        actions = old.sample()
+    policy.seen.zero_()
+
+    def values(policy: Any) -> Any:
+        assert policy.seen == 0
+        dist = policy.act(observations)
+        ratio = (dist.log_prob(actions) - old.log_prob(actions)).exp()
+        return -(ratio * actions).mean(), torch.distributions.kl_divergence(old, dist).mean()
+
+    class Holder:
+        def __init__(self) -> None:
+            self.inner = {"policies": [policy]}
+
+        def closure(self) -> Any:
+            return values(self.inner["policies"][0])
+
+    listed = [[policy]]
+    closures: dict[str, Callable[[], Any]] = {
+        "a variable": lambda: values(policy),
+        "a default": lambda each=policy: values(each),
+        "an attribute": Holder().closure,
+        "a list": lambda: values(listed[0][0]),
+    }
+    assert TrustRegionOptimizer(parameters_of(policy)).step(closures[hidden]).accepted
+    assert policy.seen == 0
+
+
+class Normaliser(nn.Module):
+    """Statistics of the observations, outside of the policy."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean += 0.1 * (x.mean(0) - self.mean)
+        return x - self.mean
+
+
+def test_a_module_outside_of_the_policy_is_put_back_if_it_runs() -> None:
+    problem, normaliser = gaussian(), Normaliser()
+    observations = problem.observations
+    with torch.no_grad():
+        problem = Problem(problem.policy, normaliser(observations))
+    normaliser.mean.zero_()
+    seen = []
+
+    def closure() -> Any:
+        seen.append(normaliser.mean.tolist())
+        return problem.values(problem.policy(normaliser(observations)))
+
+    assert problem.optimizer().step(closure).accepted
+    assert [*seen, normaliser.mean.tolist()] == [[0.0] * 4] * (len(seen) + 1)
+
+
+def test_what_a_closure_logs_stays() -> None:
+    problem = gaussian()
+    kls = torch.zeros(50, dtype=torch.float64)
+    calls: list[float] = []
+    total = torch.zeros((), dtype=torch.float64)
+
+    class Metric(nn.Module):
+        """As a metric of torchmetrics that is updated by a method."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum, self.count = torch.zeros(()), 0
+
+        def update(self, value: Tensor) -> None:
+            self.sum += value.detach().abs().float() + 1
+            self.count += 1
+
+    metric = Metric()
+
+    def closure() -> Any:
+        loss, kl = problem.closure()
+        kls[len(calls)] = 1
+        calls.append(1.0)
+        total.add_(1)
+        metric.update(torch.ones(()))
+        return loss, kl
+
+    problem.refused = "a metric's own tensors may not be written within torch.func"
+    report = problem.optimizer().step(closure)
+    count = report.closure_evaluations
+    assert len(calls) == count
+    assert kls.sum() == total == metric.count == count
+    assert metric.sum == 2 * count
+
+
+def test_a_large_frozen_parameter_that_is_written_is_named() -> None:
+    problem = gaussian()
+    problem.policy.register_parameter(
+        "table", nn.Parameter(torch.zeros(2**19), requires_grad=False)
+    )
+
+    def closure() -> Any:
+        problem.policy.get_parameter("table")[0] += 1
+        return problem.closure()
+
+    before = problem.vector()
+    optimizer = TrustRegionOptimizer([each for each in problem.parameters() if each.requires_grad])
+    with pytest.raises(TrustRegionError, match=r"writes GaussianPolicy\.table, .* \(524288,\)"):
+        optimizer.step(closure)
+    assert torch.equal(problem.vector()[: len(before)][-2:], before[-2:])
+
+
+def clamped(write: Callable[[nn.Parameter], object]) -> Problem:
+    problem = gaussian()
+    log_std = problem.policy.get_parameter("log_std")
+    with torch.no_grad():
+        log_std.fill_(0.3)
+        problem = Problem(problem.policy, problem.observations)
+    inner = problem.policy.forward
+
+    def forward(x: Tensor) -> Any:
+        write(log_std)
+        return inner(x)
+
+    problem.policy.forward = forward  # type: ignore[method-assign]  # of this one alone
+    return problem
+
+
+def by_no_grad(log_std: nn.Parameter) -> None:
+    with torch.no_grad():
+        log_std.clamp_(-5, 0.31)
+
+
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("mode", ["trpo", "natural", "vanilla"])
+def test_a_parameter_clamped_through_data_takes_the_step_of_one_clamped_in_place(
+    mode: str, third: bool
+) -> None:
+    vectors = []
+    for write in (by_no_grad, lambda log_std: log_std.data.clamp_(-5, 0.31)):
+        problem = clamped(write)
+        start = problem.policy.get_parameter("log_std").clone()
+        closure = problem.closure_with_dist if third else problem.closure
+        assert problem.optimizer(mode=mode, max_kl=0.1).step(closure).accepted
+        moved = problem.policy.get_parameter("log_std")
+        assert not torch.equal(moved, start)
+        with torch.no_grad():
+            moved.clamp_(-5, 0.31)
+        vectors.append(problem.vector())
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-9, atol=1e-12)
+
+
+class Drawing(torch.autograd.Function):
+    """The identity, whose backward draws, as a thread that samples between evaluations would."""
+
+    drawn: ClassVar[list[float]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 1 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        Drawing.drawn.append(torch.rand(()).item())
+        return grads[0]
+
+
+def test_a_generator_that_no_evaluation_moves_is_not_touched() -> None:
+    problem = gaussian()
+    Drawing.drawn.clear()
+
+    def closure() -> Any:
+        loss, kl = problem.values(problem.policy(Drawing.apply(1 * problem.observations)))
+        return loss, Drawing.apply(kl)
+
+    problem.refused = "the function has no setup_context"
+    state = torch.get_rng_state()
+    assert problem.optimizer().step(closure).accepted
+    assert len(Drawing.drawn) > 2
+    torch.set_rng_state(state)
+    assert [torch.rand(()).item() for _ in Drawing.drawn] == Drawing.drawn
