@@ -51,7 +51,7 @@ problems_and_modes = pytest.mark.parametrize(
 
 @dataclass
 class Faulty:
-    """A closure that changes what it returns at its n-th call."""
+    """A closure that changes what it returns at its n-th call; at every one where n is 0."""
 
     problem: Problem
     change: Change
@@ -61,7 +61,7 @@ class Faulty:
     def __call__(self) -> object:
         self.calls += 1
         values = self.problem.closure()
-        return self.change(*values) if self.calls == self.at else values
+        return self.change(*values) if self.at in (0, self.calls) else values
 
 
 def step(problem: Problem, mode: str, change: Change, at: int) -> tuple[StepReport, int]:

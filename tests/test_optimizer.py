@@ -62,13 +62,13 @@ def test_schedulers_drive_the_length_of_the_step(
     make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], mode: str
 ) -> None:
     problem = gaussian()
-    optimizer = problem.optimizer(mode=mode, max_kl=1e-4)
+    optimizer = problem.proven_optimizer(mode=mode, max_kl=1e-4)
     scheduler = make(optimizer)
     rates = set()
     for _ in range(4):
         rate = optimizer.param_groups[0]["lr"]
         twin = Problem(copy.deepcopy(problem.policy), problem.observations, problem.seed)
-        by_hand = twin.optimizer(mode=mode, max_kl=1e-4, lr=rate).step(twin.closure)
+        by_hand = twin.proven_optimizer(mode=mode, max_kl=1e-4, lr=rate).step(twin.closure)
         report = optimizer.step(problem.closure)
         assert report == by_hand
         assert report.accepted

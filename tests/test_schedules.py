@@ -61,7 +61,7 @@ def test_a_length_that_a_schedule_brings_to_zero_is_an_outcome(
     name: str, settings: dict[str, Any], value: float, dtype: torch.dtype
 ) -> None:
     problem = gaussian(dtype=dtype)
-    optimizer = problem.optimizer(**settings)
+    optimizer = problem.proven_optimizer(**settings)
     optimizer.param_groups[0][name] = value
     before = Snapshot.of(problem.policy)
 

@@ -243,6 +243,7 @@ class Hooked(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore:Some parameters have hooks")
 @pytest.mark.parametrize("mode", ["trpo", "natural", "vanilla"])
 @pytest.mark.parametrize("third", [False, True])
 @pytest.mark.parametrize("kind", ["parameter", "accumulated", "tensor", "node", "module"])
@@ -263,6 +264,14 @@ def test_hooks_change_no_step(kind: str, third: bool, mode: str) -> None:
     if kind == "parameter":
         assert all(float(each.grad.abs().max()) <= 1e-3 for each in hooked.parameters())  # type: ignore[union-attr]  # after backward
     assert bool(called) is (kind == "accumulated")
+
+
+def test_hooks_that_are_not_called_are_said() -> None:
+    problem = gaussian()
+    problem.parameters()[0].register_hook(lambda grad: grad)
+    with pytest.warns(UserWarning, match="does not call them.*multiply it by a mask") as caught:
+        problem.optimizer().step(problem.closure)
+    assert caught[0].filename == __file__
 
 
 def test_an_odd_number_of_parameters_before_complex_ones_is_differentiated() -> None:

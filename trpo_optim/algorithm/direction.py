@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,12 +28,14 @@ class Direction:
         fallback: Why no better engine did, or empty.
         image: The product with the gradient's unit vector, shape (n,); None if it is to be taken on
             trust.
+        safe: Whether the closure gave numbers wherever it was evaluated.
     """
 
     solution: Solution
     engine: str
     fallback: str
     image: Tensor | None = None
+    safe: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class DirectionSolver:
             self._precision(model),
             model.kl_resolution,
         )
+        if math.isnan(apart):
+            return replace(direction, safe=False)
         flaw = ""
         if apart > 0:
             flaw = (

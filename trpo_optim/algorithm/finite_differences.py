@@ -119,7 +119,7 @@ def disagreement(
 
     Returns:
         The difference, relative to the product by finite differences. 0: there is none, or none
-        that can be trusted.
+        that can be trusted. NaN: the closure gave no number at a point near by.
     """
     if precision > _COARSEST:
         return 0.0
@@ -132,6 +132,8 @@ def disagreement(
     central = (ahead - behind) / (2 * length)
     uneven = (ahead + behind - 2 * origin) / (2 * length)
     size, crooked = float(central.norm()), float(uneven.norm())
+    if not math.isfinite(size + crooked):
+        return math.nan
     bend = float(unit @ central)
     measured = (kl_ahead + kl_behind - 2 * kl) / length**2
     rounding = 4 * kl_resolution / length**2
@@ -164,13 +166,10 @@ def _displaced(
     for tries in range(_MOST_TRIES):
         kl, there = slope(unit, length)
         made = 0.5 * length * float(unit @ (there - origin))
-        if not math.isfinite(made):
-            factor = 0.1
-        else:
-            factor = 10.0 if made <= 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
+        factor = 10.0 if not made > 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
         fits = window[0] * target <= made <= window[1] * target
         flat = length == longest and factor > 1
-        if fits or flat or tries == _MOST_TRIES - 1:
+        if fits or flat or not math.isfinite(made) or tries == _MOST_TRIES - 1:
             break
         length = min(factor * length, longest)
     return length, kl, there

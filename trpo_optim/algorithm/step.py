@@ -79,6 +79,8 @@ def take_step(
         if flaw is Outcome.NON_POSITIVE_CURVATURE:
             _require_moving_kl(batch, parameters, model)
         return flaw
+    if not solved.safe:
+        return Outcome.NON_FINITE_TRIAL
 
     length = mode.length(settings, gradient_norm, direction.curvature)
     step = length * direction.x

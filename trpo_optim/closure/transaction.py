@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -26,6 +27,12 @@ __all__ = ["HIDDEN", "Transaction"]
 
 HIDDEN = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 """What a derivative must neither add to nor call, by attribute of a parameter."""
+
+_HOOKS_NOT_CALLED = (
+    "Some parameters have hooks on their gradients. A step does not call them, since they change "
+    "neither the loss nor the KL. To hold a part of a parameter where it is, multiply it by a mask "
+    "inside the closure."
+)
 
 
 class Transaction:
@@ -90,6 +97,8 @@ class Transaction:
         differentiable.hold(self)
         self._policy.hold_what_has_parameters(closures)
         self._hooks.append(register_module_buffer_registration_hook(self._remember_replaced))
+        if any(name == "_backward_hooks" and value for _, name, value in self._hidden):
+            warnings.warn(_HOOKS_NOT_CALLED, stacklevel=4)
         for parameter, name, value in self._hidden:
             if value is not None:
                 setattr(parameter, name, None)

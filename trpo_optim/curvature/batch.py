@@ -96,7 +96,7 @@ class Batch:
         total, gradient = 0.0, None
         for weight, part in own or zip(self._weights, self._parts, strict=True):
             with blaming(part.name):
-                kl, share = slope(part)
+                kl, share = slope(part, loss=own is None)
             total += weight * kl
             share.mul_(weight)
             gradient = share if gradient is None else gradient.add_(share)

@@ -93,21 +93,21 @@ def first_order(objective: Objective) -> LocalModel:
     return _model(objective, values, gradient, _no_product, "autograd")
 
 
-def slope(objective: Objective) -> tuple[float, Tensor]:
+def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     """Return a closure's KL, in nats, and its gradient where the parameters now are, shape (n,).
 
     Args:
         objective: The closure.
+        loss: Whether its loss is used, and so is to be a number.
 
     Returns:
-        The KL and the gradient; NaN where they overflow.
+        The KL and the gradient; NaN where the closure's values are no numbers.
     """
     with objective.differentiable():
         values = objective.with_graph_elsewhere()
-        if values is None:
+        if values is None or (loss and not math.isfinite(values.numbers().loss)):
             return math.nan, torch.full_like(objective.vector.current(), math.nan)
-        gradient = gradient_of(values.kl, objective)
-    return values.numbers().kl, gradient
+        return values.numbers().kl, gradient_of(values.kl, objective)
 
 
 def second_order(
