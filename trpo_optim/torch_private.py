@@ -36,10 +36,12 @@ from torch._compile import _disable_dynamo as never_compiled
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.distributions.kl import _dispatch_kl as kl_rule
 from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
+from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.overrides import _get_current_function_mode as current_mode
 from torch.overrides import _pop_mode as pop_mode
 
 __all__ = [
+    "InverseTransform",
     "OpOverload",
     "autograd_clock",
     "compiler_is_imported",

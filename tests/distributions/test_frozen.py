@@ -34,6 +34,28 @@ def test_log_probability_and_entropy_are_summed_over_parts() -> None:
     torch.testing.assert_close(log_prob(parts, moves), expected)
 
 
+def test_a_mask_says_which_dimensions_of_log_probabilities_are_the_batchs() -> None:
+    torch.manual_seed(0)
+    dist, actions = td.Normal(torch.zeros(4, 5, 3), 1.0), torch.randn(4, 5, 3)
+    each, mask = dist.log_prob(actions), torch.rand(4, 5) > 0.5
+    torch.testing.assert_close(log_prob(dist, actions, mask), each.sum(-1) * mask)
+    apart = torch.ones(4, 5, 3, dtype=torch.bool)
+    torch.testing.assert_close(log_prob(dist, actions, apart), each)
+    joint = log_prob((dist, dist), (actions, actions), torch.ones(4))
+    torch.testing.assert_close(joint, 2 * each.sum((1, 2)))
+
+
+def test_what_is_plain_needs_no_mask() -> None:
+    torch.manual_seed(0)
+    tokens = td.Categorical(logits=torch.randn(4, 5, 3))
+    chosen = tokens.sample()
+    torch.testing.assert_close(log_prob(tokens, chosen), tokens.log_prob(chosen))
+    scalar = td.Normal(torch.zeros(4), 1.0)
+    several = scalar.sample((6,))
+    torch.testing.assert_close(log_prob(scalar, several), scalar.log_prob(several))
+    torch.testing.assert_close(log_prob(td.Normal(0.0, 1.0), several), scalar.log_prob(several))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_frozen_copy_shares_neither_graph_nor_memory(name: str) -> None:
     torch.manual_seed(0)

@@ -145,6 +145,22 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: log_prob({"a": plain}, {"a": torch.zeros(4, 1)}),
         r"shape \(4, 1\), and one for each of Categorical has \(4,\)",
     ),
+    "log-probabilities of a vector action that is not joint": (
+        lambda: log_prob(td.Normal(one(64, 2), 1.0), one(64, 2)),
+        r"Normal has batch shape \(64, 2\) and no event.*Independent\(dist, 1\).*pass mask=",
+    ),
+    "log-probabilities of a part that is not joint": (
+        lambda: log_prob({"a": (td.Bernoulli(one(4, 2) / 2),)}, {"a": (one(4, 2),)}),
+        r"Bernoulli\['a'\]\[0\] has batch shape \(4, 2\) and no event shape",
+    ),
+    "log-probabilities with a mask of another shape": (
+        lambda: log_prob(td.Normal(one(4, 2), 1.0), one(4, 2), torch.ones(3)),
+        r"mask has shape \(3,\) and the batch \(4,\)",
+    ),
+    "a value beside the distribution": (
+        lambda: frozen((plain, torch.zeros(4))),
+        r"The policy is Tensor. It must be.*part \[1\] of what the policy returns: leave it out",
+    ),
     "no distribution": (lambda: frozen((plain, None)), "The policy is NoneType. It must be"),
     "no closed form of the entropy": (
         lambda: entropy(mixture(one(4, 4))),

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "an action's dimensions apart": (
         lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, ADVANTAGES),
-        r"log-probabilities have shape \(\d+, 1\) and there are \d+ rows.*Independent",
+        r"Normal has batch shape \(\d+, 1\) and no event shape.*Independent\(dist, 1\)",
     ),
     "an empty batch": (nothing_valid, "none of its rows is valid"),
     "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),

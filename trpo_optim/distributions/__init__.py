@@ -7,7 +7,7 @@ from trpo_optim.distributions.policy import (
     log_prob,
     mean_kl,
     sample,
-    sampled_kl,
 )
+from trpo_optim.distributions.sampled import sampled_kl
 
 __all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample", "sampled_kl"]

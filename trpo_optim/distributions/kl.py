@@ -21,7 +21,8 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from trpo_optim.distributions.parts import name_of, tensors
+from trpo_optim.distributions.constants import alike, learned
+from trpo_optim.distributions.parts import name_of, require_shapes
 from trpo_optim.distributions.precision import (
     at_least_single,
     for_kl,
@@ -69,6 +70,7 @@ def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
             f"The old policy{place} is {name_of(old)} and the new one {name_of(new)}: "
             "KL(old || new) needs one family."
         )
+    require_shapes(new)
     if (old.batch_shape, old.event_shape) != (new.batch_shape, new.event_shape):
         raise TrustRegionError(
             f"The old {name_of(old)}{place} has batch shape {tuple(old.batch_shape)} and event "
@@ -89,8 +91,7 @@ def _kl(old: Any, new: Any) -> Tensor:
     if isinstance(old, Categorical):
         return _categorical_kl(old, new)
     if isinstance(old, TransformedDistribution) and not _has_own_kl(old):
-        learned = (each.requires_grad for each in tensors(new.transforms, "_cached_x_y"))
-        if old.transforms != new.transforms or any(learned):
+        if learned(new.transforms) or not alike(old.transforms, new.transforms):
             raise NoClosedFormError(
                 f"The old and the new {name_of(old)} have different or learned transforms, so "
                 f"that their KL is not that of their bases. {_WITHOUT_CLOSED_FORM}"

@@ -12,13 +12,18 @@ from torch.distributions.transforms import Transform
 from torch.distributions.utils import lazy_property
 
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import InverseTransform
 
 __all__ = [
     "constant_transforms",
+    "inverses",
+    "is_single",
     "leaves",
     "made_of",
     "name_of",
     "paired",
+    "placed_leaves",
+    "require_shapes",
     "require_valid",
     "tensors",
 ]
@@ -26,20 +31,49 @@ __all__ = [
 
 def leaves(dist: Any) -> list[Distribution]:
     """Return the distributions that a policy is made of."""
-    if isinstance(dist, Distribution):
-        return [dist]
+    return [leaf for _, leaf in placed_leaves(dist)]
+
+
+def placed_leaves(dist: Any, place: str = "") -> Iterator[tuple[str, Distribution]]:
+    """Yield the distributions that a policy is made of, and where they are."""
+    if is_single(dist):
+        require_shapes(dist)
+        yield place, dist
+        return
     if not (isinstance(dist, Mapping) or _is_sequence(dist)):
+        within = f" It is part {place} of what the policy returns: leave it out." if place else ""
         raise TrustRegionError(
             f"The policy is {name_of(dist)}. It must be a torch.distributions.Distribution, or a "
-            "tuple or dict of these."
+            f"tuple or dict of these.{within}"
         )
-    parts = dist.values() if isinstance(dist, Mapping) else dist
-    return [leaf for part in parts for leaf in leaves(part)]
+    parts = dist.items() if isinstance(dist, Mapping) else enumerate(dist)
+    for name, part in parts:
+        yield from placed_leaves(part, f"{place}[{name!r}]")
+
+
+def is_single(dist: Any) -> bool:
+    """Return whether a policy is one distribution: no tuple, no dict, and none that is both."""
+    return isinstance(dist, Distribution) and not isinstance(dist, Mapping)
+
+
+def require_shapes(dist: Distribution) -> None:
+    """Check that a distribution says what shapes it has.
+
+    Raises:
+        TrustRegionError: If its class has not called the initialiser that keeps them.
+    """
+    try:
+        dist.batch_shape, dist.event_shape  # noqa: B018 (whether they can be asked for)
+    except AttributeError as error:
+        raise TrustRegionError(
+            f"{name_of(dist)} has no batch_shape and event_shape ({error}). Its __init__ must call "
+            "super().__init__(batch_shape, event_shape)."
+        ) from error
 
 
 def paired(left: Any, right: Any, name: str, place: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield the parts of two dicts or tuples side by side, and where they are."""
-    if isinstance(left, Mapping) and isinstance(right, Mapping) and left.keys() == right.keys():
+    if isinstance(left, Mapping) and _has_parts(right, left):
         for key in left:
             yield f"{place}[{key!r}]", left[key], right[key]
         return
@@ -51,6 +85,18 @@ def paired(left: Any, right: Any, name: str, place: str) -> Iterator[tuple[str, 
         f"The policy{place} is {name_of(left)} and the {name} {name_of(right)}: their parts do not "
         "fit."
     )
+
+
+def _has_parts(value: Any, names: Mapping[Any, Any]) -> bool:
+    """Return whether a value has parts of these names, and if it is a plain dict, no others."""
+    if isinstance(value, dict):
+        return value.keys() == names.keys()
+    if not isinstance(value, Mapping):
+        return False
+    try:  # a TensorDict finds nested ones by a tuple of names, and may hold more than the actions
+        return all(value[name] is not None for name in names)
+    except KeyError:
+        return False
 
 
 def _is_sequence(value: Any) -> bool:
@@ -67,15 +113,29 @@ def made_of(dist: Distribution) -> Iterator[Distribution]:
 
 def tensors(value: Any, without: str = "") -> Iterator[Tensor]:
     """Yield the tensors that make up a policy, but for those under one attribute's name."""
+    return (each for each in _held(value, without) if isinstance(each, Tensor))
+
+
+def inverses(value: Any) -> list[Transform]:
+    """Return the inverted transforms of a policy, inner ones first."""
+    found: list[Transform] = [
+        each for each in _held(value, "") if isinstance(each, InverseTransform)
+    ]
+    return found[::-1]
+
+
+def _held(value: Any, without: str) -> Iterator[Any]:
+    """Yield what makes up a policy, outer parts first."""
     stack, seen = [value], set[int]()
     while stack:
         each = stack.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
+        yield each
         if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, Distribution | Transform | nn.Module):
+            continue
+        if isinstance(each, Distribution | Transform | nn.Module):
             stack.extend(part for name, part in vars(each).items() if name != without)
         elif isinstance(each, Mapping):
             stack.extend(each.values())

@@ -8,23 +8,32 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Categorical, Distribution
 
+from trpo_optim.distributions.joint import (
+    batch_dims_within,
+    over_action,
+    require_plain,
+    summed,
+)
 from trpo_optim.distributions.kl import kl_of_family
 from trpo_optim.distributions.masks import checked_mask, masked_mean, require_fit
 from trpo_optim.distributions.parts import (
     constant_transforms,
+    inverses,
+    is_single,
     leaves,
     made_of,
     name_of,
     paired,
+    require_shapes,
     require_valid,
     tensors,
 )
 from trpo_optim.distributions.precision import at_least_single, widened
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample", "sampled_kl"]
+__all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample"]
 
 PolicyT = TypeVar("PolicyT", bound="Distribution | Mapping[str, Any] | Sequence[Any]")
 """A distribution, or a dict or tuple of independent ones: one for each part of the action."""
@@ -84,93 +93,32 @@ def joint_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
     return kl[counted]
 
 
-def sampled_kl(
-    old_log_prob: Tensor,
-    new_log_prob: Tensor,
-    mask: Tensor | None = None,
-    *,
-    low_variance: bool = False,
-) -> Tensor:
-    """Estimate the batch mean of KL(old ‖ new) on actions that the old policy drew, in nats.
-
-    For policies whose KL has no closed form: mixtures, normalising flows. With r = π_new/π_old, the
-    plain estimator is the mean of −ln r; the other one the mean of r − 1 − ln r. Both are without
-    bias, since r has the mean 1 under the old policy. A small step's KL is about var(ln r)/2, which
-    the plain one estimates with standard deviation √(2 KL/N): it may come out negative, which
-    counts as within the radius. The other one is never negative and its variance of higher order in
-    the step, but it is heavy-tailed once r is far from 1.
-
-    The derivatives of either are those of r − 1 − ln r. Its Hessian where both policies are one is
-    the Fisher matrix by the score, the mean of ∇ln π ∇ln πᵀ over the batch: positive
-    semi-definite whatever the sample, which the plain estimator's own Hessian is not.
-
-    Args:
-        old_log_prob: ln π_old of the batch's actions, without a graph.
-        new_log_prob: ln π_new of the same; best returned as the closure's third value, too.
-        mask: True where an element counts, of the same shape. None: all count.
-        low_variance: Whether to take r − 1 − ln r.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        TrustRegionError: If the shapes differ, the old ones carry a graph, or the mask does not
-            fit.
-
-    Source:
-        Schulman, "Approximating KL divergence" (2020), joschu.net/blog/kl-approx.html.
-    """
-    if old_log_prob.shape != new_log_prob.shape:
-        raise TrustRegionError(
-            f"The old log-probabilities have shape {tuple(old_log_prob.shape)} and the new ones "
-            f"{tuple(new_log_prob.shape)}. Take both of the same actions, one number for each."
-        )
-    if old_log_prob.requires_grad:
-        raise TrustRegionError(
-            "The old log-probabilities carry a graph. Compute them under no_grad before the step, "
-            "and pass them first, the new ones second."
-        )
-    counted = None if mask is None else checked_mask(mask)
-    old_log_prob, new_log_prob = (
-        widened(each, torch.float32) for each in (old_log_prob, new_log_prob)
-    )
-    log_ratio = new_log_prob - old_log_prob
-    if counted is not None and counted.shape == log_ratio.shape:
-        log_ratio = log_ratio.masked_fill(~counted, 0)  # padding may be infinite, its slope not
-    excess = masked_mean(torch.expm1(log_ratio) - log_ratio, counted)
-    if low_variance:
-        return excess
-    slope_alone = (excess - excess.detach()).nan_to_num(0.0)  # far away, the exponential overflows
-    return masked_mean(-log_ratio, counted).detach() + slope_alone
-
-
-def log_prob(dist: PolicyT, action: Any) -> Tensor:
+def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
     """Return the log-probability of actions, joint over the parts of a tuple or dict.
+
+    A Categorical of several batch dimensions gives one number per element: that of every token.
 
     Args:
         dist: The distribution, or a dict or tuple of them.
         action: Parts in the same form; a tuple's may also be stacked along a last dimension, as
             Gymnasium's MultiDiscrete spaces have them.
+        mask: True where an element counts, of the shape of the batch; dimensions beyond it belong
+            to the action. None: all count.
 
     Returns:
-        The batch's shape, in single precision at least.
+        The batch's shape, in single precision at least; zero where the mask is false.
 
     Raises:
-        TrustRegionError: If the parts or their shapes do not fit.
+        TrustRegionError: If the parts, their shapes or the mask do not fit, or it is not plain
+            which dimensions are the action's.
         ValueError: If an action lies outside the support; torch says which.
     """
-    if isinstance(dist, Distribution):
-        shape = dist.batch_shape + dist.event_shape
-        if shape and action.shape[-len(shape) :] != shape:
-            raise TrustRegionError(
-                f"The actions have shape {tuple(action.shape)}, and one for each of "
-                f"{name_of(dist)} has {tuple(shape)}: they would broadcast. Reshape them."
-            )
-        wide = at_least_single(dist)
-        return wide.log_prob(action if wide is dist else widened(action, torch.float32))
-    if isinstance(action, Tensor) and not isinstance(dist, Mapping):
-        action = action.unbind(-1)
-    return _summed([log_prob(*pair) for _, *pair in paired(dist, action, "action", "")])
+    counted = None if mask is None else checked_mask(mask)
+    logs = _joint_log_prob(dist, action, None if counted is None else counted.dim(), "")
+    if counted is None:
+        return logs
+    require_fit(counted, logs)
+    return logs.masked_fill(~counted, 0)
 
 
 @torch.no_grad()
@@ -183,7 +131,7 @@ def sample(dist: PolicyT) -> Any:
     Returns:
         One action per element of the batch, in the same form.
     """
-    if isinstance(dist, Distribution):
+    if isinstance(dist, Distribution):  # one that is a dict, too, draws in a form of its own
         return dist.sample()
     if isinstance(dist, Mapping):
         return {name: sample(part) for name, part in dist.items()}
@@ -202,15 +150,7 @@ def entropy(dist: PolicyT) -> Tensor:
     Raises:
         TrustRegionError: If a family has no closed form.
     """
-    if not isinstance(dist, Distribution):
-        return _summed([entropy(part) for part in leaves(dist)])
-    try:
-        return at_least_single(dist).entropy()
-    except NotImplementedError as error:
-        raise TrustRegionError(
-            f"The entropy of {name_of(dist)} has no closed form. Estimate it by the mean of "
-            "-log_prob over its own samples."
-        ) from error
+    return _joint_entropy(dist, None)
 
 
 def frozen(dist: PolicyT) -> PolicyT:
@@ -231,6 +171,8 @@ def frozen(dist: PolicyT) -> PolicyT:
     for part in leaves(dist):
         for inner in made_of(part):
             memo |= {id(each): each for each in constant_transforms(inner)}
+    for inverse in inverses(dist):  # a copy of one made by torch would forget what it inverts
+        memo[id(inverse)] = copy.deepcopy(inverse.inv, memo).inv
     return copy.deepcopy(dist, memo)
 
 
@@ -246,48 +188,82 @@ def _kl_of_batch(old: Any, new: Any, mask: Tensor | None) -> Tensor:
 
 def _joint_kl(old: Any, new: Any, batch_dims: int | None, place: str) -> Tensor:
     """Return the KL per element of the batch, over all parts."""
-    if isinstance(old, Distribution) and isinstance(new, Distribution):
-        return _over_action(kl_of_family(old, new, place), new, batch_dims, place)
-    if isinstance(old, Distribution) or isinstance(new, Distribution):
+    if is_single(old) and is_single(new):
+        return over_action(kl_of_family(old, new, place), new, batch_dims, place)
+    if is_single(old) or is_single(new):
         raise TrustRegionError(
             f"The old policy{place} is {name_of(old)} and the new one {name_of(new)}. Compare "
             "distributions of one family and form."
         )
-    return _summed(
+    within = batch_dims_within(new, batch_dims)
+    return summed(
         [
-            _joint_kl(ours, theirs, batch_dims, here)
+            _joint_kl(ours, theirs, within, here)
             for here, ours, theirs in paired(old, new, "new policy", place)
         ]
     )
 
 
-def _over_action(kl: Tensor, dist: Distribution, batch_dims: int | None, place: str) -> Tensor:
-    """Sum a KL over the dimensions that belong to the action."""
-    if batch_dims is None:
-        if kl.dim() > 1 and not dist.event_shape:
-            shape = tuple(kl.shape)
-            raise TrustRegionError(
-                f"{name_of(dist)}{place} has batch shape {shape} and no event shape, so that "
-                "dimensions of the action and of the batch look alike. Wrap it in "
-                "Independent(dist, 1) if the last dimension is the action's; if every element is "
-                f"an action of its own, pass mask=torch.ones({shape}, dtype=torch.bool)."
-            )
-        return kl
-    if kl.dim() < batch_dims:
-        raise TrustRegionError(
-            f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
-            f"{tuple(kl.shape)}. Give the mask the batch's shape."
-        )
-    return kl.flatten(batch_dims).sum(-1) if kl.dim() > batch_dims else kl
+def _joint_log_prob(dist: Any, action: Any, batch_dims: int | None, place: str) -> Tensor:
+    """Return the log-probability per element of the batch, over all parts."""
+    if is_single(dist):
+        logs = _log_prob(dist, action, place)
+        if batch_dims is not None:
+            return over_action(logs, dist, batch_dims, place)
+        if not isinstance(dist, Categorical):
+            require_plain(dist.batch_shape, dist, place)
+        return logs
+    if isinstance(action, Tensor) and not isinstance(dist, Mapping):
+        action = action.unbind(-1)
+    within = batch_dims_within(dist, batch_dims)
+    return summed(
+        [
+            _joint_log_prob(part, taken, within, here)
+            for here, part, taken in paired(dist, action, "action", place)
+        ]
+    )
 
 
-def _summed(parts: Sequence[Tensor]) -> Tensor:
-    if not parts:
-        raise TrustRegionError("The policy has no parts. Give one distribution per part.")
-    shapes = sorted({tuple(part.shape) for part in parts})
-    if len(shapes) > 1:
+def _log_prob(dist: Distribution, action: Tensor, place: str) -> Tensor:
+    """Return one number per action."""
+    require_shapes(dist)
+    shape = dist.batch_shape + dist.event_shape
+    fits = not shape or action.shape[-len(shape) :] == shape
+    error = TrustRegionError(
+        f"The actions{place} have shape {tuple(action.shape)}, and one for each of "
+        f"{name_of(dist)} has {tuple(shape)}: they would broadcast. Reshape them."
+    )
+    if not fits and dist.event_shape:
+        raise error
+    wide = at_least_single(dist)
+    try:
+        logs = wide.log_prob(action if wide is dist else widened(action, torch.float32))
+    except (RuntimeError, ValueError) as refusal:
+        if fits:
+            raise
+        raise error from refusal
+    if not (fits or _is_one_per_action(logs, action, dist.batch_shape)):
+        raise error
+    return logs
+
+
+def _is_one_per_action(logs: Tensor, action: Tensor, batch_shape: torch.Size) -> bool:
+    """Return whether actions have dimensions that their family does not state, such as one-hots."""
+    of_batch = logs.shape[logs.dim() - len(batch_shape) :] == batch_shape
+    return of_batch and action.dim() > logs.dim() and action.shape[: logs.dim()] == logs.shape
+
+
+def _joint_entropy(dist: Any, batch_dims: int | None) -> Tensor:
+    """Return the entropy per element of the batch, over all parts."""
+    if not is_single(dist):
+        within = batch_dims_within(dist, batch_dims)
+        parts = dist.values() if isinstance(dist, Mapping) else dist
+        return summed([_joint_entropy(part, within) for part in parts])
+    try:
+        values: Tensor = at_least_single(dist).entropy()
+    except NotImplementedError as error:
         raise TrustRegionError(
-            f"The parts of the policy have the batch shapes {shapes}. Wrap those with more "
-            "dimensions in Independent, so that all have the batch's."
-        )
-    return torch.stack(list(parts)).sum(0)
+            f"The entropy of {name_of(dist)} has no closed form. Estimate it by the mean of "
+            "-log_prob over its own samples."
+        ) from error
+    return values if batch_dims is None else over_action(values, dist, batch_dims, "")

@@ -238,7 +238,7 @@ def _closure(
     """Return the closure on some rows, the policy as it is being the old one."""
     with torch.no_grad(), random_state_kept([advantages.device]):
         old = frozen(part.evaluate())
-        old_log_prob = part.rows(log_prob(old, part.actions))
+        old_log_prob = part.rows(log_prob(old, part.actions, part.mask))
         if old_log_prob.shape != advantages.shape:
             raise TrustRegionError(
                 f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
@@ -249,7 +249,7 @@ def _closure(
 
     def closure() -> tuple[Tensor, Tensor, Any]:
         dist = part.evaluate()
-        new_log_prob = part.rows(log_prob(dist, part.actions))
+        new_log_prob = part.rows(log_prob(dist, part.actions, part.mask))
         loss = surrogate(new_log_prob, base, advantages, weights=weights)
         if entropy_bonus:
             loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
