@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from broken import Bag
 from problems import Problem, categorical, gaussian
+from token_closures import Tokens
 from torch import Tensor, nn
 from torch.distributions import (
     Distribution,
@@ -22,11 +23,11 @@ from torch.distributions import (
 class BrokenClosure:
     """A closure with a fault, for a problem whose old policy is the present one."""
 
-    make: Callable[[Problem], Callable[[], Any]]
+    make: Callable[[Any], Callable[[], Any]]
     check: str
     says: str
-    problem: Callable[[], Problem] = gaussian
-    options: Callable[[Problem], dict[str, Any]] = lambda problem: {}
+    problem: Callable[[], Any] = gaussian
+    options: Callable[[Any], dict[str, Any]] = lambda problem: {}
 
 
 def altered(change: Callable[[Tensor, Tensor], Any]) -> Callable[[Problem], Callable[[], Any]]:
@@ -109,6 +110,14 @@ def variation(problem: Problem) -> Callable[[], Any]:
     return closure
 
 
+def summed_kl(problem: Problem) -> Callable[[], Any]:
+    def closure() -> Any:
+        dist = problem.policy(problem.observations)
+        return problem.closure()[0], kl_divergence(problem.old, dist).sum()
+
+    return closure
+
+
 def broadcast(problem: Problem) -> Callable[[], Any]:
     advantages = problem.advantages - problem.advantages.mean()
 
@@ -176,6 +185,23 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
         altered(lambda loss, kl: (loss, -kl)), "kl", "does not rise.*no negative"
     ),
     "a total variation": BrokenClosure(variation, "kl", "where 4 is right", problem=categorical),
+    "a KL summed over the batch": BrokenClosure(
+        summed_kl, "kl scale", "summed over the batch of 64, not averaged.*mean_kl"
+    ),
+    "a KL averaged over padding": BrokenClosure(
+        lambda tokens: tokens.closure(tokens.of_tokens, Tensor.mean),
+        "kl scale",
+        "elements that the mask leaves out count",
+        problem=Tokens,
+        options=Tokens.options,
+    ),
+    "a loss averaged over prompt and padding": BrokenClosure(
+        lambda tokens: tokens.closure(Tensor.mean, tokens.of_tokens),
+        "loss",
+        r"elements that the mask leaves out move its gradient.*\[mask\]",
+        problem=Tokens,
+        options=Tokens.options,
+    ),
     "the loss's negative": BrokenClosure(
         altered(lambda loss, kl: (-loss, kl)),
         "loss",

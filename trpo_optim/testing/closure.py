@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +13,18 @@ from torch.optim.optimizer import ParamsT
 
 from trpo_optim.algorithm.kl_checks import require_moving_kl, require_zero_kl
 from trpo_optim.closure.checks import Numbers, checked_values
-from trpo_optim.closure.evaluation import Closure, Objective
+from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.autograd_graph import now, require_attached
 from trpo_optim.curvature.local_model import second_order
+from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.optimizer import TrustRegionOptimizer
+from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, without
+from trpo_optim.testing.kl_scale import check_kl_scale
+from trpo_optim.testing.loss_check import check_loss
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
 
 __all__ = ["CLOSURE_CHECKS", "assert_closure", "check_closure"]
@@ -30,36 +33,7 @@ _NEAR = 3e-5
 """Nats within which the KL is looked at: far above rounding, far below a step."""
 
 
-@dataclass
-class _Subject:
-    """A closure, evaluated within a transaction that puts everything back."""
-
-    closure: Closure
-    vector: ParameterVector
-    transaction: Transaction
-    log_prob: Callable[[], Tensor] | None
-    advantages: Tensor | None
-    maximize: bool
-    objective: Objective = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.objective = Objective(self.closure, self.vector, self.transaction)
-
-    def kl(self, step: Tensor | None = None) -> float:
-        """Return the KL at a step away from the parameters, or at them."""
-        nowhere = torch.zeros_like(self.transaction.origin)
-        self.transaction.move(nowhere if step is None else step, 1.0)
-        try:
-            return self.objective.values().kl
-        finally:
-            self.transaction.move(nowhere, 1.0)
-
-    def direction(self) -> Tensor:
-        """Return a fixed move along all parameters."""
-        return self.transaction.far_away()
-
-
-def _values(subject: _Subject) -> Finding:
+def _values(subject: ClosureSubject) -> Finding:
     """It returns two attached scalars, calls no backward, and uses no stale graph."""
     name = "values"
     started = now()
@@ -80,7 +54,7 @@ def _values(subject: _Subject) -> Finding:
     )
 
 
-def _deterministic(subject: _Subject) -> Finding:
+def _deterministic(subject: ClosureSubject) -> Finding:
     name = "deterministic"
     subject.objective.rewind()
     with torch.no_grad():
@@ -99,13 +73,13 @@ def _deterministic(subject: _Subject) -> Finding:
     )
 
 
-def _zero_kl(subject: _Subject) -> Finding:
+def _zero_kl(subject: ClosureSubject) -> Finding:
     kl = subject.kl()
     require_zero_kl(kl, 1e-7, 1e-4)
     return Finding("zero kl", Verdict.PASSED, {"kl": kl})
 
 
-def _moving_kl(subject: _Subject) -> Finding:
+def _moving_kl(subject: ClosureSubject) -> Finding:
     """The KL answers to the parameters: the old policy is not made inside."""
     here, kls = subject.kl(), [math.nan]
 
@@ -118,7 +92,7 @@ def _moving_kl(subject: _Subject) -> Finding:
     return Finding("moving kl", Verdict.PASSED, {"kl far away": kls[-1]})
 
 
-def _shape(subject: _Subject) -> Finding:
+def _shape(subject: ClosureSubject) -> Finding:
     """The KL is least at the parameters, and grows with the square of the step."""
     name = "kl"
     step, here = subject.direction(), subject.kl()
@@ -134,7 +108,7 @@ def _shape(subject: _Subject) -> Finding:
     return Finding(name, Verdict.FAILED, figures, cause, REMEDY)
 
 
-def _second_order(subject: _Subject) -> Finding:
+def _second_order(subject: ClosureSubject) -> Finding:
     with torch.no_grad():
         model = second_order(subject.objective)
         model.product(model.gradient)
@@ -143,66 +117,14 @@ def _second_order(subject: _Subject) -> Finding:
     )
 
 
-def _sign(subject: _Subject) -> Finding:
-    """The loss falls when good actions become more likely."""
-    name = "loss"
-    if subject.log_prob is None or subject.advantages is None:
-        return Finding(name, Verdict.UNDECIDED, {}, "Pass log_prob and advantages to check it.")
-    with torch.enable_grad():
-        logs = subject.log_prob()
-        if logs.shape != subject.advantages.shape:
-            raise TrustRegionError(
-                f"log_prob has shape {tuple(logs.shape)} and advantages "
-                f"{tuple(subject.advantages.shape)}: they broadcast. Make both (N,)."
-            )
-        sign = 1.0 if subject.maximize else -1.0
-        values = (
-            subject.objective.with_graph().loss,
-            sign * (logs * subject.advantages).mean(),
-            logs.mean(),  # the way of a loss whose every ratio meets every advantage
-        )
-        loss, right, broadcast = (
-            subject.vector.gather(
-                torch.autograd.grad(
-                    value, subject.vector.parameters, allow_unused=True, retain_graph=True
-                )
-            )
-            for value in values
-        )
-    cosine, other = (
-        float(torch.nn.functional.cosine_similarity(loss, each, dim=0))
-        for each in (right, broadcast)
-    )
-    least = max(0.5, abs(other) - 1e-6)
-    if cosine > least:
-        return Finding(name, Verdict.PASSED, {"cosine": cosine})
-    turned = cosine < -least
-    surrogate = "(ratio * advantages).mean()"
-    return Finding(
-        name,
-        Verdict.FAILED,
-        {"cosine": cosine},
-        "The loss falls when bad actions become more likely: its sign is wrong."
-        if turned
-        else "The gradient of the loss has little to do with -mean(advantages * log_prob): shapes "
-        "broadcast, or another term outweighs the surrogate.",
-        (
-            f"Return {surrogate}."
-            if subject.maximize
-            else f"Return -{surrogate}, or set maximize=True."
-        )
-        if turned
-        else "Give ratio and advantages the shape (N,), and weigh entropy and penalties lightly.",
-    )
-
-
-CLOSURE_CHECKS: dict[str, Callable[[_Subject], Finding]] = {
+CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
     "values": _values,
     "deterministic": _deterministic,
     "zero kl": _zero_kl,
     "moving kl": _moving_kl,
     "kl": _shape,
-    "loss": _sign,
+    "kl scale": check_kl_scale,
+    "loss": check_loss,
     "second order": _second_order,
 }
 """By name, in the order in which a fault is best read."""
@@ -214,6 +136,7 @@ def check_closure(
     *,
     log_prob: Callable[[], Tensor] | None = None,
     advantages: Tensor | None = None,
+    mask: Tensor | None = None,
     maximize: bool = False,
     skip: Collection[str] = (),
 ) -> ClosureReport:
@@ -224,8 +147,11 @@ def check_closure(
     Args:
         closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``.
         params: The parameters that the optimizer is given, in any form that it takes.
-        log_prob: Returns ln π of the batch's actions, (N,); with ``advantages``, for the loss.
-        advantages: Of the same actions, (N,).
+        log_prob: Returns ln π of the batch's actions, (N,) or with a mask of its shape; with
+            ``advantages``, for the loss.
+        advantages: Of the same actions; with a mask of shape (N, T) also (N,).
+        mask: True where an element counts: no padding, and of a language model's tokens, no prompt.
+            None: all count.
         maximize: Whether the optimizer has it: the closure's first value is to be raised.
         skip: Names of checks that are left out.
 
@@ -236,6 +162,7 @@ def check_closure(
         TrustRegionError: If there is nothing to check, or ``skip`` names no check.
     """
     checks = without(CLOSURE_CHECKS, skip)
+    mask = None if mask is None else checked_mask(mask)
     groups = TrustRegionOptimizer(params).param_groups
     vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
     findings = []
@@ -244,7 +171,9 @@ def check_closure(
             with Transaction(vector) as transaction:
                 transaction.begin()
                 try:
-                    subject = _Subject(closure, vector, transaction, log_prob, advantages, maximize)
+                    subject = ClosureSubject(
+                        closure, vector, transaction, log_prob, advantages, mask, maximize
+                    )
                     findings.append(check(subject))
                 except Exception as error:  # whatever a closure may raise
                     told = str(error)
