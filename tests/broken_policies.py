@@ -39,6 +39,22 @@ from broken import (
     WritingObservations,
     policy_of,
 )
+from broken_arguments import (
+    CachedByObservation,
+    CachedFeatures,
+    ClampedAway,
+    ClampedOutput,
+    CumulativeStatistics,
+    RawConcentrations,
+    RawOutput,
+    RawScale,
+    ShareAsLogits,
+    SigmoidAsLogits,
+    SoftmaxAsLogits,
+    StatisticsAsAttribute,
+    StatisticsWithin,
+    Unvalidated,
+)
 from broken_kls import (
     Applied,
     HandmadeLaplace,
@@ -105,6 +121,46 @@ BROKEN_POLICIES: dict[str, Broken] = {
         LayersInAList, "parameters", r"depends on 4 tensors that .*nn\.ModuleList"
     ),
     "no graph": Broken(WithoutGraph, "parameters", "detached on the way"),
+    "a raw parameter for a scale": Broken(
+        RawScale, "arguments", r"scale of Independent\(Normal\) above 0.*exp\(\) of a log_std"
+    ),
+    "a raw output for a scale": Broken(
+        RawOutput, "arguments", r"scale of Independent\(Normal\) above 0"
+    ),
+    "raw outputs for concentrations": Broken(
+        RawConcentrations, "arguments", r"concentration of Independent\(Beta\) above 0.*softplus"
+    ),
+    "a negative scale that is not validated": Broken(
+        Unvalidated, "state", "Normal has scale outside GreaterThan"
+    ),
+    "probabilities for logits": Broken(
+        SoftmaxAsLogits, "arguments", "given probabilities as logits.*before softmax"
+    ),
+    "a softmax by hand for logits": Broken(
+        ShareAsLogits, "arguments", "given probabilities as logits.*sum to one"
+    ),
+    "sigmoids for logits": Broken(
+        SigmoidAsLogits, "arguments", r"Independent\(Bernoulli\) was given probabilities as logits"
+    ),
+    "a scale outside its clamp": Broken(
+        ClampedAway, "arguments", "log_std lies outside the clamp.* in 2 of 3 dimensions"
+    ),
+    "an output outside its clamp": Broken(
+        ClampedOutput, "arguments", "what gives scale lies outside the clamp"
+    ),
+    "features cached for good": Broken(
+        CachedFeatures, "state", "changes features.*cached features.*in every forward"
+    ),
+    "features cached by observation": Broken(
+        CachedByObservation, "state", "changes known.*cached features of older parameters"
+    ),
+    "statistics in a plain attribute": Broken(
+        StatisticsAsAttribute, "state", "changes seen_mean.*statistics.*register_buffer"
+    ),
+    "statistics in an object": Broken(StatisticsWithin, "state", "changes statistics"),
+    "cumulative statistics": Broken(
+        CumulativeStatistics, "state", "changes seen_mean, count.*statistics"
+    ),
     "division by the observation's norm": Broken(Normalised, "finite", "observations of zeros"),
     "squashing without its log-determinant": Broken(
         policy_of(lambda mean, std: Squashed(Independent(Normal(mean, std), 1))),

@@ -159,7 +159,7 @@ def require_valid(dist: Distribution) -> None:
                 continue
             sound = _sound(inner, name, value, constraint)
             if not sound.all():
-                wrong = value[~sound] if sound.shape == value.shape else value
+                wrong = (value[~sound] if sound.shape == value.shape else value).detach()
                 raise TrustRegionError(
                     f"{name_of(inner)} has {name} outside {constraint} (such as "
                     f"{float(wrong.flatten()[0]):g}). Bound what the network gives (softplus, "

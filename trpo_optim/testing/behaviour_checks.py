@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import textwrap
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trpo_optim.curvature.autograd_graph import graph_leaves
-from trpo_optim.distributions import log_prob
-from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.findings import Finding, Verdict
-from trpo_optim.testing.observations import parts, select
+from trpo_optim.testing.observations import are_rows, select
 from trpo_optim.testing.subject import Subject
 
 __all__ = [
     "check_determinism",
-    "check_finite",
     "check_parameters",
     "check_rows",
-    "check_state",
 ]
 
 _SAME = 1e-4
@@ -34,7 +26,7 @@ _SAME = 1e-4
 def check_determinism(subject: Subject) -> Finding:
     """Two evaluations at the same observations give the same policy."""
     name = "deterministic"
-    first, second = (log_prob(subject.raw(subject.observations), subject.actions) for _ in range(2))
+    first, second = (subject.log_prob(subject.raw(subject.observations)) for _ in range(2))
     gap = _gap(first, second)
     if gap <= _tolerance(first):
         return Finding(name, Verdict.PASSED, {"gap": gap})
@@ -49,57 +41,28 @@ def check_determinism(subject: Subject) -> Finding:
     )
 
 
-def check_state(subject: Subject) -> Finding:
-    """Evaluating moves no parameter, buffer, observation or training flag."""
-    name = "state"
-    observations = mapped(Tensor.clone, subject.observations)
-    before = copy.deepcopy(list(_state(subject, observations)))
-    with torch.no_grad():
-        subject.policy(observations)
-    moved = [
-        label
-        for (label, was), (_, now) in zip(before, _state(subject, observations), strict=True)
-        if not _equal(was, now)
-    ]
-    if not moved:
-        return Finding(name, Verdict.PASSED, {"tensors": float(len(before))})
-    return Finding(
-        name,
-        Verdict.FAILED,
-        {"moved": float(len(moved))},
-        f"One evaluation changes {', '.join(moved[:4])}: the policy after the rollout is not the "
-        "one that acted.",
-        "Update statistics outside forward, use eval() for normalisation layers, and write to no "
-        "tensor in place.",
-    )
-
-
-def _state(subject: Subject, observations: Any) -> Iterator[tuple[str, Any]]:
-    yield from parts(observations, "observations")
-    if subject.module is not None:
-        yield from subject.module.named_parameters()
-        yield from subject.module.named_buffers()
-        yield "training mode", [each.training for each in subject.module.modules()]
-    else:
-        yield from ((f"parameter {index}", each) for index, each in enumerate(subject.parameters))
-
-
-def _equal(was: Any, now: Any) -> bool:
-    if isinstance(was, Tensor):
-        return torch.equal(was.nan_to_num(), now.nan_to_num())
-    return bool(was == now)
-
-
 def check_rows(subject: Subject) -> Finding:
     """The distribution at one observation does not depend on the others in the batch."""
     name = "rows"
+    if not are_rows(subject.observations):
+        kind = "The observations are an object, which the kit does not cut into rows."
+        return Finding(name, Verdict.UNDECIDED, {}, kind)
     whole = subject.old_log_prob
     places = torch.arange(subject.rows)
+    if _is_stale(subject):
+        return Finding(
+            name,
+            Verdict.FAILED,
+            {},
+            "The policy gives the same distributions for the rows of the batch in another order: "
+            "it caches features of other observations, or does not look at these.",
+            "Compute features in every forward, or forget them when observations change.",
+        )
     gap = 0.0
     for rows in (places.flip(0), places[: max(1, subject.rows // 3)], places[:1]):
         dist = subject.dist(select(subject.observations, rows))
         sound = all(leaf.batch_shape[:1] == (len(rows),) for leaf in leaves(dist))
-        part = log_prob(dist, select(subject.actions, rows))
+        part = subject.log_prob(dist, select(subject.actions, rows))
         gap = max(gap, _gap(part, whole[rows.to(whole.device)])) if sound else math.inf
         if not gap <= _tolerance(whole):
             break
@@ -118,11 +81,24 @@ def check_rows(subject: Subject) -> Finding:
     )
 
 
+def _is_stale(subject: Subject) -> bool:
+    """Return whether observations in another order leave all as it was, though that matters."""
+    whole = subject.old_log_prob
+    order = torch.arange(subject.rows).flip(0)
+    dist = subject.dist(select(subject.observations, order))
+    if any(leaf.batch_shape[:1] != (subject.rows,) for leaf in leaves(dist)):
+        return False
+    near = _tolerance(whole)
+    same = _gap(subject.log_prob(dist), whole) <= near
+    turned = subject.log_prob(dist, select(subject.actions, order))
+    return same and _gap(turned, whole[order.to(whole.device)]) > near
+
+
 def check_parameters(subject: Subject) -> Finding:
     """Autograd reaches every parameter that the policy depends on."""
     name = "parameters"
     reached = set(map(id, subject.reached))
-    names = _names(subject)
+    names = subject.names()
     left = [each for each in subject.parameters if id(each) not in reached]
     detached = [names[id(each)] for each in left if _matters(subject, each)]
     figures = {"reached": float(len(reached)), "unused": float(len(left) - len(detached))}
@@ -164,14 +140,8 @@ def _strangers(subject: Subject) -> int:
     if subject.module is None:
         return 0
     known = set(map(id, subject.module.parameters())) | set(map(id, subject.parameters))
-    value = log_prob(subject.dist(), subject.actions)
+    value = subject.log_prob(subject.dist())
     return len({id(leaf) for leaf in graph_leaves(value)} - known)
-
-
-def _names(subject: Subject) -> dict[int, str]:
-    named = {} if subject.module is None else dict(subject.module.named_parameters())
-    names = {id(each): f"parameter {index}" for index, each in enumerate(subject.parameters)}
-    return names | {id(each): name for name, each in named.items()}
 
 
 def _matters(subject: Subject, parameter: Tensor) -> bool:
@@ -182,59 +152,12 @@ def _matters(subject: Subject, parameter: Tensor) -> bool:
             parameter.add_(
                 0.1 * torch.randn_like(parameter) * max(1.0, float(content.std(correction=0)))
             )
-            moved = log_prob(subject.dist(), subject.actions)
+            moved = subject.log_prob(subject.dist())
         except (RuntimeError, ValueError):
             return True
         finally:
             parameter.copy_(content)
     return _gap(moved, subject.old_log_prob) > _tolerance(moved)
-
-
-def check_finite(subject: Subject) -> Finding:
-    """Log-probabilities and their gradient are numbers over the range of the observations."""
-    name = "finite"
-    for label, observations in _corners(subject.observations):
-        cause = ""
-        try:
-            value = log_prob(subject.dist(observations), subject.actions)
-            slopes = torch.autograd.grad(value.sum(), subject.parameters, allow_unused=True)
-            if not value.isfinite().all():
-                cause = "log_prob is not finite"
-            elif not all(each.isfinite().all() for each in slopes if each is not None):
-                cause = "the gradient of log_prob is not finite"
-        except ValueError as error:
-            cause = textwrap.shorten(f"the distribution cannot be made: {error}", 120)
-        if cause:
-            return Finding(
-                name,
-                Verdict.FAILED,
-                {},
-                f"At {label}: {cause}.",
-                "Bound what goes into exp, log and division: clamp log_std, softplus for scales, "
-                "normalised observations.",
-            )
-    return Finding(name, Verdict.PASSED)
-
-
-def _corners(observations: Any) -> Iterator[tuple[str, Any]]:
-    """Yield observations at the edges of the range that was given, and zeros.
-
-    What is 0 or 1 throughout stays: masks and one-hot codes hold together.
-    """
-
-    def numbers(value: Tensor) -> Tensor:
-        return ~((value == 0) | (value == 1)).all(0) & value.is_floating_point()
-
-    def zeros(value: Tensor) -> Tensor:
-        return value.masked_fill(numbers(value), 0)
-
-    def corners(value: Tensor) -> Tensor:
-        low = torch.rand(value.shape).to(value.device) < 0.5
-        edges = torch.where(low, value.amin(0), value.amax(0))
-        return torch.where(numbers(value), edges, value)
-
-    yield "observations of zeros", mapped(zeros, observations)
-    yield "corners of the observations' range", mapped(corners, observations)
 
 
 def _gap(left: Tensor, right: Tensor) -> float:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, Distribution
 
-from trpo_optim.distributions import log_prob
 from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.averages import average, sigmas
+from trpo_optim.testing.directions import direction
 from trpo_optim.testing.findings import Finding, Verdict
 from trpo_optim.testing.reference import Reference, rows_of
 from trpo_optim.testing.subject import Subject
 
-__all__ = ["check_density", "check_entropy", "check_kl", "check_sampler", "check_shapes"]
+__all__ = ["check_density", "check_entropy", "check_kl", "check_sampler", "check_shapes", "on_edge"]
 
 _SLACK = 0.002
 """What rounding and proposals may put between two averages beyond noise, relative."""
+
+_LOST = 1e-4
+"""Share of actions on the support's edge that averages do not miss."""
 
 _NO_PROPOSAL = "No proposal fits the density well enough to integrate by it."
 
@@ -25,7 +31,8 @@ _NO_PROPOSAL = "No proposal fits the density well enough to integrate by it."
 def check_shapes(subject: Subject) -> Finding:
     """There is one log-probability per observation."""
     name = "one action per row"
-    found = leaves(subject.dist())
+    found_in = subject.dist()
+    found = leaves(found_in)
     shapes = [tuple(leaf.batch_shape) for leaf in found]
     figures = {"rows": float(subject.rows)}
     for leaf, shape in zip(found, shapes, strict=True):
@@ -37,7 +44,7 @@ def check_shapes(subject: Subject) -> Finding:
                 f"{family} has batch shape {shape}, and there are {subject.rows} observations.",
                 "Return one distribution per observation, the batch first.",
             )
-        if not leaf.event_shape and len(shape) > 1:
+        if not leaf.event_shape and len(shape) > 1 and not _is_joint(leaf, found_in):
             return _failed(
                 name,
                 figures,
@@ -46,7 +53,7 @@ def check_shapes(subject: Subject) -> Finding:
                 "advantages, and a KL averaged over them is too small.",
                 "Wrap it in Independent(dist, 1), or squeeze its last dimension.",
             )
-    value = log_prob(subject.old, subject.actions)
+    value = subject.log_prob(subject.old)
     if value.shape != (subject.rows,):
         return _failed(
             name,
@@ -54,14 +61,30 @@ def check_shapes(subject: Subject) -> Finding:
             f"log_prob of one action per observation has shape {tuple(value.shape)}.",
             f"It must be ({subject.rows},).",
         )
-    return Finding(name, Verdict.PASSED, figures)
+    sequences = [shape for leaf, shape in zip(found, shapes, strict=True) if not leaf.event_shape]
+    told = "".join(
+        f"A row of {shape[1:]} actions, such as tokens, is checked as one. Give the closure's "
+        "mean_kl a mask of the shape of the batch, or wrap the policy's distribution in "
+        "Independent."
+        for shape in sequences[:1]
+        if len(shape) > 1
+    )
+    return Finding(name, Verdict.PASSED, figures, told)
+
+
+def _is_joint(leaf: Distribution, policy: Any) -> bool:
+    """Return whether dimensions beyond the first are known to belong to a row."""
+    of_named = isinstance(policy, Distribution) and isinstance(policy, Mapping)
+    return of_named or isinstance(leaf, Categorical)  # of tokens; other numbers are dimensions
 
 
 def check_density(subject: Subject) -> Finding:
     """exp(log_prob) integrates, or sums, to one."""
     name = "density"
     figures = dict[str, float]()
-    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+    for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
+        if each.lost > _LOST:
+            return _undecided(name, on_edge(each.lost))
         if not each.decided:
             return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         core, core_noise = _mass(each.weights * each.inside)
@@ -94,7 +117,9 @@ def check_sampler(subject: Subject) -> Finding:
     """sample() draws what log_prob says."""
     name = "sampler"
     worst = 0.0
-    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+    for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
+        if each.lost > _LOST:
+            return _undecided(name, on_edge(each.lost))
         if not each.decided:
             return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         if not each.serves:
@@ -130,16 +155,14 @@ def check_entropy(subject: Subject) -> Finding:
     """entropy() is the mean of −log_prob."""
     name = "entropy"
     figures = dict[str, float]()
-    for leaf, each in zip(leaves(subject.old), subject.references, strict=True):
+    for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
         try:
             stated = float(leaf.entropy().double().reshape(subject.rows, -1).sum(-1).mean())
         except NotImplementedError:
             continue
         if not each.serves:
             return _undecided(name, _NO_PROPOSAL)
-        per_row = math.prod(leaf.batch_shape) / subject.rows
         mean, error = average(-rows_of(leaf, each.actions), each.weights)
-        mean, error = mean * per_row, error * per_row
         figures = {"entropy": stated, "mean of -log_prob": mean, "noise": error}
         if not abs(stated - mean) <= sigmas(1) * error + _SLACK * max(1.0, abs(mean)):
             return _failed(
@@ -156,7 +179,9 @@ def check_entropy(subject: Subject) -> Finding:
 
 def check_kl(subject: Subject) -> Finding:
     """The KL of two policies some way apart, either way, is the mean of ln(π_old/π_new)."""
-    step = subject.direction(0, kl=0.05)
+    if subject.lost > 10 * _LOST:
+        return _undecided("kl", on_edge(subject.lost))
+    step = direction(subject, 0, kl=0.05)
     figures = dict[str, float]()
     for way in (step, -step):  # what is wrong by a slope may agree one way, but not the other
         with torch.no_grad(), subject.at(way):
@@ -187,6 +212,14 @@ def _cause_of_wrong_kl(subject: Subject, stated: float, mean: float) -> tuple[st
     return (
         f"{cause}: it is not the KL of these policies.",
         "Use mean_kl(old, new), or sampled_kl where there is no closed form.",
+    )
+
+
+def on_edge(share: float) -> str:
+    """Return what is to be said where sampled actions have no density."""
+    return (
+        f"{share:.2%} of the sampled actions round to the edge of the support, where log_prob is "
+        "not finite. Clamp actions away from it, such as to ±(1 - 1e-6) with tanh."
     )
 
 

@@ -1,16 +1,17 @@
-"""Observations, actions and their parts: tensors, or tuples and dicts of them, the batch first."""
+"""Observations and actions: tensors, tuples and dicts of them, or objects that hold tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["parts", "require_observations", "select"]
+__all__ = ["are_rows", "changed", "parts", "require_observations", "select", "tensors_of"]
 
 
 def parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -22,31 +23,80 @@ def parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from parts(part, f"{key}[{name!r}]")
 
 
+def tensors_of(value: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of observations, also those that objects hold, and where they are."""
+    stack, seen = [(key, value)], dict[int, Any]()
+    while stack:
+        place, each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen[id(each)] = each
+        if isinstance(each, Tensor):
+            yield place, each
+        elif isinstance(each, Mapping | tuple | list):
+            named = each.items() if isinstance(each, Mapping) else enumerate(each)
+            stack.extend((f"{place}[{name!r}]", part) for name, part in named)
+        elif not isinstance(each, type | nn.Module):
+            stack.extend((f"{place}.{name}", part) for name, part in _attributes(each).items())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def changed(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of observations or actions, every tensor in it changed.
+
+    Args:
+        change: From a tensor to the one in its place.
+        value: Tensors, tuples and dicts of them, or objects that hold tensors: these are copied by
+            ``copy.deepcopy``.
+    """
+    return mapped(lambda part: _changed(change, part), value)
+
+
+def _changed(change: Callable[[Tensor], Tensor], part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return change(part)
+    return copy.deepcopy(part, {id(each): change(each) for _, each in tensors_of(part)})
+
+
+def are_rows(value: Any) -> bool:
+    """Return whether observations are tensors alone, which can be cut into rows."""
+    return all(isinstance(each, Tensor) for _, each in parts(value))
+
+
 def select(value: Any, rows: Tensor) -> Any:
     """Return some rows of observations or actions."""
     return mapped(lambda each: each[rows.to(each.device)], value)
 
 
-def require_observations(value: Any) -> int:
-    """Check that observations are tensors of one batch, of two rows or more.
+def require_observations(value: Any) -> int | None:
+    """Check that observations hold tensors, and if they are tensors alone, of one batch.
 
     Args:
         value: What was passed for them.
 
     Returns:
-        The size of the batch.
+        The size of the batch, 2 or more; None where objects hold them, such as a graph's nodes.
 
     Raises:
         TrustRegionError: If they are anything else.
     """
     sizes = set()
-    for _, each in parts(value):
-        if not isinstance(each, Tensor):
+    for place, each in parts(value):
+        if isinstance(each, Tensor):
+            sizes.add(len(each) if each.dim() else 0)
+        elif next(tensors_of(each), None) is None:
             raise TrustRegionError(
-                f"The observations hold a {type(each).__name__}. Pass a tensor, or a tuple or dict "
-                "of tensors (torch.as_tensor), the batch first."
+                f"The observations{place} hold a {type(each).__name__}. Pass a tensor, a tuple or "
+                "dict of tensors (torch.as_tensor), the batch first, or an object that holds "
+                "tensors."
             )
-        sizes.add(len(each) if each.dim() else 0)
+    if not are_rows(value):
+        return None
     if len(sizes) != 1 or min(sizes) < 2:
         raise TrustRegionError(
             f"The observations have {sorted(sizes) or 'no'} rows; all parts must have the "

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, biject_to, constraints
+from torch.distributions import Distribution, Independent, VonMises, biject_to, constraints
+
+from trpo_optim.distributions.precision import at_least_single
 
 __all__ = ["Reference", "reference", "rows_of", "sampled_reference"]
 
@@ -33,6 +35,8 @@ class Reference:
         features: What is compared with the sampler's: of the reference's and of as many sampled
             actions, shape (draws, rows, features) each.
         decided: Whether this is a reference; otherwise it is the sampler itself.
+        lost: The share of sampled actions that have no finite log-probability: those that round to
+            the edge of the support.
     """
 
     actions: Tensor
@@ -40,6 +44,7 @@ class Reference:
     inside: Tensor
     features: tuple[Tensor, Tensor]
     decided: bool = True
+    lost: float = 0.0
 
     @property
     def serves(self) -> bool:
@@ -77,20 +82,22 @@ def sampled_reference(leaf: Distribution, draws: int) -> Reference:
         leaf: The distribution.
         draws: Actions per row.
     """
-    ones = torch.ones(draws, math.prod(leaf.batch_shape), dtype=torch.float64)
+    actions = leaf.sample((draws,))
+    finite = rows_of(leaf, actions).isfinite()
+    ones = torch.ones_like(finite, dtype=torch.float64)
     pair = ones[..., None], ones[..., None]
-    return Reference(leaf.sample((draws,)), ones, ones.bool(), pair, decided=False)
+    lost = 1 - float(finite.double().mean())
+    return Reference(actions, ones * finite, finite, pair, decided=False, lost=lost)
 
 
 def rows_of(leaf: Any, actions: Tensor) -> Tensor:
     """Return log-probabilities of reference actions, (draws, rows), in double precision."""
-    logs: Tensor = leaf.log_prob(actions)
+    logs: Tensor = at_least_single(leaf).log_prob(actions)
     return logs.double().reshape(len(actions), math.prod(leaf.batch_shape))
 
 
 def _weighted(leaf: Distribution, draws: int) -> Reference:
-    support: Any = leaf.support
-    to_support = biject_to(support)
+    to_support = biject_to(_support(leaf))
     rows = math.prod(leaf.batch_shape)
 
     def flat(actions: Tensor) -> Tensor:
@@ -132,12 +139,25 @@ def _weighted(leaf: Distribution, draws: int) -> Reference:
         place = ((points - mean) / scale).clamp(-10, 10)
         return torch.cat([place, place.square(), density.clamp(-1e3, 1e3)[..., None]], -1)
 
+    found = rows_of(leaf, samples)
     return Reference(
         actions,
         weights,
         ((points - mean).abs() <= 3 * scale).all(-1),
-        (features(points, density), features(compared, rows_of(leaf, samples))),
+        (features(points, density), features(compared, found)),
+        lost=1 - float(found.isfinite().double().mean()),
     )
+
+
+def _support(leaf: Distribution) -> Any:
+    """Return where actions are drawn, which is one turn of a circle that torch gives as a line."""
+    base: Any = leaf
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, VonMises):
+        return leaf.support
+    turn = constraints.interval(-math.pi, math.pi)
+    return constraints.independent(turn, len(leaf.event_shape))
 
 
 def _enumerated(leaf: Distribution, draws: int) -> Reference:
@@ -147,7 +167,7 @@ def _enumerated(leaf: Distribution, draws: int) -> Reference:
     values = _values(base)
     shape = values.shape[1:]
     elements = math.prod(base.batch_shape)
-    logs = base.log_prob(values).double().reshape(len(values), elements)
+    logs = at_least_single(base).log_prob(values).double().reshape(len(values), elements)
     mass = logs.exp().sum(0)
     probabilities = (logs.exp() / mass).T.nan_to_num(1 / len(values))
     picked = torch.multinomial(probabilities, draws, replacement=True)  # (elements, draws)

@@ -1,0 +1,259 @@
+"""Checks of what distributions are made of: bounds, logits, and whether all of it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from trpo_optim.distributions.parts import leaves, made_of, name_of
+from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.subject import Subject
+
+__all__ = ["check_arguments"]
+
+_NORMALISER = "LogsumexpBackward0"
+
+_SQUASHING = {"Softmax", "Sigmoid"}
+
+_CLAMPS = {"Clamp", "ClampMin", "ClampMax", "Hardtanh"}
+
+_VIEWS = {
+    *("Alias", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice"),
+    *("Split", "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind", "Unsqueeze"),
+    *("UnsafeView", "View"),
+}
+"""Operations of autograd that give the same numbers in another place."""
+
+_ELEMENTWISE = {
+    *("Abs", "Add", "Cat", "Diag", "DiagEmbed", "Div", "Exp", "Log", "Log1p", "MaskedFill", "Mul"),
+    *("Neg", "Pow", "Reciprocal", "Sigmoid", "Softplus", "Sqrt", "Stack", "Sub", "Tanh", "Where"),
+}
+"""Operations that give each number from the one in its place."""
+
+_FACTORS = (2.3, 5.0, 20.0)
+"""Multiples of the way to a bound by the slope there. No square is zero at any of them."""
+
+_CLAMPED = (
+    "Start within the clamp's bounds, and clamp parameters under no_grad() after the step, or "
+    "bound them by a smooth function (tanh, softplus)."
+)
+
+_UNBOUNDED = (
+    "Take exp() of a log_std, or softplus() of what the layer gives; pass logits=, not probs=."
+)
+
+
+def check_arguments(subject: Subject) -> Finding:
+    """Arguments stay within their bounds, logits are no probabilities, and all of it learns."""
+    name = "arguments"
+    seen = 0
+    for index, each in enumerate(_arguments(subject.dist())):
+        seen += 1
+        cause, remedy = _of_probabilities(each)
+        if not cause:
+            cause, remedy = _outside_clamp(subject, each)
+        if not cause:
+            cause, remedy = _beyond_bounds(subject, index, each)
+        if cause:
+            return Finding(name, Verdict.FAILED, {"arguments": float(seen)}, cause, remedy)
+    return Finding(name, Verdict.PASSED, {"arguments": float(seen)})
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """What a distribution was made of.
+
+    Attributes:
+        family: The distribution's, or that of what it is a part of.
+        label: The argument's name.
+        constraint: Its bounds.
+        value: The tensor.
+    """
+
+    family: str
+    label: str
+    constraint: Any
+    value: Tensor
+
+    @property
+    def entries(self) -> Tensor:
+        """What the bounds are for: of a triangular factor, its diagonal."""
+        factor = isinstance(self.constraint, type(constraints.lower_cholesky))
+        return self.value.diagonal(dim1=-2, dim2=-1) if factor else self.value
+
+
+def _arguments(policy: Any) -> Iterator[_Argument]:
+    """Yield the tensors that distributions were made of and that depend on the parameters."""
+    for leaf in leaves(policy):
+        for dist in made_of(leaf):
+            try:
+                bounds = dist.arg_constraints
+            except NotImplementedError:
+                continue
+            for label, constraint in bounds.items():
+                value = vars(dist).get(label)
+                if isinstance(value, Tensor) and value.requires_grad:
+                    yield _Argument(name_of(leaf), label, constraint, value)
+
+
+def _of_probabilities(argument: _Argument) -> tuple[str, str]:
+    """Return what is wrong where probabilities were passed as logits."""
+    if argument.label != "logits":
+        return "", ""
+    raw, node = argument.value.detach(), argument.value.grad_fn
+    below = [] if node is None else [each for each, _ in node.next_functions]
+    normalised = len(below) == 2 and below[1] is not None and below[1].name() == _NORMALISER
+    if normalised:
+        node, normaliser = below[0], cast("Any", below[1])
+        raw = normaliser._saved_self.detach()
+    sums = normalised and raw.shape[-1] > 1 and bool(((raw.sum(-1) - 1).abs() < 1e-4).all())
+    inside = bool(((raw >= 0) & (raw <= 1)).all())
+    if not (inside and (sums or _origin(node) in _SQUASHING)):
+        return "", ""
+    return (
+        (
+            f"{argument.family} was given probabilities as logits: they lie in [0, 1]"
+            f"{' and sum to one' if sums else ''}, so that no action can become likely or rare."
+        ),
+        "Pass what comes before softmax or sigmoid as logits=, or the probabilities as probs=.",
+    )
+
+
+def _origin(node: Any) -> str:
+    """Return the name of the operation that a tensor comes from, whatever view of it this is."""
+    while node is not None and node.name().removesuffix("Backward0") in _VIEWS:
+        node = node.next_functions[0][0]
+    return "" if node is None else str(node.name()).removesuffix("Backward0")
+
+
+def _outside_clamp(subject: Subject, argument: _Argument) -> tuple[str, str]:
+    """Return what is wrong where a clamp leaves a dimension of an argument without gradient."""
+    stack, seen = [cast("Any", argument.value.grad_fn)], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kind = node.name().rstrip("01").removesuffix("Backward")
+        if kind in _CLAMPS:
+            outside = _beyond(node)
+            by_row = outside.dim() > 1 and len(outside) == subject.rows
+            lost = outside.flatten(1).all(0) if by_row else outside
+            if lost.any():
+                below = node.next_functions[0][0]
+                names = subject.names()
+                what = names.get(
+                    id(getattr(below, "variable", None)), f"what gives {argument.label}"
+                )
+                place = f"the clamp on the way to {argument.label} of {argument.family}"
+                told = (
+                    f"{what} lies outside {place} in {int(lost.sum())} of {lost.numel()} "
+                    "dimensions, where its gradient is zero: it would never move."
+                )
+                return told, _CLAMPED
+        elif kind not in _ELEMENTWISE | _VIEWS:
+            continue  # a layer: units before it may be saturated
+        stack.extend(each for each, _ in node.next_functions)
+    return "", ""
+
+
+def _beyond(node: Any) -> Tensor:
+    """Return which entries of a clamp's input lie outside its bounds."""
+    value = node._saved_self.detach()
+    low, high = (
+        getattr(node, f"_saved_{side}", None)
+        if hasattr(node, f"_saved_{side}")
+        else getattr(node, f"_saved_{side}_val", None)
+        for side in ("min", "max")
+    )
+    outside = torch.zeros_like(value, dtype=torch.bool)
+    if low is not None:
+        outside |= value < low
+    if high is not None:
+        outside |= value > high
+    return outside
+
+
+def _beyond_bounds(subject: Subject, index: int, argument: _Argument) -> tuple[str, str]:
+    """Return what is wrong where a move of the parameters takes an argument out of its bounds."""
+    for low, high in _bounds(argument.constraint):
+        for bound, sign in ((low, 1.0), (high, -1.0)):
+            if bound is None:
+                continue
+            gap = (sign * (argument.entries - bound)).min()
+            reached = _most_beyond(subject, index, gap, bound, sign)
+            if reached is not None:
+                side = f"{'above' if sign > 0 else 'below'} {float(bound):g}"
+                told = (
+                    f"Nothing keeps {argument.label} of {argument.family} {side}: a move of the "
+                    f"parameters makes it {reached:.3g}. It is a raw parameter or output."
+                )
+                return told, _UNBOUNDED
+    return "", ""
+
+
+def _most_beyond(
+    subject: Subject, index: int, gap: Tensor, bound: Any, sign: float
+) -> float | None:
+    """Return what an argument becomes where its own slope would take it beyond a bound.
+
+    Args:
+        subject: The policy.
+        index: Which of its arguments.
+        gap: How far its nearest entry is from the bound.
+        bound: The bound.
+        sign: 1 if that is a lower one, else −1.
+
+    Returns:
+        A number clearly beyond it, or None if there is none.
+    """
+    vector = subject.vector
+    slopes = torch.autograd.grad(gap, vector.parameters, retain_graph=True, allow_unused=True)
+    slope = vector.gather(slopes)
+    square = float(slope.square().sum())
+    if not square > 0:
+        return None
+    far = float(gap.detach())
+    for factor in _FACTORS:
+        with subject.at(-factor * far / square * slope), _unvalidated():
+            reached = _nearest(subject, index, bound, sign)
+        if reached is not None and reached < -0.1 * far:
+            return float(bound) + sign * reached
+    return None
+
+
+def _nearest(subject: Subject, index: int, bound: Any, sign: float) -> float | None:
+    """Return how far an argument's nearest entry is from a bound, where that can be evaluated."""
+    try:
+        argument = list(_arguments(subject.dist()))[index]
+    except (ValueError, IndexError, RuntimeError):
+        return None
+    return float((sign * (argument.entries.detach() - bound)).min())
+
+
+def _bounds(constraint: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the lower and the upper bound of an argument's entries, None where there is none."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, type(constraints.lower_cholesky)):
+        yield 0.0, None
+        return
+    if not getattr(constraint, "is_discrete", False):
+        yield getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Have torch make distributions whatever their arguments are."""
+    usual = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(usual)

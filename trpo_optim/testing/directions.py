@@ -1,0 +1,39 @@
+"""Moves of a policy's parameters that it answers to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trpo_optim.testing.subject import Subject
+
+__all__ = ["direction"]
+
+
+def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
+    """Return a fixed random step, of such a length that to second order the KL is ``kl``.
+
+    That is half the mean square change of log_prob, whatever the KL is said to be.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(subject.old_log_prob.shape, generator=generator).to(subject.old_log_prob)
+    value = (subject.log_prob(subject.dist()) * weights).mean()
+    slopes = torch.autograd.grad(value, subject.vector.parameters, allow_unused=True)
+    gradient = subject.vector.gather(slopes)
+    # Noise by the measure of each parameter's own slope: what moves the policy little by its
+    # slope would have to move so far that nothing is quadratic any more.
+    pieces = [
+        float(slope.norm())
+        * torch.randn(slope.shape, generator=generator).to(slope)
+        / max(1.0, slope.numel() ** 0.5)
+        for slope in subject.vector.scatter(gradient)
+    ]
+    step: Tensor = gradient + subject.vector.gather(pieces)
+    step /= step.norm().clamp_min(1e-300)
+    small = 1e-6 if step.dtype is torch.float64 else 1e-3
+    with torch.no_grad(), subject.at(small * step):
+        change = subject.joint_log_prob(subject.dist()) - subject.old_joint_log_prob
+    bend = subject.mean(change.square())[0] / small**2
+    return step * math.sqrt(2 * kl / bend) if bend > 0 else step
