@@ -127,6 +127,7 @@ print(  # where step() would be called
         policy.parameters(),
         log_prob=lambda: log_prob(policy(observations), actions),
         advantages=advantages,
+        mask=None,  # of padded sequences, what counts
     )
 )
 ```
@@ -137,22 +138,28 @@ python -m trpo_optim.testing package.module:make_policy --observation-space 17
 
 A policy is a module, a method of one (`agent.dist`) or, with `parameters=`, any function from
 observations to a distribution, or a tuple or dict of them; observations are a tensor, or a tuple or
-dict of them. Pass real ones where you have them. Findings come in the order in which a fault is
-best read: what fails first explains what fails after it. `kl=` takes a KL of your own; without it,
-that of policies that have none in closed form is estimated. `skip=` leaves checks out: `score`
-where the policy computes in lower precision than its parameters have (autocast), so that
-differences are rounding. A policy over sequences of tokens is checked as `Independent(dist, 1)`.
+dict of them. Pass real ones where you have them. An object that holds tensors, such as a batch of
+graphs, is checked as a whole: `rows` and `finite` are then undecided. A sequence of tokens, a
+`Categorical` of shape (N, T, V), counts as one action per row. Findings come in the order in which
+a fault is best read: what fails first explains what fails after it. `kl=` takes a KL of your own;
+without it, that of policies that have none in closed form is estimated. `skip=` leaves checks out.
+Where part of a policy computes in lower precision than its parameters have, it is checked in single
+precision, and `score` is undecided if differences are rounding (autocast).
 
-`check_closure` takes `maximize=True` where the optimizer has it. A closure's `sampled_kl` passes
-with `low_variance=True`; the plain one has a slope on any one sample.
+`check_closure` takes `maximize=True` where the optimizer has it. With `mask=`, it finds a loss or a
+KL that is averaged over prompt or padding, too. The KL is compared with that of the third value, or
+else of the distributions that the closure makes: it must be their mean over the batch, not their
+sum. A closure that makes none is compared with its `log_prob`, on 32 actions or more. A closure's
+`sampled_kl` passes with `low_variance=True`; the plain one has a slope on any one sample.
 
 | check | finds |
 | --- | --- |
-| `state` | parameters, buffers, observations and flags that an evaluation moves |
+| `state` | what an evaluation moves or keeps: parameters, buffers, flags, features, statistics |
 | `one action per row` | log_prob that is not one number per observation |
 | `deterministic` | dropout, noise |
 | `rows` | batch normalisation and reductions across the batch |
 | `parameters` | what is detached on the way; it names what the policy does not use |
+| `arguments` | a scale that may become negative or lies outside its clamp, probabilities as logits |
 | `finite` | NaN and infinity at zeros and at the corners of the observations' range |
 | `density` | log_prob that does not normalise |
 | `sampler` | samples that do not follow log_prob |

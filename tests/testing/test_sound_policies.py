@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from broken import Policy
+from broken_arguments import CachedFeatures
 from sound_policies import (
     MADE,
     OBSERVATIONS,
@@ -45,6 +46,22 @@ def test_no_false_alarm_on_what_a_policy_keeps(policy: type[nn.Module]) -> None:
     assert all(vars(made)[name] is value for name, value in kept.items())
     made(seen)
     assert_policy(made, seen)
+
+
+def test_plain_tensors_that_no_checkpoint_holds_are_mentioned() -> None:
+    torch.manual_seed(0)
+    report = check_policy(Normalising(), observations())
+    assert "state_dict() and to() leave out: mean, deviation." in report["state"].cause
+
+
+def test_features_that_were_cached_before_the_check_are_named() -> None:
+    torch.manual_seed(0)
+    policy, seen = CachedFeatures(), torch.randn(ROWS, OBSERVATIONS)
+    policy(seen)
+    first = check_policy(policy, seen).failures[0]
+    assert first.check == "rows"
+    assert "caches features of other observations" in first.cause
+    assert policy.features is not None
 
 
 def test_no_false_alarm_at_zeros_that_no_observation_is_near() -> None:
@@ -219,7 +236,7 @@ class OfBare(Policy):
         return {"stick": Bare(mean, std)}
 
 
-class Failing(Independent):
+class Failing(Independent[Normal]):
     """A distribution whose log_prob raises."""
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,8 +187,7 @@ def _beyond_bounds(subject: Subject, index: int, argument: _Argument) -> tuple[s
         for bound, sign in ((low, 1.0), (high, -1.0)):
             if bound is None:
                 continue
-            gap = (sign * (argument.entries - bound)).min()
-            reached = _most_beyond(subject, index, gap, bound, sign)
+            reached = _most_beyond(subject, index, bound, sign)
             if reached is not None:
                 side = f"{'above' if sign > 0 else 'below'} {float(bound):g}"
                 told = (
@@ -198,43 +198,43 @@ def _beyond_bounds(subject: Subject, index: int, argument: _Argument) -> tuple[s
     return "", ""
 
 
-def _most_beyond(
-    subject: Subject, index: int, gap: Tensor, bound: Any, sign: float
-) -> float | None:
+def _most_beyond(subject: Subject, index: int, bound: Any, sign: float) -> float | None:
     """Return what an argument becomes where its own slope would take it beyond a bound.
 
     Args:
         subject: The policy.
         index: Which of its arguments.
-        gap: How far its nearest entry is from the bound.
         bound: The bound.
         sign: 1 if that is a lower one, else −1.
 
     Returns:
         A number clearly beyond it, or None if there is none.
     """
-    vector = subject.vector
-    slopes = torch.autograd.grad(gap, vector.parameters, retain_graph=True, allow_unused=True)
-    slope = vector.gather(slopes)
-    square = float(slope.square().sum())
+    vector, gap = subject.vector, _gap(subject, index, bound, sign)
+    slope = vector.gather(torch.autograd.grad(gap, vector.parameters, allow_unused=True))
+    far, square = float(gap.detach()), float(slope.square().sum())
     if not square > 0:
         return None
-    far = float(gap.detach())
     for factor in _FACTORS:
         with subject.at(-factor * far / square * slope), _unvalidated():
-            reached = _nearest(subject, index, bound, sign)
-        if reached is not None and reached < -0.1 * far:
+            reached = _reached(subject, index, bound, sign)
+        if reached < -0.1 * far:
             return float(bound) + sign * reached
     return None
 
 
-def _nearest(subject: Subject, index: int, bound: Any, sign: float) -> float | None:
-    """Return how far an argument's nearest entry is from a bound, where that can be evaluated."""
+def _gap(subject: Subject, index: int, bound: Any, sign: float) -> Tensor:
+    """Return how far the nearest entry of an argument is from a bound, with a graph of its own."""
+    argument = list(_arguments(subject.dist()))[index]
+    return (sign * (argument.entries - bound)).min()
+
+
+def _reached(subject: Subject, index: int, bound: Any, sign: float) -> float:
+    """Return the same as a number, NaN where the policy cannot be evaluated."""
     try:
-        argument = list(_arguments(subject.dist()))[index]
+        return float(_gap(subject, index, bound, sign).detach())
     except (ValueError, IndexError, RuntimeError):
-        return None
-    return float((sign * (argument.entries.detach() - bound)).min())
+        return math.nan
 
 
 def _bounds(constraint: Any) -> Iterator[tuple[Any, Any]]:

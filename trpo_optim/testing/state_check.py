@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trpo_optim.testing.attributes import Attributes
 from trpo_optim.testing.findings import Finding, Verdict
@@ -93,7 +93,23 @@ def _plain_attributes(subject: Subject, before: Attributes, figures: dict[str, f
                 "outside forward.",
             )
     before.restore()
-    return Finding(name, Verdict.PASSED, figures)
+    return Finding(name, Verdict.PASSED, figures, _not_saved(subject.module, kept))
+
+
+def _not_saved(module: nn.Module | None, kept: list[str]) -> str:
+    """Return what is to be said of tensors that are neither parameters nor buffers."""
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, each in ([] if module is None else module.named_modules())
+        for name, value in vars(each).items()
+        if isinstance(value, Tensor) and not value.requires_grad
+    ]
+    plain = ", ".join([name for name in names if name not in kept][:4])
+    return (
+        f"Plain tensors, which state_dict() and to() leave out: {plain}. Use register_buffer."
+        if plain
+        else ""
+    )
 
 
 def _probes(subject: Subject) -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
