@@ -159,7 +159,7 @@ sum. A closure that makes none is compared with its `log_prob`, on 32 actions or
 | `deterministic` | dropout, noise |
 | `rows` | batch normalisation and reductions across the batch |
 | `parameters` | what is detached on the way; it names what the policy does not use |
-| `arguments` | a scale that may become negative or lies outside its clamp, probabilities as logits |
+| `arguments` | a scale that may become negative or is clamped away, probabilities as logits |
 | `finite` | NaN and infinity at zeros and at the corners of the observations' range |
 | `density` | log_prob that does not normalise |
 | `sampler` | samples that do not follow log_prob |

@@ -22,7 +22,7 @@ _NORMALISER = "LogsumexpBackward0"
 
 _SQUASHING = {"Softmax", "Sigmoid"}
 
-_CLAMPS = {"Clamp", "ClampMin", "ClampMax", "Hardtanh"}
+_CLAMPS = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
 
 _VIEWS = {
     *("Alias", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice"),
@@ -114,7 +114,8 @@ def _of_probabilities(argument: _Argument) -> tuple[str, str]:
         node, normaliser = below[0], cast("Any", below[1])
         raw = normaliser._saved_self.detach()
     sums = normalised and raw.shape[-1] > 1 and bool(((raw.sum(-1) - 1).abs() < 1e-4).all())
-    inside = bool(((raw >= 0) & (raw <= 1)).all())
+    allowed = raw[raw > -torch.inf]
+    inside = bool(((allowed >= 0) & (allowed <= 1)).all())
     if not (inside and (sums or _origin(node) in _SQUASHING)):
         return "", ""
     return (
@@ -128,7 +129,7 @@ def _of_probabilities(argument: _Argument) -> tuple[str, str]:
 
 def _origin(node: Any) -> str:
     """Return the name of the operation that a tensor comes from, whatever view of it this is."""
-    while node is not None and node.name().removesuffix("Backward0") in _VIEWS:
+    while node is not None and node.name().removesuffix("Backward0") in _VIEWS | {"MaskedFill"}:
         node = node.next_functions[0][0]
     return "" if node is None else str(node.name()).removesuffix("Backward0")
 
@@ -147,7 +148,7 @@ def _outside_clamp(subject: Subject, argument: _Argument) -> tuple[str, str]:
             by_row = outside.dim() > 1 and len(outside) == subject.rows
             lost = outside.flatten(1).all(0) if by_row else outside
             if lost.any():
-                below = node.next_functions[0][0]
+                below = next(each for each, _ in node.next_functions if each is not None)
                 names = subject.names()
                 what = names.get(
                     id(getattr(below, "variable", None)), f"what gives {argument.label}"
@@ -167,6 +168,14 @@ def _outside_clamp(subject: Subject, argument: _Argument) -> tuple[str, str]:
 def _beyond(node: Any) -> Tensor:
     """Return which entries of a clamp's input lie outside its bounds."""
     value = node._saved_self.detach()
+    if node.name().startswith(("Minimum", "Maximum")):
+        first, second = (each is not None for each, _ in node.next_functions)
+        excess = value - node._saved_other.detach()
+        excess = excess if node.name().startswith("Minimum") else -excess
+        if first and second:
+            return torch.zeros_like(value, dtype=torch.bool)
+        beyond: Tensor = excess > 0 if first else excess < 0
+        return beyond
     low, high = (
         getattr(node, f"_saved_{side}", None)
         if hasattr(node, f"_saved_{side}")
@@ -226,7 +235,8 @@ def _most_beyond(subject: Subject, index: int, bound: Any, sign: float) -> float
 def _gap(subject: Subject, index: int, bound: Any, sign: float) -> Tensor:
     """Return how far the nearest entry of an argument is from a bound, with a graph of its own."""
     argument = list(_arguments(subject.dist()))[index]
-    return (sign * (argument.entries - bound)).min()
+    gap: Tensor = (sign * (argument.entries - bound)).min()
+    return gap
 
 
 def _reached(subject: Subject, index: int, bound: Any, sign: float) -> float:
