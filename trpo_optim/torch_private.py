@@ -6,14 +6,15 @@ All of them were tried with torch 2.6, 2.13 and 2.14: ``make test-floor``, ``mak
 Some are attributes, which cannot be imported:
 
 - ``node._saved_*``, ``node._forward_cls`` and ``node._sequence_nr()`` of autograd nodes, in
-  ``curvature`` and ``closure.kept_tensors``;
+  ``curvature``, ``closure.kept_tensors`` and ``testing.argument_checks``;
 - ``parameter._backward_hooks``, in ``curvature.torch_func``;
 - ``module._buffers``, in ``closure.transaction``;
 - the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
   ``closure.interception``;
 - ``_categorical`` of ``OneHotCategorical``, ``_param`` of ``Categorical``, ``Bernoulli`` and
   ``Binomial``, ``_unbroadcasted_*`` of ``LowRankMultivariateNormal`` and ``Wishart``, and
-  ``_cached_x_y`` of transforms, in ``distributions``.
+  ``_cached_x_y`` and ``_inv`` of transforms, in ``distributions``;
+- ``_validate_args`` of ``Distribution``, in ``testing.argument_checks``.
 """
 
 from __future__ import annotations
