@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from broken import Custom
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -65,6 +66,18 @@ class Applied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.function.apply(x)
         return result
+
+
+class OnceInHalf(Applied):
+    """The tanh that forbids a second backward, in bfloat16 alone."""
+
+    def __init__(self) -> None:
+        super().__init__(Once)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise TypeError("bfloat16 alone")
+        return super().forward(x)
 
 
 class WrongSecondInKl(Function):

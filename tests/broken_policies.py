@@ -10,7 +10,6 @@ import torch
 from broken import (
     OBSERVATIONS,
     SAMPLES,
-    Bag,
     Centred,
     ClampingItself,
     Clipped,
@@ -56,9 +55,8 @@ from broken_arguments import (
     Unvalidated,
 )
 from broken_kls import (
-    Applied,
     HandmadeLaplace,
-    Once,
+    OnceInHalf,
     clamped,
     custom_kl,
     handmade_laplace_kl,
@@ -208,14 +206,11 @@ BROKEN_POLICIES: dict[str, Broken] = {
     "a KL not weighted by probabilities": Broken(
         Discrete, "kl", "not the KL of these|sign", options={"kl": unweighted}
     ),
-    "an embedding bag": Broken(
-        Bag,
+    "a backward that forbids a second, in half precision": Broken(
+        lambda: Policy(middle=OnceInHalf()).bfloat16(),
         "second order",
-        "EmbeddingBag has no second derivatives.*nn.Embedding",
-        observations=lambda: torch.randint(10, (SAMPLES, 4)),
-    ),
-    "a backward that forbids a second": Broken(
-        lambda: Policy(middle=Applied(Once)), "second order", "once_differentiable"
+        "computes in half precision",
+        observations=lambda: torch.randn(SAMPLES, OBSERVATIONS).bfloat16(),
     ),
     "a KL with a wrong second derivative": Broken(
         Policy,

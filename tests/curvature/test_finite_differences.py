@@ -269,9 +269,8 @@ def test_hooks_change_no_step(kind: str, third: bool, mode: str) -> None:
 def test_hooks_that_are_not_called_are_said() -> None:
     problem = gaussian()
     problem.parameters()[0].register_hook(lambda grad: grad)
-    with pytest.warns(UserWarning, match="does not call them.*multiply it by a mask") as caught:
+    with pytest.warns(UserWarning, match="does not call them.*multiply it by a mask"):
         problem.optimizer().step(problem.closure)
-    assert caught[0].filename == __file__
 
 
 def test_an_odd_number_of_parameters_before_complex_ones_is_differentiated() -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Solution
-from trpo_optim.algorithm.finite_differences import FiniteDifferences, disagreement
+from trpo_optim.algorithm.finite_differences import FiniteDifferences, Slope, disagreement
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
 from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
 
-__all__ = ["Direction", "DirectionSolver"]
+__all__ = ["Direction", "DirectionSolver", "differences_of"]
 
 _FINITE_DIFFERENCES = "finite differences"
 
@@ -97,10 +97,10 @@ class DirectionSolver:
         if direction.image is None:
             return direction
         apart = disagreement(
-            self._slope,
+            _slope_of(self.batch, self.parameters),
             self.uphill,
             direction.image,
-            self._precision(model),
+            _precision(self.parameters, model),
             model.kl_resolution,
         )
         if math.isnan(apart):
@@ -116,15 +116,34 @@ class DirectionSolver:
         return self._by_finite_differences(model, flaw) if flaw else direction
 
     def _by_finite_differences(self, model: LocalModel, reason: str) -> Direction:
-        differences = FiniteDifferences(self._slope, self._precision(model))
-        solution = self.mode.direction(differences.product, self.uphill, self.settings)
+        product = differences_of(self.batch, self.parameters, model).product
+        solution = self.mode.direction(product, self.uphill, self.settings)
         return Direction(solution, _FINITE_DIFFERENCES, reason)
 
-    def _slope(self, vector: Tensor, length: float) -> tuple[float, Tensor]:
-        self.parameters.move(vector, length)
-        found = self.batch.slope()
-        self.parameters.move(vector, 0.0)
+
+def differences_of(batch: Batch, parameters: Parameters, model: LocalModel) -> FiniteDifferences:
+    """Return what makes products for a model that has none.
+
+    Args:
+        batch: The closures.
+        parameters: What the closures depend on. They are where they were after every product.
+        model: The closures near the current parameters.
+
+    Returns:
+        The finite differences.
+    """
+    return FiniteDifferences(_slope_of(batch, parameters), _precision(parameters, model))
+
+
+def _slope_of(batch: Batch, parameters: Parameters) -> Slope:
+    def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
+        parameters.move(vector, length)
+        found = batch.slope()
+        parameters.move(vector, 0.0)
         return found
 
-    def _precision(self, model: LocalModel) -> float:
-        return max(self.parameters.precision, model.kl_resolution / 10)
+    return slope
+
+
+def _precision(parameters: Parameters, model: LocalModel) -> float:
+    return max(parameters.precision, model.kl_resolution / 10)

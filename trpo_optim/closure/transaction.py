@@ -98,7 +98,7 @@ class Transaction:
         self._policy.hold_what_has_parameters(closures)
         self._hooks.append(register_module_buffer_registration_hook(self._remember_replaced))
         if any(name == "_backward_hooks" and value for _, name, value in self._hidden):
-            warnings.warn(_HOOKS_NOT_CALLED, stacklevel=4)
+            warnings.warn(_HOOKS_NOT_CALLED, stacklevel=2)
         for parameter, name, value in self._hidden:
             if value is not None:
                 setattr(parameter, name, None)

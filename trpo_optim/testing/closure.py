@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from trpo_optim.algorithm.direction import DirectionSolver
 from trpo_optim.algorithm.kl_checks import require_moving_kl, require_zero_kl
+from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.checks import Numbers, checked_values
+from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.autograd_graph import now, require_attached
-from trpo_optim.curvature.local_model import second_order
+from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, without
@@ -109,12 +114,21 @@ def _shape(subject: ClosureSubject) -> Finding:
 
 
 def _second_order(subject: ClosureSubject) -> Finding:
+    """The KL's Fisher-vector products are those of its first derivatives."""
+    settings = Hyperparameters(cg_iterations=1)
     with torch.no_grad():
-        model = second_order(subject.objective)
-        model.product(model.gradient)
-    return Finding(
-        "second order", Verdict.PASSED, {}, model.fallback and f"{model.engine}: {model.fallback}."
-    )
+        closures = Closures([subject.closure])
+        batch = Batch(closures, subject.vector, subject.transaction, learned({}))
+        model = batch.second_order()
+        length = model.gradient.norm()
+        uphill = model.gradient / length if length > 0 else torch.ones_like(model.gradient)
+        solver = DirectionSolver(
+            batch, subject.transaction, uphill / uphill.norm(), MODES["trpo"], settings
+        )
+        direction = solver.solve(model)
+        direction = solver.prove(direction, model.released())
+    note = direction.fallback and f"{direction.engine}: {direction.fallback}."
+    return Finding("second order", Verdict.PASSED, {}, note)
 
 
 CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
@@ -169,7 +183,7 @@ def check_closure(
     with torch.no_grad():
         for name, check in checks.items():
             with Transaction(vector) as transaction:
-                transaction.begin()
+                transaction.begin([closure])
                 try:
                     subject = ClosureSubject(
                         closure, vector, transaction, log_prob, advantages, mask, maximize

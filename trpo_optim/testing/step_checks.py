@@ -25,7 +25,7 @@ def check_step(subject: Subject) -> Finding:
     """A step improves, keeps the radius, and agrees with the local model as that shrinks."""
     name = "step"
     if subject.refusal:
-        return Finding(name, Verdict.UNDECIDED, {}, "There is no second derivative.")
+        return Finding(name, Verdict.UNDECIDED, {}, "There are no Fisher-vector products.")
     report = _step(subject, 1e-2)
     if not report.accepted:
         return Finding(

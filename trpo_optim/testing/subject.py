@@ -6,15 +6,19 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.evaluation import Objective
+from trpo_optim.algorithm.direction import differences_of
+from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.local_model import LocalModel, second_order
+from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import learned
+from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributions import mean_kl
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.averages import average
@@ -165,13 +169,19 @@ class Subject(Evaluated):
     @contextmanager
     def model(self, *, third: bool) -> Iterator[LocalModel]:
         """Yield gradient and Fisher-vector products, as the optimizer takes them."""
+        closures = Closures([self.closure(third=third)])
         with Transaction(self.vector) as transaction, torch.no_grad():
-            transaction.begin()
-            yield second_order(Objective(self.closure(third=third), self.vector, transaction))
+            transaction.begin([closures])
+            batch = Batch(closures, self.vector, transaction, learned({}))
+            model = batch.second_order()
+            if model.engine == "finite differences":
+                product = differences_of(batch, transaction, model).product
+                model = replace(model, product=product)
+            yield model
 
     @functools.cached_property
     def refusal(self) -> str:
-        """Why the closure cannot be differentiated twice, or empty."""
+        """Why the closure has no Fisher-vector products, or empty."""
         try:
             for third in (True, False):
                 with self.model(third=third) as model:
