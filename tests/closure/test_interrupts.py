@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def global_hooks() -> list[dict[int, Any]]:
 
 def put_switches_back() -> None:
     for switch in (differentiable, uncompiled, without_cudnn):
-        switch._holders, switch._held = [], None
+        switch._lock, switch._holders, switch._held = threading.RLock(), [], None
     torch.backends.mha.set_fastpath_enabled(True)
     torch.compiler.set_stance("default")
     for enable in (
@@ -127,9 +128,9 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
             take_a_step(problem, rejected=rejected, mode=mode, first=first)
         now = Snapshot.of(problem.policy)
         changed = before.differences(now)
-        if "switches" in changed and seen[-1][0] == torch_switches.__file__:
-            changed.remove("switches")  # nothing puts back what a line should that was interrupted
-            put_switches_back()
+        if seen[-1][0] == torch_switches.__file__:
+            put_switches_back()  # nothing puts back what a line should that was interrupted
+            changed = [each for each in changed if each != "switches"]
             assert before.switches == switches()
         if changed:
             parameters = {name for name, _ in problem.policy.named_parameters()}

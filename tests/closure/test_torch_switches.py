@@ -26,7 +26,7 @@ def test_overlapping_steps_leave_the_switches_as_they_were() -> None:
 
         def closure() -> Any:
             first_inside.set()
-            assert second_inside.wait(30)
+            assert second_inside.wait(10)
             return problem.closure()
 
         problem.optimizer().step(closure)
@@ -34,11 +34,11 @@ def test_overlapping_steps_leave_the_switches_as_they_were() -> None:
 
     def second() -> None:
         problem = gaussian()
-        assert first_inside.wait(30)
+        assert first_inside.wait(10)
 
         def closure() -> Any:
             second_inside.set()
-            assert first_done.wait(30)
+            assert first_done.wait(10)
             seen.append(switches())
             return problem.closure()
 
@@ -48,7 +48,7 @@ def test_overlapping_steps_leave_the_switches_as_they_were() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(30)
     assert switches() == before
     assert len(seen) > 1
     assert all(each[0] is False for each in seen)  # flash attention is off until the last has left

@@ -96,6 +96,11 @@ def checked_values(returned: Any) -> Values:
                 f"The closure's {name} has shape {tuple(value.shape)}, not that of a scalar. "
                 f"Reduce it over the batch, usually with .mean(){per_sample}."
             )
+        if value.is_meta:
+            raise TrustRegionError(
+                f"The closure's {name} lies on the device meta, which holds no numbers. Compute it "
+                "on the device of the parameters."
+            )
         if not value.is_floating_point():
             raise TrustRegionError(
                 f"The closure's {name} is {value.dtype}; it must be real floating point."

@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.policy_state import PolicyState
@@ -248,10 +249,16 @@ class Transaction:
 
     def _put_back_unmoved(self) -> None:
         """Undo what an evaluation wrote into parameters that the step does not move."""
-        written = self._vector.reached(self._vector.current().ne(self.origin).to(self.origin))
-        unmoved = [each and not moved for each, moved in zip(written, self._moved, strict=True)]
-        if any(unmoved):
-            self._vector.write(self._vector.scatter(self.origin), unmoved)
+        if all(self._moved):
+            return
+        origin = self._vector.scatter(self.origin)
+        written = [
+            not (moved or torch.equal(local(parameter), local(before)))
+            for parameter, before, moved in zip(
+                self._vector.parameters, origin, self._moved, strict=True
+            )
+        ]
+        self._vector.write(origin, written)
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""

@@ -30,6 +30,8 @@ def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = Fal
         RuntimeError: If torch cannot differentiate the value.
         TrustRegionError: If the value does not depend on the parameters.
     """
+    if not value.requires_grad:
+        raise TrustRegionError(DETACHED)
     vector = objective.vector
     may_refuse = calls_python(value)
     try:

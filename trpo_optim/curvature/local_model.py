@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.checks import Values
+from trpo_optim.closure.checks import Numbers, Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
 from trpo_optim.curvature.autograd_graph import (
@@ -105,9 +105,11 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     """
     with objective.differentiable():
         values = objective.with_graph_elsewhere()
-        if values is None or (loss and not math.isfinite(values.numbers().loss)):
+        numbers = Numbers(math.nan, math.nan) if values is None else values.numbers()
+        finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
+        if values is None or not finite:
             return math.nan, torch.full_like(objective.vector.current(), math.nan)
-        return values.numbers().kl, gradient_of(values.kl, objective)
+        return numbers.kl, gradient_of(values.kl, objective)
 
 
 def second_order(
