@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import CodeType
 
@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
 from trpo_optim.closure.interception import RefusedError, Watch
 from trpo_optim.closure.parameters import ParameterVector
-from trpo_optim.closure.torch_switches import uncompiled, without_cudnn
+from trpo_optim.closure.torch_switches import without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
 
@@ -147,15 +147,9 @@ class Objective:
         self._random |= self.drew_random_numbers()
         return values
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Have what a backward computes anew be computed as the evaluation computed it.
-
-        Yields:
-            Nothing.
-        """
-        with uncompiled(), without_cudnn() if self._recurrent else nullcontext():
-            yield
+    def kernels(self) -> AbstractContextManager[None]:
+        """Have what a backward computes anew be computed as the evaluation computed it."""
+        return without_cudnn() if self._recurrent else nullcontext()
 
     def rewind(self) -> None:
         """Return buffers and random state to where the step found them."""
@@ -191,11 +185,8 @@ class Objective:
             return Numbers(math.nan, math.nan)
 
     def _without_graph(self) -> Numbers:
-        seen = {
-            without_cudnn: self._recurrent,
-            uncompiled: self._random,
-            torch.enable_grad: self._differentiates,
-        }
+        seen = {without_cudnn: self._recurrent, torch.enable_grad: self._differentiates}
+        self._transaction.run_compiled(not self._random)
         self.rewind()
         try:
             values = self._evaluate(*(context() for context, needed in seen.items() if needed))
@@ -211,8 +202,9 @@ class Objective:
 
     def _watched(self, watch: Watch) -> Values:
         try:
+            self._transaction.run_compiled(False)
             told = self._transaction.modules_about_to_run(watch.before_forward)
-            return self._evaluate(uncompiled(), told, watch)
+            return self._evaluate(told, watch)
         finally:
             watch.remove()
             self._recurrent |= watch.recurrent

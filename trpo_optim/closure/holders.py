@@ -122,7 +122,7 @@ def _captured(function: types.FunctionType) -> Iterator[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
-    names = list(_names(function.__code__))
+    names = _names(function.__code__)
     for name in names:
         found = function.__globals__.get(name)
         if isinstance(found, types.ModuleType) and not _is_foreign(found.__name__):
@@ -138,12 +138,11 @@ def _content(cell: types.CellType) -> Any:
     return None
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names of globals and attributes in a function and in those defined inside."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+@functools.lru_cache(maxsize=1000)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Return the names of globals and attributes in a function and in those defined inside."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names, inner))
 
 
 def _is_foreign(module: str | None) -> bool:

@@ -62,6 +62,7 @@ class ParameterVector:
         )
         self.precision = max(torch.finfo(each.dtype).eps for each in self.parameters)
         self._sizes = [parameter.numel() for parameter in self.parameters]
+        self._begins_oddly = any(size % 2 for size in self._sizes[:-1])
 
     def __len__(self) -> int:
         """Return the vectors' length."""
@@ -88,11 +89,21 @@ class ParameterVector:
         dense = [each.to_dense() if each.is_sparse else each for each in pieces]
         return [each.reshape(-1).to(self.dtype) for each in dense]
 
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """Return a vector's pieces, one for each parameter.
+    def joined(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return tensors shaped like the parameters in as few pieces of a vector as may be.
 
-        Each begins where complex numbers may begin in memory, since a parameter may be viewed so.
+        One piece is fastest. Its derivative's pieces may begin at an odd place in memory, where
+        complex numbers cannot begin. So there are as many pieces as parameters if one could.
         """
+        flat = self.flat(tensors)
+        return flat if self._begins_oddly else [torch.cat(flat)]
+
+    def split_as_joined(self, vector: Tensor) -> list[Tensor]:
+        """Return a vector in the pieces that ``joined`` returns."""
+        return self.split(vector) if self._begins_oddly else [vector]
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return a vector's pieces, one for each parameter; none begins at an odd place."""
         return [
             piece.clone() if piece.storage_offset() % 2 else piece
             for piece in torch.split(vector, self._sizes)

@@ -25,6 +25,10 @@ _DEEPEST = 3
 """How many lists and dicts inside of each other are looked into."""
 
 
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
+"""What torch itself keeps in a module: hooks, submodules, buffers and parameters."""
+
+
 class PolicyState:
     """The tensors of a policy, as they were before the step.
 
@@ -99,13 +103,18 @@ class PolicyState:
             raise errors[0]
 
     def _hold_module(self, module: nn.Module, *, named: bool) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen[id(module)] = module
         name = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):  # what it holds is not in its __dict__
             self._hold([*module.buffers(), *module.parameters()], name)
             return
+        attributes = vars(module)
         for key in ("_buffers", "_parameters"):
-            self._hold(vars(module)[key], name, bound=named)
-        self._hold(vars(module), name)
+            if attributes[key]:
+                self._hold(attributes[key], name, bound=named)
+        self._hold(attributes, name)
 
     def _hold(self, entries: Any, name: str, *, bound: bool = True, depth: int = 0) -> None:
         """Remember the tensors among some attributes or items, and those inside of these."""

@@ -22,7 +22,7 @@ from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
-from trpo_optim.closure.torch_switches import differentiable
+from trpo_optim.closure.torch_switches import differentiable, uncompiled
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -73,6 +73,7 @@ class Transaction:
         self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
         self._thread = threading.get_ident()
         self._ended = False
+        self._uncompiled = False
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Transaction:
@@ -132,6 +133,18 @@ class Transaction:
             module: It may be known.
         """
         self._policy.hold_running(module)
+
+    def run_compiled(self, compiled: bool) -> None:
+        """Have compiled modules run compiled, or as they were written, until told otherwise.
+
+        Args:
+            compiled: Whether they are to run compiled.
+        """
+        if compiled:
+            uncompiled.release(self)
+        elif not self._uncompiled:
+            uncompiled.hold(self)
+        self._uncompiled = not compiled
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -239,6 +252,7 @@ class Transaction:
                     if getattr(parameter, name) is not value:
                         setattr(parameter, name, value)
                 self._remove_hooks()
+                uncompiled.release(self)
                 differentiable.release(self)
         self._ended = True
 

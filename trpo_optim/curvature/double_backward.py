@@ -34,7 +34,7 @@ def by_double_backward(
     try:
         gradient = None if loss is None else gradient_of(loss, objective, retain_graph=True)
         with torch.enable_grad():
-            slopes = vector.flat(
+            slopes = vector.joined(
                 torch.autograd.grad(kl, vector.parameters, allow_unused=True, create_graph=True)
             )
     except torch.OutOfMemoryError:
@@ -48,7 +48,7 @@ def by_double_backward(
     def product(direction: Tensor) -> Tensor:
         if not curved:
             return torch.zeros_like(direction)
-        pieces = vector.split(direction)
+        pieces = vector.split_as_joined(direction)
         return vector.gather(
             torch.autograd.grad(
                 [slopes[index] for index in curved],

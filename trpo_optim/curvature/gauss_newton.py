@@ -59,7 +59,7 @@ def gauss_newton(
             for slope, like in zip(slopes, outputs.templates, strict=True)
         ]
         with torch.enable_grad():
-            pulled = vector.flat(
+            pulled = vector.joined(
                 torch.autograd.grad(
                     outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
                 )
@@ -75,7 +75,7 @@ def gauss_newton(
     owners = [each.owner for each in cut]
 
     def product(direction: Tensor, _kept: Any = owners) -> Tensor:  # as long as the product
-        pieces = vector.split(direction)
+        pieces = vector.split_as_joined(direction)
         tangents = torch.autograd.grad(
             [pulled[index] for index in linear],
             cotangents,

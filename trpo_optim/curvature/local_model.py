@@ -103,13 +103,12 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     Returns:
         The KL and the gradient; NaN where the closure's values are no numbers.
     """
-    with objective.differentiable():
-        values = objective.with_graph_elsewhere()
-        numbers = Numbers(math.nan, math.nan) if values is None else values.numbers()
-        finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
-        if values is None or not finite:
-            return math.nan, torch.full_like(objective.vector.current(), math.nan)
-        return numbers.kl, gradient_of(values.kl, objective)
+    values = objective.with_graph_elsewhere()
+    numbers = Numbers(math.nan, math.nan) if values is None else values.numbers()
+    finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
+    if values is None or not finite:
+        return math.nan, torch.full_like(objective.vector.current(), math.nan)
+    return numbers.kl, gradient_of(values.kl, objective)
 
 
 def second_order(
@@ -135,14 +134,13 @@ def second_order(
         RuntimeError: Whatever the closure itself raises.
     """
     choice = nothing_learned() if choice is None else choice
-    with objective.differentiable():
-        model = _second_order(objective, choice, gradient=gradient)
-        if not (choice["proven"] or choice["flaw"]):
-            try:
-                model.product(torch.ones_like(objective.vector.current()))
-            except _RefusedProductError as error:
-                choice["flaw"] = str(error)
-                return _without_products(objective, choice["flaw"], gradient=gradient)
+    model = _second_order(objective, choice, gradient=gradient)
+    if not (choice["proven"] or choice["flaw"]):
+        try:
+            model.product(torch.ones_like(objective.vector.current()))
+        except _RefusedProductError as error:
+            choice["flaw"] = str(error)
+            return _without_products(objective, choice["flaw"], gradient=gradient)
     return model
 
 
@@ -223,7 +221,7 @@ def _model(
 
     def named_product(direction: Tensor) -> Tensor:
         try:
-            with objective.differentiable():
+            with objective.kernels():
                 return product(direction)
         except torch.OutOfMemoryError:
             raise
