@@ -57,7 +57,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     Every hyperparameter lives in ``param_groups`` and may be changed there between steps; all
     groups must agree, since one step has one length. A schedule may bring a length to 0. An
     optimizer step moves the parameters and nothing else: buffers, random state and ``.grad`` are
-    afterwards what they were.
+    afterwards what they were. Hooks on gradients are not called.
 
     Args:
         params: What torch.optim takes: tensors, ``named_parameters()`` or group dicts.

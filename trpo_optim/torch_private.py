@@ -7,7 +7,8 @@ Some are attributes, which cannot be imported:
 
 - ``node._saved_*``, ``node._forward_cls`` and ``node._sequence_nr()`` of autograd nodes, in
   ``curvature``, ``closure.kept_tensors`` and ``testing.argument_checks``;
-- ``parameter._backward_hooks``, in ``curvature.torch_func``;
+- ``parameter._backward_hooks`` and ``parameter._post_accumulate_grad_hooks``, in
+  ``closure.transaction``;
 - ``module._buffers``, in ``closure.transaction``;
 - the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
   ``closure.interception``;

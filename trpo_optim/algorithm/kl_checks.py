@@ -64,7 +64,9 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
             f"The closure's KL is {kl:g} at the current parameters, "
             f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
             "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
-            "not an entropy or a penalty."
+            "not an entropy or a penalty. If another policy drew the actions, such as an inference "
+            "server or an earlier iterate, take the ratio to the policy that drew them, and the KL "
+            "to the present one."
         )
 
 
