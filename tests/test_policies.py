@@ -114,7 +114,8 @@ def product_of(
     """Return the local model and a product, as a step that knows as much takes them."""
     closures = Closures([functools.partial(setting.closure, third=third)])
     with Transaction(vector) as transaction:
-        transaction.begin([closures])
+        transaction.hold([closures])
+        transaction.begin()
         batch = Batch(closures, vector, transaction, {"parts": choice})
         model = batch.second_order()
         if model.engine == "finite differences":

@@ -196,7 +196,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             ready, batch = self._prepared(closure, weights, curvature)
             figures: dict[str, Any] = {}
             with ready.transaction as transaction, unwrapped(self.process_group, ready.vector):
-                transaction.begin([ready.closures])
+                transaction.begin()
                 outcome = take_step(batch, transaction, ready.settings, figures)
                 report = batch.concluded(StepReport(outcome, **figures))
                 if report.accepted:
@@ -277,6 +277,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             closures = collected(closure, weights, curvature, shared=shared)
             choices = learned(self.param_groups[0])
             batch = Batch(closures, vector, transaction, choices) if closures.parts else None
+            transaction.hold([closures])
             return Ready(settings, vector, transaction, closures, batch)
 
         if self.process_group is None:

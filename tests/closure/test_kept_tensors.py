@@ -34,11 +34,10 @@ class Keeping(nn.Module):
         if self.mask is None:
             self.mask = torch.ones(observations.shape[1], dtype=observations.dtype)
         hidden = self.first(observations * self.mask)
-        if torch.is_grad_enabled():  # a trial does not write them anew
-            self.hidden = hidden.tanh()
-            self.kept["list"].append(hidden[:3])
-            self.kept["notes"].scale = self.inner.log_std.exp()
-            self.kept["weight"] = self.first.get_parameter("weight").t()
+        self.hidden = hidden.tanh()
+        self.kept["list"].append(hidden[:3])
+        self.kept["notes"].scale = self.inner.log_std.exp()
+        self.kept["weight"] = self.first.get_parameter("weight").t()
         dist: Distribution = self.inner(observations * self.mask)
         return dist
 
@@ -72,7 +71,10 @@ OUTCOMES: dict[str, tuple[Callable[[Problem], None], dict[str, Any], Outcome]] =
 def keeping() -> tuple[Problem, Keeping]:
     torch.manual_seed(0)
     policy = Keeping()
-    return Problem(policy, torch.randn(32, 4, dtype=torch.float64)), policy
+    problem = Problem(policy, torch.randn(32, 4, dtype=torch.float64))
+    policy.kept = {"list": [], "notes": Keeping.Notes()}
+    policy.hidden = policy.mask = None
+    return problem, policy
 
 
 def require_plain(policy: Keeping) -> None:

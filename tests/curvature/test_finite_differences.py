@@ -18,6 +18,7 @@ from torch.distributions import Independent, Laplace, Normal
 
 from trpo_optim import Outcome, TrustRegionError, TrustRegionOptimizer
 from trpo_optim.algorithm.finite_differences import FiniteDifferences, disagreement
+from trpo_optim.curvature.engine_choice import nothing_learned
 
 MATRIX = torch.diag(torch.tensor([3.0, 1.0, 0.01], dtype=torch.float64))
 MATRIX[0, 1] = MATRIX[1, 0] = 0.5
@@ -256,7 +257,7 @@ def test_directions_by_finite_differences_gain_what_exact_ones_do(
         setting = Setting(Policy(NETWORKS[network]().to(device), FAMILIES["Normal"]))
         optimizer = TrustRegionOptimizer(setting.trained)
         optimizer.param_groups[0]["engines"] = {
-            "parts": {"third": None, "refusal": "", "flaw": flaw, "proven": True},
+            "parts": {**nothing_learned(), "flaw": flaw, "proven": True},
         }
         report = optimizer.step(setting.closure)
         assert report.outcome is Outcome.ACCEPTED

@@ -95,13 +95,16 @@ class DirectionSolver:
             The direction to take.
         """
         if direction.image is None:
+            if direction.engine == _FINITE_DIFFERENCES and self.batch.is_unproven():
+                self.batch.prove("")
             return direction
         apart = disagreement(
             _slope_of(self.batch, self.parameters),
             self.uphill,
             direction.image,
-            _precision(self.parameters, model),
+            model.precision,
             model.kl_resolution,
+            self.settings.max_kl,
         )
         if math.isnan(apart):
             return replace(direction, safe=False)
@@ -132,7 +135,7 @@ def differences_of(batch: Batch, parameters: Parameters, model: LocalModel) -> F
     Returns:
         The finite differences.
     """
-    return FiniteDifferences(_slope_of(batch, parameters), _precision(parameters, model))
+    return FiniteDifferences(_slope_of(batch, parameters), model.precision)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:
@@ -143,7 +146,3 @@ def _slope_of(batch: Batch, parameters: Parameters) -> Slope:
         return found
 
     return slope
-
-
-def _precision(parameters: Parameters, model: LocalModel) -> float:
-    return max(parameters.precision, model.kl_resolution / 10)

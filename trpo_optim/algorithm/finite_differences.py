@@ -83,7 +83,8 @@ class FiniteDifferences:
     def _first(self, unit: Tensor) -> Tensor:
         """Return a product by central differences, with whose displacement the others begin."""
         _, self._origin = self._slope(unit, 0.0)
-        best = math.inf
+        best, product = math.inf, torch.zeros_like(unit)
+        self._target, self._length = self._targets[-1], math.sqrt(2 * self._targets[-1])
         for target in self._targets:
             length, _, there = _displaced(
                 self._slope,
@@ -93,6 +94,8 @@ class FiniteDifferences:
                 target,
                 window=(1 / 3, 3),
             )
+            if 0.5 * length * float(unit @ (there - self._origin)) < 1e-3 * target:
+                continue  # the KL is flat however far one goes
             ahead, behind = there - self._origin, self._origin - self._slope(unit, -length)[1]
             size, apart = float((ahead + behind).norm()), float((ahead - behind).norm())
             uneven = apart / max(size, 1e-300) if apart else 0.0
@@ -101,7 +104,7 @@ class FiniteDifferences:
                 product = (ahead + behind) / (2 * length)
             if not uneven > _EVEN:
                 break
-        if best > 0.5:
+        if 0.5 < best < math.inf:
             raise TrustRegionError(_TOO_COARSE)
         return product
 
@@ -120,6 +123,7 @@ def disagreement(
     image: Tensor,
     precision: float,
     kl_resolution: float,
+    max_kl: float | None = None,
 ) -> float:
     """Return by how much a product differs from the finite difference, beyond what both may err.
 
@@ -133,6 +137,8 @@ def disagreement(
         image: The product Fv in question, shape (n,).
         precision: As for ``FiniteDifferences``.
         kl_resolution: KLs closer than this cannot be told apart, in nats.
+        max_kl: The radius, in nats, far inside of which the differences are taken; None: there is
+            none.
 
     Returns:
         The difference, relative to the product by finite differences. 0: there is none, or none
@@ -141,6 +147,8 @@ def disagreement(
     if precision > _COARSEST:
         return 0.0
     target = 1e-6 if precision < 1e-10 else 1e-4
+    if max_kl is not None:
+        target = min(target, max_kl / 10)
     kl, origin = slope(unit, 0.0)
     bend = float(unit @ image)
     length = math.sqrt(2 * target / bend) if bend > 1e-6 else math.sqrt(2 * target)

@@ -34,6 +34,10 @@ class LocalModel(Numbers, Protocol):
         """KLs closer than this cannot be told apart, in nats."""
 
     @property
+    def precision(self) -> float:
+        """The unit of rounding of the coarsest parameter and of what the closure computes."""
+
+    @property
     def gradient(self) -> Tensor:
         """∇loss, shape (n,)."""
 
@@ -78,6 +82,9 @@ class Batch(Protocol):
             flaw: Why finite differences are to serve in all further steps, or empty.
         """
 
+    def doubt(self) -> None:
+        """Have the next step compare products with finite differences."""
+
     def values(self) -> Numbers:
         """Return the values where the parameters now are."""
 
@@ -87,10 +94,6 @@ class Batch(Protocol):
 
 class Parameters(Protocol):
     """The parameters as one vector, held until the step ends."""
-
-    @property
-    def precision(self) -> float:
-        """The unit of rounding of the coarsest parameter."""
 
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step."""

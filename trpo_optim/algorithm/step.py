@@ -25,6 +25,9 @@ from trpo_optim.report import Outcome
 
 __all__ = ["take_step"]
 
+_SURPRISING = 1.75
+"""How many times the predicted KL the measured one may be, or the other way round."""
+
 
 def take_step(
     batch: Batch,
@@ -104,6 +107,8 @@ def take_step(
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
+    if mode.curved and _is_surprising(search, prediction, model):
+        batch.doubt()
     if search.outcome is Outcome.ACCEPTED:
         parameters.move(step, search.scale)  # the last trial may have lain elsewhere
         figures["step_norm"] = parameters.moved()
@@ -175,6 +180,13 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     change = abs(search.trial.kl - model.kl)
     predicted = search.scale**2 * prediction.kl
     return change == 0 or change <= model.kl_resolution < predicted
+
+
+def _is_surprising(search: Search, prediction: Prediction, model: LocalModel) -> bool:
+    """Return whether the measured KL is far from the predicted one, though both are resolved."""
+    measured, predicted = search.trial.kl - model.kl, search.scale**2 * prediction.kl
+    resolved = min(measured, predicted) > 10 * model.kl_resolution
+    return resolved and not 1 / _SURPRISING < measured / predicted < _SURPRISING
 
 
 def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:

@@ -93,6 +93,7 @@ class Objective:
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
         self._recurrent = self._random = self._differentiates = False
+        self._precision = 0.0
 
     def at(self, *twins: Tensor) -> Values:
         """Evaluate with each parameter replaced by its twin, wherever it is used.
@@ -147,6 +148,11 @@ class Objective:
         self._random |= self.drew_random_numbers()
         return values
 
+    @property
+    def precision(self) -> float:
+        """The unit of rounding of the coarsest parameter and of what the closure computes."""
+        return max(self.vector.precision, self._precision)
+
     def kernels(self) -> AbstractContextManager[None]:
         """Have what a backward computes anew be computed as the evaluation computed it."""
         return without_cudnn() if self._recurrent else nullcontext()
@@ -155,9 +161,9 @@ class Objective:
         """Return buffers and random state to where the step found them."""
         self._transaction.rewind()
 
-    def other_parameters(self) -> list[Tensor]:
-        """Return the policy's parameters that are not the optimizer's and require gradients."""
-        return self._transaction.other_parameters()
+    def other_leaves(self) -> list[Tensor]:
+        """Return the policy's tensors that are not the optimizer's and require gradients."""
+        return self._transaction.other_leaves()
 
     def drew_random_numbers(self) -> bool:
         """Return whether the evaluation since the last rewind drew random numbers."""
@@ -209,9 +215,13 @@ class Objective:
             watch.remove()
             self._recurrent |= watch.recurrent
             self._differentiates |= watch.differentiates
+            self._precision = max(self._precision, watch.precision)
 
     def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
         self.evaluations += 1
+        for parameter in self.vector.parameters:
+            if parameter.grad is not None:  # a backward of the last evaluation's made it
+                parameter.grad = None
         try:
             with ExitStack() as stack:
                 for context in (self._transaction.evaluation(), *contexts):

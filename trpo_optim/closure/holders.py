@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LONGEST", "attributes", "holders", "is_plain_object"]
+__all__ = ["LONGEST", "attributes", "is_plain_object", "reached"]
 
 LONGEST = 1000
 """Lists and dicts with more entries hold data, not a policy."""
@@ -29,8 +29,10 @@ _VALUES = (
 )
 
 
-def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Iterator[Any]:
-    """Yield the modules, objects, dicts and lists that hold a parameter.
+def reached(
+    closures: Iterable[Callable[..., Any]], parameters: Set[int]
+) -> Iterator[tuple[Any, bool]]:
+    """Yield the modules, objects, dicts and lists that closures lead to.
 
     They are looked for from a closure on: in its variables, the globals that it names, its
     ``self``, and what these hold in turn.
@@ -40,7 +42,8 @@ def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Ite
         parameters: The ``id`` of each.
 
     Yields:
-        Each once, a module before those inside of it.
+        Each once, and whether it holds a parameter; of modules only the outermost, of others only
+        those that hold one.
     """
     queue = deque[Any](closures)
     seen: dict[int, Any] = {}
@@ -49,14 +52,14 @@ def holders(closures: Iterable[Callable[..., Any]], parameters: Set[int]) -> Ite
         if id(here) in seen or isinstance(here, _VALUES):
             continue
         seen[id(here)] = here
-        if isinstance(here, nn.Module) and any(
-            id(each) in parameters for each in here.parameters()
-        ):
-            yield here
-            continue
+        if isinstance(here, nn.Module):
+            own = any(id(each) in parameters for each in here.parameters())
+            yield here, own
+            if own:
+                continue
         children = list(_children(here))
         if _may_hold(here) and any(id(child) in parameters for child in children):
-            yield here
+            yield here, True
         queue.extend(children)
 
 

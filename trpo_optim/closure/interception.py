@@ -34,6 +34,8 @@ _SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 (as above)
 _GRAD_FN: Any = getattr(Tensor.grad_fn, "__get__")  # noqa: B009 (as above)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
+_HALF = (torch.float16, torch.bfloat16)
+
 _REFUSED: dict[Any, str] = {
     Tensor.detach_: "the closure calls detach_(), which cuts only one of two derivatives",
 }
@@ -75,6 +77,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         recurrent: Whether a recurrence was run.
+        precision: The unit of rounding of half-precision results, if there were any.
         differentiates: Whether the closure took a gradient itself.
         failure: What a torch call raised last, or None.
         drew: Whether a torch call moved the random state, while there were twins.
@@ -89,6 +92,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.recurrent = False
         self.differentiates = False
+        self.precision = 0.0
         self.failure: Exception | None = None
         self.drew = False
         self._paused = False
@@ -133,7 +137,7 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         if self._paused:
             return func(*args, **keywords)
-        if func == _SET_DATA:
+        if func == _SET_DATA and (args[0].requires_grad or id(args[0]) in self._known):
             raise TrustRegionError(
                 "The closure assigns to the .data of a tensor, which no derivative can follow. "
                 "Write in place instead, with copy_()."
@@ -169,6 +173,8 @@ class Watch(TorchFunctionMode):
             return result if result is None else _NodeWithoutHooks(result)
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor):
+                if each.dtype in _HALF:
+                    self.precision = max(self.precision, torch.finfo(each.dtype).eps)
                 if id(each) not in self._own:
                     self._transaction.kept.add(each)
                 if self._shares_memory(each):

@@ -2,153 +2,223 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
-from trpo_optim.closure.holders import LONGEST, attributes, holders, is_plain_object
+from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
+from trpo_optim.closure.parameters import share_memory
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
 __all__ = ["PolicyState"]
 
-_LARGEST = 2**18
-"""Frozen parameters of more elements are not copied; to write one is an error."""
-
 _DEEPEST = 3
 """How many lists and dicts inside of each other are looked into."""
 
+_CONTAINERS = (dict, list, tuple, deque)
+_NUMBERS_AND_TEXTS = (int, float, bool, str)
 
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
 """What torch itself keeps in a module: hooks, submodules, buffers and parameters."""
+
+_WITH_A_STATE_OF_THEIR_OWN = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
+"""Wrappers, whose attributes are theirs; their modules are the policy's."""
 
 
 class PolicyState:
     """The tensors of a policy, as they were before the step.
 
-    To the policy belong the modules that hold one of the optimizer's parameters, with all modules
-    inside of them, and every other module that runs in an evaluation. A plain object, a dict or a
-    list that holds a parameter counts as such a module. Of each of these, what is put back are the
-    buffers, the frozen parameters, the tensors and random generators among the attributes (also in
-    lists, dicts and plain objects there), and the training mode. Numbers beside a tensor are put
-    back if the tensor was moved, since a count goes with a running mean.
+    To the policy belong the modules that hold one of the optimizer's parameters, with their
+    submodules, and every other module that runs in an evaluation. A plain object, a dict or a list
+    that holds a parameter counts as such a module. The step puts back their buffers, frozen
+    parameters and training mode, and the tensors, arrays and random generators among their
+    attributes, also in lists, dicts and plain objects there. Numbers go back with a tensor beside
+    them that was moved, since a count goes with a running mean.
 
     Args:
         parameters: The optimizer's own, which the transaction puts back.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._own = set(map(id, parameters))
-        self._seen: dict[int, Any] = {}  # which also keeps their ids from being used again
-        self._contents: dict[int, _Content] = {}
-        self._places: list[_Place] = []
-        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        self._memories: dict[int, list[Tensor]] = {}
+        for each in map(local, parameters):
+            memory = each.untyped_storage().data_ptr()
+            self._memories.setdefault(memory, []).append(each)
+        self._held: dict[int, _Held] = {}  # by module or object, whose ids it keeps from reuse
+        self._active: dict[int, _Held] = {}
+        self._contents: dict[int, TensorContent | ArrayContent] = {}
 
-    def hold_what_has_parameters(self, closures: Iterable[Callable[..., Any]]) -> None:
-        """Remember all that belongs to the policy before any evaluation.
+    def hold_reached_from(self, closures: Iterable[Callable[..., Any]]) -> None:
+        """Remember the modules and objects that closures lead to, before any evaluation.
 
         Args:
-            closures: From which it is reached.
+            closures: What the step is taken on.
         """
-        for holder in holders(closures, self._own):
-            if isinstance(holder, nn.Module):
-                for module in holder.modules():
-                    self._hold_module(module, named=True)
-            elif isinstance(holder, dict | list | tuple | deque):
-                self._hold(holder, type(holder).__name__)
-            else:
-                self._hold(attributes(holder), type(holder).__name__)
+        for found, holds_parameters in reached(closures, self._own):
+            if isinstance(found, nn.Module):
+                for module in found.modules():
+                    self._hold(module, active=holds_parameters)
+            elif holds_parameters:
+                self._hold(found, active=True)
 
     def hold_running(self, module: nn.Module) -> None:
-        """Remember a module that is about to run, unless it is known.
+        """Count a module as the policy's that is about to run.
 
         Args:
-            module: ``functional_call`` may have put stand-ins in the place of its buffers. So the
-                buffers' contents are remembered, and not their names.
+            module: If it was not reached, it is remembered only now. ``functional_call`` may have
+                put stand-ins in the place of its buffers, so their contents are remembered, and
+                not their names.
         """
-        if id(module) not in self._seen:
+        if id(module) not in self._active:
             with outside_transforms():
                 for each in module.modules():
-                    self._hold_module(each, named=False)
+                    self._hold(each, active=True, named=False)
 
-    def other_parameters(self) -> list[Tensor]:
-        """Return the parameters that are not the optimizer's and require gradients."""
-        tensors = [content.tensor for content in self._contents.values()]
-        return [each for each in tensors if isinstance(each, nn.Parameter) and each.requires_grad]
+    def knows(self, module: nn.Module) -> bool:
+        """Return whether a module was reached, so that its buffers go back by name.
 
-    def rewind(self) -> None:
+        Args:
+            module: Any.
+        """
+        held = self._held.get(id(module))
+        return held is not None and held.named
+
+    def other_leaves(self) -> list[Tensor]:
+        """Return the tensors that are not the optimizer's and require gradients."""
+        tensors = [each.tensor for each in self._contents.values() if hasattr(each, "tensor")]
+        return [each for each in tensors if each.requires_grad and each.is_leaf]
+
+    def rewind(self, *, final: bool) -> None:
         """Put everything back, as far as each can be.
 
+        Args:
+            final: Whether no evaluation follows. Then attributes that were None or not there keep
+                what the last evaluation gave them.
+
         Raises:
-            TrustRegionError: If a large frozen parameter was written.
+            TrustRegionError: If a tensor was written that was too large to be copied.
             RuntimeError: If torch refuses to write a tensor.
         """
         moved: set[int] = set()
         errors: list[Exception] = []
-        for key, content in reversed(self._contents.items()):  # the first of two aliases wins
+        keys = dict.fromkeys(key for held in self._active.values() for key in held.contents)
+        for key in reversed(keys):  # the first of two aliases wins
             with _collected(errors):
-                if content.rewind():
+                if self._contents[key].rewind():
                     moved.add(key)
-        for place in self._places:
-            place.rewind(moved)
-        for generator, state in self._generators:
-            generator.set_state(state)
+        for held in self._active.values():
+            for place in held.places:
+                place.rewind(moved, final=final)
+            for generator, state in held.generators:
+                generator.set_state(state)
         if errors:
             raise errors[0]
 
-    def _hold_module(self, module: nn.Module, *, named: bool) -> None:
-        if id(module) in self._seen:
-            return
-        self._seen[id(module)] = module
-        name = type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):  # what it holds is not in its __dict__
-            self._hold([*module.buffers(), *module.parameters()], name)
-            return
-        attributes = vars(module)
-        for key in ("_buffers", "_parameters"):
-            if attributes[key]:
-                self._hold(attributes[key], name, bound=named)
-        self._hold(attributes, name)
+    def _hold(self, found: Any, *, active: bool, named: bool = True) -> None:
+        if id(found) not in self._held:
+            self._held[id(found)] = _Held(found, self._content_of, named=named)
+        if active:
+            self._active[id(found)] = self._held[id(found)]
 
-    def _hold(self, entries: Any, name: str, *, bound: bool = True, depth: int = 0) -> None:
-        """Remember the tensors among some attributes or items, and those inside of these."""
-        if id(entries) in self._seen or len(entries) > LONGEST:
+    def _content_of(self, value: Any, name: str, *, buffer: bool) -> int | None:
+        """Remember what a tensor or array holds; None where it is the optimizer's or has nothing.
+
+        Returns:
+            The key of its content.
+        """
+        key = id(value)
+        if key in self._contents:
+            return key
+        if not isinstance(value, Tensor):
+            self._contents[key] = ArrayContent(value)
+        elif key in self._own or is_transformed(value) or is_lazy(value) or self._is_part_of(value):
+            return None
+        else:
+            try:
+                self._contents[key] = TensorContent(value, name, buffer=buffer)
+            except Exception:  # of a subclass that cannot be copied
+                return None
+        return key
+
+    def _is_part_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no memory of its own: it is on meta, or a view of parameters."""
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
+            return tensor.is_meta
+        held = local(tensor)
+        candidates = self._memories.get(held.untyped_storage().data_ptr(), [])
+        return any(share_memory(held, each) for each in candidates)
+
+
+class _Held:
+    """What one module, object, dict or list held.
+
+    Args:
+        found: It is kept alive.
+        content_of: Remembers a tensor or an array.
+        named: Whether its buffers are bound to their names again.
+    """
+
+    def __init__(self, found: Any, content_of: Callable[..., int | None], *, named: bool) -> None:
+        self.found = found
+        self.named = named
+        self.contents: list[int] = []
+        self.places: list[_Place] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self._content_of = content_of
+        name = type(found).__name__
+        if isinstance(found, torch.jit.ScriptModule):  # what it holds is not in its __dict__
+            self._look_into([*found.buffers(), *found.parameters()], name)
+        elif isinstance(found, nn.Module):
+            for key in ("_buffers", "_parameters"):
+                if entries := vars(found)[key]:
+                    self._look_into(entries, name, bound=named, buffers=key == "_buffers")
+            if not type(found).__module__.startswith(_WITH_A_STATE_OF_THEIR_OWN):
+                self._look_into(vars(found), name)
+        else:
+            self._look_into(found if isinstance(found, _CONTAINERS) else attributes(found), name)
+
+    def _look_into(
+        self,
+        entries: Any,
+        name: str,
+        *,
+        bound: bool = True,
+        buffers: bool = False,
+        depth: int = 0,
+    ) -> None:
+        """Remember attributes or items, and what is inside of these."""
+        if len(entries) > LONGEST:
             return
-        self._seen[id(entries)] = entries
-        tensors: dict[Any, Tensor] = {}
-        numbers: dict[Any, float] = {}
-        for key, value in list(
-            entries.items() if isinstance(entries, dict) else enumerate(entries)
-        ):
+        numpy = sys.modules.get("numpy")
+        contents: list[int] = []
+        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
+        for key, value in list(pairs):
             kind = type(value)
-            if kind in (int, float, bool):
-                numbers[key] = value
-            elif isinstance(value, Tensor):
-                if self._remembers(value, f"{name}.{key}"):
-                    tensors[key] = value
+            if value is None or kind in _NUMBERS_AND_TEXTS or key in _OF_EVERY_MODULE:
+                continue
+            if isinstance(value, Tensor) or (numpy and isinstance(value, numpy.ndarray)):
+                held = self._content_of(value, f"{name}.{key}", buffer=buffers)
+                contents += [] if held is None else [held]
             elif kind is torch.Generator:
-                self._generators.append((value, value.get_state()))
-            elif isinstance(value, dict | list | tuple | deque):
-                if value and depth < _DEEPEST:
-                    self._hold(value, f"{name}.{key}", depth=depth + 1)
-            elif depth == 0 and is_plain_object(value):
-                self._hold(attributes(value), f"{name}.{key}", depth=_DEEPEST)
-        if bound and not isinstance(entries, tuple) and (tensors or "training" in numbers):
-            self._places.append(_Place(entries, tensors, numbers))
-
-    def _remembers(self, tensor: Tensor, name: str) -> bool:
-        """Remember a tensor's content, unless it is the optimizer's or has none."""
-        if id(tensor) in self._own or tensor.is_meta or is_transformed(tensor):
-            return False
-        if id(tensor) not in self._contents:
-            self._contents[id(tensor)] = _Content(tensor, name)
-        return True
+                self.generators.append((value, value.get_state()))
+            elif isinstance(value, _CONTAINERS):
+                if depth < _DEEPEST:
+                    self._look_into(value, f"{name}.{key}", depth=depth + 1)
+            elif depth < 2 and is_plain_object(value):
+                self._look_into(attributes(value), f"{name}.{key}", depth=depth + 1)
+        self.contents += contents
+        if bound and not isinstance(entries, tuple):
+            self.places.append(_Place(entries, contents))
 
 
 @contextmanager
@@ -160,100 +230,65 @@ def _collected(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
-@dataclass(frozen=True)
 class _Place:
-    """Attributes or items: which tensors and numbers they were."""
-
-    entries: Any
-    tensors: dict[Any, Tensor]
-    numbers: dict[Any, float]
-
-    def rewind(self, moved: set[int]) -> None:
-        """Put the tensors back, and where one was moved or replaced, the numbers."""
-        restored = any(id(tensor) in moved for tensor in self.tensors.values())
-        for key, tensor in self.tensors.items():
-            if self._now(key) is not tensor:
-                self._put(key, tensor)
-                restored = True
-        for key, number in self.numbers.items():
-            if restored or key == "training":
-                self._put(key, number)
-
-    def _now(self, key: Any) -> Any:
-        if isinstance(self.entries, dict):
-            return self.entries.get(key)
-        return self.entries[key] if key < len(self.entries) else None
-
-    def _put(self, key: Any, value: Any) -> None:
-        if isinstance(self.entries, dict) or key < len(self.entries):
-            self.entries[key] = value
-
-
-class _Content:
-    """A tensor and what it held.
+    """Attributes or items, and what each was.
 
     Args:
-        tensor: It may be written and moved to other memory from now on.
-        name: Where it was found.
+        entries: A dict, or a list or deque.
+        contents: Keys of the tensors and arrays among them.
     """
 
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor = tensor
-        self._name = name
-        self._data = local(tensor).data
-        self._memory = _every_element_once(self._data)
-        large = isinstance(tensor, nn.Parameter) and tensor.numel() > _LARGEST
-        self._copy = None if large else self._memory.clone()
-        self._version = _version(tensor)
+    def __init__(self, entries: Any, contents: list[int]) -> None:
+        self._entries = entries
+        self._contents = contents
+        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
+        self._before = {key: value for key, value in pairs if key not in _OF_EVERY_MODULE}
+        self._count = len(entries)
 
-    def rewind(self) -> bool:
-        """Put the content back.
+    def rewind(self, moved: set[int], *, final: bool) -> None:
+        """Bind what was there again; numbers where a tensor was moved or replaced."""
+        moves = any(key in moved for key in self._contents)
+        now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
+        changed = [key for key, value in self._before.items() if now.get(key) is not value]
+        numbers = []
+        for key in changed:
+            value = self._before[key]
+            if type(value) in _NUMBERS_AND_TEXTS:
+                numbers.append(key)
+            elif not (value is None and final):
+                self._put(key, value)
+                moves |= _carries_tensors(value)
+        for key in numbers:
+            if moves or key == "training":
+                self._put(key, self._before[key])
+        if len(now) > self._count:
+            new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
+            (self._make_plain if final else self._drop)(new)
 
-        Returns:
-            Whether it was moved, as far as this can be told without waiting for the device.
+    def _put(self, key: Any, value: Any) -> None:
+        if isinstance(self._entries, dict) or key < len(self._entries):
+            self._entries[key] = value
 
-        Raises:
-            TrustRegionError: If the tensor is a large frozen parameter, and was written.
-        """
-        written = _version(self.tensor) != self._version
-        self._version = _version(self.tensor)
-        if self._copy is None:
-            if written:
-                raise TrustRegionError(
-                    f"The closure writes {self._name}, a frozen parameter of shape "
-                    f"{tuple(self.tensor.shape)}. It is too large to be copied and put back. Make "
-                    "it a buffer, or write it outside the closure."
-                )
-            return False
-        if not _is_same_memory(local(self.tensor), self._data):  # resized, or given other memory
-            self.tensor.data = self._data
-        if self._memory.device.type == "cpu" and self._memory.layout == torch.strided:
-            if torch.equal(self._memory, self._copy):
-                return False  # memory may be read-only
-            written = True
-        with torch.inference_mode(self._memory.is_inference()):
-            self._memory.copy_(self._copy)
-        return written
+    def _drop(self, keys: list[Any]) -> None:
+        """Take away what an evaluation added, if it carries tensors; the last comes first."""
+        for key in reversed(keys):
+            if _carries_tensors(self._entries[key]):
+                del self._entries[key]
 
-
-def _every_element_once(tensor: Tensor) -> Tensor:
-    """Return a view without the repetitions that ``expand`` makes."""
-    if tensor.layout == torch.strided:
-        for dim, stride in enumerate(tensor.stride()):
-            if stride == 0 and tensor.shape[dim] > 1:
-                tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    def _make_plain(self, keys: list[Any]) -> None:
+        """Take the graph off what the last evaluation added, such as a view of a parameter."""
+        for key in keys:
+            value = self._entries[key]
+            if _carries_graph(value):
+                self._entries[key] = value.detach()
 
 
-def _is_same_memory(left: Tensor, right: Tensor) -> bool:
-    if left.layout != torch.strided or right.layout != torch.strided:
-        return True
-    return (left.data_ptr(), left.shape, left.stride()) == (
-        right.data_ptr(),
-        right.shape,
-        right.stride(),
-    )
+def _carries_tensors(value: Any) -> bool:
+    if isinstance(value, _CONTAINERS):
+        return any(map(_carries_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _carries_graph(value: Any) -> bool:
+    """Whether a tensor has a graph; asked for its node, a view of a written tensor would raise."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)

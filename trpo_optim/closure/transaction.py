@@ -29,6 +29,9 @@ __all__ = ["HIDDEN", "Transaction"]
 HIDDEN = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 """What a derivative must neither add to nor call, by attribute of a parameter."""
 
+_Replaced = tuple[nn.Module, str, Tensor | None, Tensor | None]
+"""Of a buffer that was bound anew: its module, its name, what it was, and what it became."""
+
 _HOOKS_NOT_CALLED = (
     "Some parameters have hooks on their gradients. A step does not call them, since they change "
     "neither the loss nor the KL. To hold a part of a parameter where it is, multiply it by a mask "
@@ -70,7 +73,7 @@ class Transaction:
         self._policy = PolicyState(vector.parameters)
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
-        self._replaced: dict[tuple[int, str], tuple[nn.Module, str, Tensor | None]] = {}
+        self._replaced: dict[tuple[int, str], _Replaced] = {}
         self._thread = threading.get_ident()
         self._ended = False
         self._uncompiled = False
@@ -90,17 +93,20 @@ class Transaction:
         if not self._ended:
             self.roll_back()
 
-    def begin(self, closures: Iterable[Callable[..., Any]] = ()) -> None:
-        """Hide ``.grad`` and hooks, set torch's switches, and watch the policy's state.
+    def hold(self, closures: Iterable[Callable[..., Any]]) -> None:
+        """Remember the policy's state; nothing is changed.
 
         Args:
             closures: What the step is taken on.
         """
-        differentiable.hold(self)
-        self._policy.hold_what_has_parameters(closures)
-        self._hooks.append(register_module_buffer_registration_hook(self._remember_replaced))
-        if any(name == "_backward_hooks" and value for _, name, value in self._hidden):
+        self._policy.hold_reached_from(closures)
+        if any(value and name != "grad" for _, name, value in self._hidden if name != "grad"):
             warnings.warn(_HOOKS_NOT_CALLED, stacklevel=2)
+
+    def begin(self) -> None:
+        """Hide ``.grad`` and hooks, set torch's switches, and watch what modules run."""
+        differentiable.hold(self)
+        self._hooks.append(register_module_buffer_registration_hook(self._remember_replaced))
         for parameter, name, value in self._hidden:
             if value is not None:
                 setattr(parameter, name, None)
@@ -163,12 +169,17 @@ class Transaction:
             self._drew = any(drawn)
             self._drawn = [a or b for a, b in zip(known, drawn, strict=True)]
 
-    def rewind(self) -> None:
-        """Return the policy's state and the random state to where they were before the step."""
-        for module, name, value in self._replaced.values():
-            module._buffers[name] = value
+    def rewind(self, *, final: bool = False) -> None:
+        """Return the policy's state and the random state to where they were before the step.
+
+        Args:
+            final: Whether no evaluation follows.
+        """
+        for module, name, before, now in self._replaced.values():
+            if module._buffers.get(name) is now:  # not a stand-in that has gone
+                module._buffers[name] = before
         try:
-            self._policy.rewind()
+            self._policy.rewind(final=final)
         finally:
             for generator, state, drawn in zip(
                 self._generators, self._random, self._drawn, strict=True
@@ -178,9 +189,9 @@ class Transaction:
             self.kept.unwrap()
             torch.clear_autocast_cache()  # it does not see parameters that are written in place
 
-    def other_parameters(self) -> list[Tensor]:
-        """Return the policy's parameters that are not the optimizer's and require gradients."""
-        return self._policy.other_parameters()
+    def other_leaves(self) -> list[Tensor]:
+        """Return the policy's tensors that are not the optimizer's and require gradients."""
+        return self._policy.other_leaves()
 
     def random_states(self) -> list[Tensor]:
         """Return the state of every generator that an evaluation may draw from."""
@@ -200,11 +211,6 @@ class Transaction:
         reached = self._vector.reached(step)
         self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
         self._put(torch.add(self.origin, step, alpha=scale))
-
-    @property
-    def precision(self) -> float:
-        """The unit of rounding of the coarsest parameter."""
-        return self._vector.precision
 
     def moved(self) -> float:
         """Return how far the parameters are from the origin, as their precision has it."""
@@ -243,7 +249,7 @@ class Transaction:
     def _settle(self) -> None:
         try:
             self._put_back_unmoved()
-            self.rewind()
+            self.rewind(final=True)
         finally:
             try:
                 self.kept.make_plain(self._vector.parameters)
@@ -276,7 +282,9 @@ class Transaction:
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""
+        if threading.get_ident() != self._thread or self._policy.knows(module):
+            return
         key = (id(module), name)
-        ours = threading.get_ident() == self._thread and name in module._buffers
-        if ours and key not in self._replaced and module._buffers[name] is not value:
-            self._replaced[key] = (module, name, module._buffers[name])
+        if name in module._buffers and module._buffers[name] is not value:
+            *_, before, _ = self._replaced.get(key, (module._buffers[name], None))
+            self._replaced[key] = (module, name, before, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from trpo_optim.torch_private import autograd_clock
 
 __all__ = [
     "Edge",
+    "GraphSummary",
     "below",
     "calls_python",
     "edge_of",
@@ -23,11 +25,11 @@ __all__ = [
     "have_second_derivatives",
     "meets",
     "now",
-    "once_differentiable_function",
     "passes_by",
     "reaches",
     "require_attached",
-    "require_kl_reaches_all",
+    "require_kl_reaches",
+    "summary",
 ]
 
 _mark: Any = once_differentiable
@@ -151,39 +153,43 @@ def require_attached(values: Iterable[Tensor], parameters: Sequence[Tensor], sta
     return shown
 
 
-def require_kl_reaches_all(loss: Tensor, kl: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Check that the KL depends on every parameter that the loss depends on.
+@dataclass(frozen=True)
+class GraphSummary:
+    """What lies behind a value.
 
-    Where it does not, the Fisher matrix is zero. The damping alone then gives the length of the
-    step there, and the KL says nothing of it.
+    Attributes:
+        leaves: The ``id`` of every tensor that it is made from and that requires a gradient itself.
+        once_differentiable: The name of an ``autograd.Function`` that forbids second derivatives,
+            or empty. Torch raises no error there: it takes the second derivative for zero.
+        calls_python: Whether there is an ``autograd.Function``. Its backward may reach parameters
+            that the graph does not show, as a reentrant checkpoint does.
+    """
+
+    leaves: frozenset[int]
+    once_differentiable: str
+    calls_python: bool
+
+
+def summary(value: Tensor) -> GraphSummary:
+    """Return what lies behind a value.
 
     Args:
-        loss: The closure's first value, with its graph.
-        kl: Its KL, with its graph.
-        parameters: The optimizer's, as the graph knows them.
-
-    Raises:
-        TrustRegionError: If it does not; the parameters are named by their place.
+        value: With its graph, plain or of a transform of torch.func's.
     """
-    leaves = [set(map(id, graph_leaves(value))) for value in (loss, kl)]
-    missed = [
-        f"{index} (shape {tuple(each.shape)})"
-        for index, each in enumerate(parameters)
-        if id(each) in leaves[0] and id(each) not in leaves[1]
-    ]
-    if missed and not calls_python(kl):
-        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
-        raise TrustRegionError(
-            "The loss depends on parameters that the KL does not depend on: "
-            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
-            "the value loss out of the closure, and train the critic with an optimizer of its own."
-        )
+    leaves, once, python = set[int](), "", False
+    for node, _ in _nodes([value]):
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            leaves.add(id(variable))
+        elif isinstance(node, BackwardCFunction):
+            python = True
+            function = _function_of(node)
+            if getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
+                once = str(function.__name__)
+    return GraphSummary(frozenset(leaves), once, python)
 
 
 def calls_python(value: Tensor) -> bool:
     """Return whether an ``autograd.Function`` lies behind a value.
-
-    Its backward may reach parameters that the graph does not show, as a reentrant checkpoint does.
 
     Args:
         value: With its graph.
@@ -191,20 +197,36 @@ def calls_python(value: Tensor) -> bool:
     return any(isinstance(node, BackwardCFunction) for node, _ in _nodes([value]))
 
 
-def once_differentiable_function(value: Tensor) -> str:
-    """Return the name of a function behind a value that forbids second derivatives, or empty.
+def require_kl_reaches(
+    slopes: Sequence[Tensor | None], kl: GraphSummary, parameters: Sequence[Tensor]
+) -> None:
+    """Check that the KL depends on every parameter along which the loss has a slope.
 
-    Torch raises no error there: backward to given inputs takes the second derivative for zero.
+    Where it does not, the Fisher matrix is zero. The damping alone then gives the length of the
+    step there, and the KL says nothing of it.
 
     Args:
-        value: With its graph, plain or of a transform of torch.func's.
+        slopes: The gradient of the loss, in the parameters' order.
+        kl: What lies behind the KL.
+        parameters: The optimizer's, as the graph knows them.
+
+    Raises:
+        TrustRegionError: If it does not; the parameters are named by their place.
     """
-    for node, _ in _nodes([value]):
-        if (function := _function_of(node)) is not None and (
-            getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE
-        ):
-            return str(function.__name__)
-    return ""
+    if kl.calls_python:
+        return
+    missed = [
+        f"{index} (shape {tuple(each.shape)})"
+        for index, (each, slope) in enumerate(zip(parameters, slopes, strict=True))
+        if id(each) not in kl.leaves and slope is not None and bool(slope.any())
+    ]
+    if missed:
+        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+        raise TrustRegionError(
+            "The loss depends on parameters that the KL does not depend on: "
+            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
+            "the value loss out of the closure, and train the critic with an optimizer of its own."
+        )
 
 
 def _function_of(node: Any) -> Any:

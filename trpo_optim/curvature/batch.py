@@ -23,6 +23,10 @@ from trpo_optim.report import Engine, StepReport
 
 __all__ = ["Batch", "largest_of", "least_of", "weighted_mean"]
 
+_MOST_DOUBTS = 3
+"""How often an optimizer compares its products anew. A policy whose KL is far from quadratic within
+the radius would give reason to at every step."""
+
 
 class Batch:
     """What one step is taken on: every quantity is the weighted mean over the closures.
@@ -113,7 +117,14 @@ class Batch:
         Args:
             flaw: Why finite differences are to serve in all further steps, or empty.
         """
-        self._choice["proven"], self._choice["flaw"] = True, flaw
+        self._choice["proven"] = True
+        self._choice["flaw"] = flaw or self._choice["flaw"]
+
+    def doubt(self) -> None:
+        """Have the next step compare products with finite differences, a few times in all."""
+        if self._choice["doubts"] < _MOST_DOUBTS:
+            self._choice["doubts"] += 1
+            self._choice["proven"] = False
 
     @property
     def _choice(self) -> EngineChoice:
@@ -127,13 +138,14 @@ class Batch:
     def second_order(self) -> LocalModel:
         """Return the local model with Fisher-vector products."""
         if self._curvature is not None:
-            model = self._linearized(first_order)
+            model = self._linearized(functools.partial(first_order, curved=True))
             with blaming("curvature"):
                 other = second_order(self._curvature, self._choices["curvature"], gradient=False)
             return replace(
                 model,
                 product=other.product,
                 kls={**model.kls, **other.kls},
+                precision=max(model.precision, other.precision),
                 engine=other.engine,
                 fallback=other.fallback,
             )
@@ -147,7 +159,7 @@ class Batch:
         """Return the mean of the parts' models, without products."""
         losses, kls, largest, gradient = [], dict[str, float](), [], None
         engines: list[tuple[Engine, str]] = []
-        resolutions = []
+        resolutions, precisions = list[float](), list[float]()
         for part, weight in zip(self._parts, self._weights, strict=True):
             with blaming(part.name):
                 model = order(part).released()
@@ -156,6 +168,7 @@ class Batch:
             largest.append(model.largest_kl)
             engines.append((model.engine, model.fallback))
             resolutions.append(model.kl_resolution)
+            precisions.append(model.precision)
             share = model.gradient.mul_(weight)
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
@@ -166,6 +179,7 @@ class Batch:
             kl=self._mean(list(kls.values())),
             largest_kl=largest_of(largest),
             kl_resolution=max(resolutions),
+            precision=max(precisions),
             kls=kls,
             gradient=gradient,
             engine=engine,
@@ -181,7 +195,7 @@ class Batch:
         return total
 
     def _remade(self, part: Objective) -> LocalModel:
-        return second_order(part, self._choices["parts"], gradient=False)
+        return second_order(part, self._choices["parts"], gradient=False, trial=False)
 
     def _mean(self, values: Sequence[float]) -> float:
         return weighted_mean(self._weights, values)

@@ -30,17 +30,20 @@ class EngineChoice(TypedDict):
         refusal: Why ``torch.func`` does not serve, or empty.
         flaw: Why no engine but finite differences serves, or empty.
         proven: Whether products have been compared with finite differences.
+        doubts: How often a step's KL was so far from the predicted one that they were compared
+            once more.
     """
 
     third: bool | None
     refusal: str
     flaw: str
     proven: bool
+    doubts: int
 
 
 def nothing_learned() -> EngineChoice:
     """Return what is known of closures that were never evaluated."""
-    return {"third": None, "refusal": "", "flaw": "", "proven": False}
+    return {"third": None, "refusal": "", "flaw": "", "proven": False, "doubts": 0}
 
 
 def learned(group: dict[str, Any]) -> dict[str, EngineChoice]:

@@ -35,9 +35,10 @@ def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = Fal
     vector = objective.vector
     may_refuse = calls_python(value)
     try:
-        slopes = torch.autograd.grad(
-            value, vector.parameters, allow_unused=True, retain_graph=retain_graph or may_refuse
-        )
+        with objective.kernels():
+            slopes = torch.autograd.grad(
+                value, vector.parameters, allow_unused=True, retain_graph=retain_graph or may_refuse
+            )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
@@ -46,15 +47,17 @@ def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = Fal
         # A reentrant checkpoint calls backward() in its own, and knows of parameters that the
         # graph does not show.
         return _by_backward(value, objective, retain_graph=retain_graph)
-    if may_refuse and all(each is None for each in slopes):
+    called = any(parameter.grad is not None for parameter in vector.parameters)
+    if may_refuse and (called or all(each is None for each in slopes)):
         return _by_backward(value, objective, retain_graph=retain_graph)
     return vector.gather(slopes)
 
 
 def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> Tensor:
     vector = objective.vector
-    with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_parameters()]):
-        value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
+    with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_leaves()]):
+        with objective.kernels():
+            value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
         slopes = [parameter.grad for parameter in vector.parameters]
     if all(each is None for each in slopes):
         raise TrustRegionError(DETACHED)

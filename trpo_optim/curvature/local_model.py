@@ -16,11 +16,13 @@ from torch import Tensor
 from trpo_optim.closure.checks import Numbers, Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
+from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.autograd_graph import (
+    GraphSummary,
     now,
-    once_differentiable_function,
     require_attached,
-    require_kl_reaches_all,
+    require_kl_reaches,
+    summary,
 )
 from trpo_optim.curvature.double_backward import by_double_backward
 from trpo_optim.curvature.engine_choice import (
@@ -55,6 +57,7 @@ class LocalModel:
         kl: The closure's KL, in nats; about zero.
         largest_kl: The largest KL of a sample, in nats; None where the closure gives the mean.
         kl_resolution: KLs closer than this cannot be told apart, in nats.
+        precision: The unit of rounding of the coarsest parameter and of what the closure computes.
         gradient: ∇loss, shape (n,); empty where it was not asked for.
         product: v ↦ Fv, shape (n,), F the Hessian of the KL; undamped, symmetric and fixed.
         engine: What differentiates.
@@ -66,6 +69,7 @@ class LocalModel:
     kl: float
     largest_kl: float | None
     kl_resolution: float
+    precision: float
     gradient: Tensor
     product: Product
     engine: Engine
@@ -77,11 +81,12 @@ class LocalModel:
         return replace(self, product=_no_product)
 
 
-def first_order(objective: Objective) -> LocalModel:
+def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     """Return the local model without curvature; one evaluation of the closure.
 
     Args:
         objective: The closure.
+        curved: Whether the curvature comes from elsewhere, so that the KL matters.
 
     Returns:
         A model whose ``product`` is not to be called.
@@ -89,8 +94,18 @@ def first_order(objective: Objective) -> LocalModel:
     started = now()
     values = objective.with_graph()
     require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    behind = summary(values.kl) if curved else None
     gradient = gradient_of(values.loss, objective)
+    if behind is not None:
+        _require_kl_reaches(gradient, behind, objective.vector)
     return _model(objective, values, gradient, _no_product, "autograd")
+
+
+def _require_kl_reaches(
+    gradient: Tensor | None, behind: GraphSummary, vector: ParameterVector
+) -> None:
+    if gradient is not None and not behind.leaves.issuperset(map(id, vector.parameters)):
+        require_kl_reaches(vector.split(gradient), behind, vector.parameters)
 
 
 def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
@@ -112,7 +127,11 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
 
 
 def second_order(
-    objective: Objective, choice: EngineChoice | None = None, *, gradient: bool = True
+    objective: Objective,
+    choice: EngineChoice | None = None,
+    *,
+    gradient: bool = True,
+    trial: bool = True,
 ) -> LocalModel:
     """Return the local model; one evaluation of the closure, unless an engine is refused.
 
@@ -125,6 +144,7 @@ def second_order(
         objective: The closure.
         choice: What earlier steps have learned; updated. None: nothing.
         gradient: Whether the gradient of the loss is wanted too.
+        trial: Whether to try a product, should nothing be known of the closure.
 
     Returns:
         The model, with the engine that made it.
@@ -135,7 +155,7 @@ def second_order(
     """
     choice = nothing_learned() if choice is None else choice
     model = _second_order(objective, choice, gradient=gradient)
-    if not (choice["proven"] or choice["flaw"]):
+    if trial and not (choice["proven"] or choice["flaw"]):
         try:
             model.product(torch.ones_like(objective.vector.current()))
         except _RefusedProductError as error:
@@ -152,7 +172,7 @@ def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool)
     refusal = choice["refusal"]
     if first := not hindered and torch_func_first(choice, objective):
         try:
-            found = by_torch_func(objective, gradient=gradient, unproven=not choice["proven"])
+            found = by_torch_func(objective, gradient=gradient)
         except ThirdValueError:
             pass
         except RefusedError as error:
@@ -174,25 +194,28 @@ def _second_order(objective: Objective, choice: EngineChoice, *, gradient: bool)
             "checkpoint with use_reentrant=True does"
         )
         return _without_products(objective, choice["flaw"], gradient=gradient)
-    if loss is not None and not choice["proven"]:
-        require_kl_reaches_all(loss, values.kl, vector.parameters)
+    behind = summary(values.kl)
     if values.third is None:
         refusal = (
             hindered or refusal or "the closure returns a third value at some evaluations only"
         )
         fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
     else:
-        made = gauss_newton(loss, values.kl, values.third, vector)
+        with objective.kernels():
+            made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
+            _require_kl_reaches(made[0], behind, vector)
             return _model(objective, values, *made, "Gauss-Newton")
         fallback = made
-    if name := once_differentiable_function(values.kl):
-        made = f"the backward of {name} is marked once_differentiable"
+    if behind.once_differentiable:
+        made = f"the backward of {behind.once_differentiable} is marked once_differentiable"
     else:
-        made = by_double_backward(loss, values.kl, objective)
+        with objective.kernels():
+            made = by_double_backward(loss, values.kl, objective)
     if isinstance(made, str):
         choice["flaw"] = f"torch cannot differentiate the closure twice: {made}"
         return _without_products(objective, choice["flaw"], gradient=gradient)
+    _require_kl_reaches(made[0], behind, vector)
     return _model(objective, values, *made, "double backward", fallback)
 
 
@@ -201,7 +224,9 @@ def _without_products(objective: Objective, flaw: str, *, gradient: bool) -> Loc
     started = now()
     values = objective.with_graph()
     require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    behind = summary(values.kl)
     slopes = gradient_of(values.loss, objective) if gradient else None
+    _require_kl_reaches(slopes, behind, objective.vector)
     return _model(objective, values, slopes, _no_product, "finite differences", flaw)
 
 
@@ -236,6 +261,7 @@ def _model(
         kl=kl,
         largest_kl=largest_kl,
         kl_resolution=_resolution(values.kl.dtype),
+        precision=max(objective.precision, torch.finfo(values.kl.dtype).eps),
         gradient=torch.empty(0) if gradient is None else gradient,
         product=named_product,
         engine=engine,

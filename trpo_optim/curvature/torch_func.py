@@ -14,9 +14,9 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
 from trpo_optim.curvature.autograd_graph import (
     now,
-    once_differentiable_function,
     reaches,
-    require_kl_reaches_all,
+    require_kl_reaches,
+    summary,
 )
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import transforms_undone
@@ -38,7 +38,7 @@ def obstacle(parameters: Sequence[Tensor]) -> str:
 
 
 def by_torch_func(
-    objective: Objective, *, gradient: bool, unproven: bool
+    objective: Objective, *, gradient: bool
 ) -> tuple[Values, Tensor | None, Callable[[Tensor], Tensor]]:
     """Return a closure's values, the gradient of its loss, and v ↦ Fv; one evaluation.
 
@@ -49,7 +49,6 @@ def by_torch_func(
     Args:
         objective: The closure.
         gradient: Whether the gradient of the loss is wanted.
-        unproven: Whether closures of this kind are yet to be checked.
 
     Returns:
         The values without a graph, the gradient, shape (n,), or None, and the product.
@@ -72,10 +71,9 @@ def by_torch_func(
         in_closure = False
         if values.third is not None:
             raise ThirdValueError
-        if name := once_differentiable_function(values.kl):
-            raise RefusedError(f"{name} is marked once_differentiable")
-        if unproven and gradient:
-            require_kl_reaches_all(values.loss, values.kl, inputs)
+        behind = summary(values.kl)
+        if behind.once_differentiable:
+            raise RefusedError(f"{behind.once_differentiable} is marked once_differentiable")
         attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)
         slopes: tuple[Tensor, ...] = ()
         if gradient and attached:
@@ -83,6 +81,8 @@ def by_torch_func(
                 slopes = torch.autograd.grad(
                     values.loss, inputs, retain_graph=True, materialize_grads=True
                 )
+                if not behind.leaves.issuperset(map(id, inputs)):
+                    require_kl_reaches(slopes, behind, inputs)
         largest = () if values.largest_kl is None else (values.largest_kl,)
         return values.kl, (slopes, (values.loss, values.kl, *largest))
 

@@ -103,6 +103,11 @@ class SharedBatch:
         if self._own is not None:
             self._own.prove(flaw)
 
+    def doubt(self) -> None:
+        """Have the next step compare products with finite differences."""
+        if self._own is not None:
+            self._own.doubt()
+
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
         return self._linearized(Batch.first_order)
@@ -144,16 +149,17 @@ class SharedBatch:
         def work() -> list[float]:
             nonlocal own
             if self._own is None:
-                return [0.0] * 7
+                return [0.0] * 8
             own = order(self._own)
             said = checksum(f"{own.engine}: {own.fallback}")
             values = Numbers(own.loss, own.kl, own.largest_kl)
-            flags = [own.kl_resolution, said, self._own.is_unproven()]
+            flags = [own.kl_resolution, own.precision, said, self._own.is_unproven()]
             return [*_row(values), _furthest(own.kls.values()), *flags]
 
-        rows = self._reduction.rows(work, 7)
+        rows = self._reduction.rows(work, 8)
         present = [rows[rank] for rank in self._present]
-        losses, kls, largest, furthest, resolutions, said, unproven = zip(*present, strict=True)
+        columns = zip(*present, strict=True)
+        losses, kls, largest, furthest, resolutions, precisions, said, unproven = columns
         self._unproven = any(unproven)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
@@ -162,6 +168,7 @@ class SharedBatch:
             kl=self._mean(kls),
             largest_kl=_largest(largest),
             kl_resolution=max(resolutions),
+            precision=max(precisions),
             gradient=self._total(lambda: None if own is None else own.gradient),
             product=lambda vector: self._total(
                 lambda: None if own is None else own.product(vector)

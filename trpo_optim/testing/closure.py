@@ -183,7 +183,8 @@ def check_closure(
     with torch.no_grad():
         for name, check in checks.items():
             with Transaction(vector) as transaction:
-                transaction.begin([closure])
+                transaction.hold([closure])
+                transaction.begin()
                 try:
                     subject = ClosureSubject(
                         closure, vector, transaction, log_prob, advantages, mask, maximize

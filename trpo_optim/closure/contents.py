@@ -1,0 +1,112 @@
+"""What tensors and arrays held before a step, and how it is written back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trpo_optim.closure.dtensor import local
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["ArrayContent", "TensorContent"]
+
+_LARGEST_PARAMETER, _LARGEST_ATTRIBUTE = 2**18, 2**24
+"""Frozen parameters and plain attributes of more elements are not copied; to write one is an error.
+Buffers are always copied."""
+
+
+class TensorContent:
+    """A tensor and what it held.
+
+    Args:
+        tensor: It may be written, and moved to other memory, from now on.
+        name: Where it was found.
+        buffer: Whether it is a module's buffer.
+    """
+
+    def __init__(self, tensor: Tensor, name: str, *, buffer: bool) -> None:
+        self.tensor = tensor
+        self._name = name
+        self._data = local(tensor).data
+        self._memory = _every_element_once(self._data)
+        largest = _LARGEST_PARAMETER if isinstance(tensor, nn.Parameter) else _LARGEST_ATTRIBUTE
+        copied = buffer or tensor.numel() <= largest
+        self._copy = self._memory.clone() if copied else None
+        self._version = _version(tensor)
+
+    def rewind(self) -> bool:
+        """Put the content back.
+
+        Returns:
+            Whether it was moved, as far as this can be told without waiting for the device.
+
+        Raises:
+            TrustRegionError: If the tensor was too large to be copied, and was written.
+        """
+        written = _version(self.tensor) != self._version
+        self._version = _version(self.tensor)
+        if self._copy is None:
+            if written:
+                raise TrustRegionError(
+                    f"The closure writes {self._name}, a tensor of shape "
+                    f"{tuple(self.tensor.shape)}. It is too large to be copied and put back. Make "
+                    "it a buffer, or write it outside the closure."
+                )
+            return False
+        if not _is_same_memory(local(self.tensor), self._data):  # resized, or given other memory
+            self.tensor.data = self._data
+        if self._memory.device.type == "cpu" and self._memory.layout == torch.strided:
+            if torch.equal(self._memory, self._copy):
+                return False  # memory may be read-only
+            written = True
+        with torch.inference_mode(self._memory.is_inference()):
+            self._memory.copy_(self._copy)
+        return written
+
+
+class ArrayContent:
+    """A NumPy array and what it held.
+
+    Args:
+        array: It may be written from now on.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self._copy = array.copy()
+
+    def rewind(self) -> bool:
+        """Put the content back.
+
+        Returns:
+            Whether it was moved.
+        """
+        if self._array.tobytes() == self._copy.tobytes():
+            return False
+        self._array[...] = self._copy
+        return True
+
+
+def _every_element_once(tensor: Tensor) -> Tensor:
+    """Return a view without the repetitions that ``expand`` makes."""
+    if tensor.layout == torch.strided and not tensor.is_nested:
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.shape[dim] > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _is_same_memory(left: Tensor, right: Tensor) -> bool:
+    if left.layout != torch.strided or right.layout != torch.strided or left.is_nested:
+        return True
+    return (left.data_ptr(), left.shape, left.stride()) == (
+        right.data_ptr(),
+        right.shape,
+        right.stride(),
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
