@@ -142,6 +142,8 @@ class Watch(TorchFunctionMode):
                 "The closure assigns to the .data of a tensor, which no derivative can follow. "
                 "Write in place instead, with copy_()."
             )
+        if func == _SET_DATA and self._twins:
+            raise RefusedError("the closure assigns to the .data of a tensor")
         if func in _HOOKS:
             return _not_registered()
         if self._twins and func == _DATA:
