@@ -135,7 +135,7 @@ def test_a_backward_that_calls_backward_is_driven() -> None:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            x = ctx.x.requires_grad_()
+            x = ctx.x.detach().requires_grad_()
             with torch.enable_grad():
                 y = ctx.inner(x)
             torch.autograd.backward(y, grads[0])

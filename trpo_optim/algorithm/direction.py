@@ -29,6 +29,7 @@ class Direction:
         image: The product with the gradient's unit vector, shape (n,); None if it is to be taken on
             trust.
         safe: Whether the closure gave numbers wherever it was evaluated.
+        sound: Whether the product is what a finite difference says.
     """
 
     solution: Solution
@@ -36,6 +37,7 @@ class Direction:
     fallback: str
     image: Tensor | None = None
     safe: bool = True
+    sound: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ class DirectionSolver:
     def prove(self, direction: Direction, model: LocalModel) -> Direction:
         """Compare the product along the gradient with a finite difference.
 
-        An optimizer's first step does so. If they disagree, the step is solved anew by finite
-        differences, as are all further ones.
+        An optimizer's first step does so. If they disagree, finite differences serve from then on.
 
         Args:
             direction: As it was solved.
@@ -92,7 +93,8 @@ class DirectionSolver:
                 graph.
 
         Returns:
-            The direction to take.
+            The direction. If it is not sound, the step is to be taken from its beginning: the
+            engine's gradient may be wrong, too.
         """
         if direction.image is None:
             if direction.engine == _FINITE_DIFFERENCES and self.batch.is_unproven():
@@ -116,7 +118,7 @@ class DirectionSolver:
                 "those of its first ones"
             )
         self.batch.prove(flaw)
-        return self._by_finite_differences(model, flaw) if flaw else direction
+        return replace(direction, sound=not flaw)
 
     def _by_finite_differences(self, model: LocalModel, reason: str) -> Direction:
         product = differences_of(self.batch, self.parameters, model).product
