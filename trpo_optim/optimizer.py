@@ -170,7 +170,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It is
-                called once with derivatives and once per trial without. A list of closures, one
+                called once with derivatives (a few times more in the first step, and once per
+                product by finite differences) and once per trial without. A list of closures, one
                 per micro-batch, stands for their weighted mean and takes the memory of one: each
                 is called once more for every product. ``Closures`` are such a list with its
                 weights and curvature.

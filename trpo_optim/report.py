@@ -151,7 +151,7 @@ class StepReport:
         trial_largest_kl: The largest KL of a sample at the trial, in nats, or NaN.
         closure_evaluations: How often a closure was called, all of a step's together; with a
             process group, on the rank that called most.
-        fisher_products: How many Fisher-vector products were made.
+        fisher_products: How many Fisher-vector products the solve made.
         engine: What differentiated the closure. ``"Gauss-Newton"``: its third value served.
             ``"torch.func"``: it returned two values. ``"double backward"``: neither was possible.
             ``"finite differences"``: torch cannot differentiate it twice, or gets it wrong.

@@ -167,7 +167,7 @@ sum. A closure that makes none is compared with its `log_prob`, on 32 actions or
 | `score` | a gradient of log_prob that is not its slope |
 | `zero kl` | a KL that is not zero, least and smooth where both policies are one |
 | `kl` | a KL that is not the mean of ln(old/new), such as one averaged over dimensions |
-| `second order` | operations without second derivatives |
+| `second order` | no Fisher-vector products; a loss on parameters that the KL does not reach |
 | `fisher` | Fisher-vector products that are not the KL's curvature and the scores' spread |
 | `step` | a step that fails, or does not do what the local model says as the radius shrinks |
 

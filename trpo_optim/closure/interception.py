@@ -137,7 +137,7 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         if self._paused:
             return func(*args, **keywords)
-        if func == _SET_DATA and (args[0].requires_grad or id(args[0]) in self._known):
+        if func == _SET_DATA and not self._transaction.puts_back(args[0]):
             raise TrustRegionError(
                 "The closure assigns to the .data of a tensor, which no derivative can follow. "
                 "Write in place instead, with copy_()."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
 from trpo_optim.closure.parameters import share_memory
+from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, OF_EVERY_MODULE, Place
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
@@ -23,12 +23,6 @@ __all__ = ["PolicyState"]
 
 _DEEPEST = 3
 """How many lists and dicts inside of each other are looked into."""
-
-_CONTAINERS = (dict, list, tuple, deque)
-_NUMBERS_AND_TEXTS = (int, float, bool, str)
-
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
-"""What torch itself keeps in a module: hooks, submodules, buffers and parameters."""
 
 _WITH_A_STATE_OF_THEIR_OWN = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 """Wrappers, whose attributes are theirs; their modules are the policy's."""
@@ -92,6 +86,14 @@ class PolicyState:
         """
         held = self._held.get(id(module))
         return held is not None and held.named
+
+    def remembers(self, tensor: Tensor) -> bool:
+        """Return whether a tensor's content is put back.
+
+        Args:
+            tensor: Any.
+        """
+        return id(tensor) in self._contents
 
     def other_leaves(self) -> list[Tensor]:
         """Return the tensors that are not the optimizer's and require gradients."""
@@ -164,7 +166,7 @@ class _Held:
 
     Args:
         found: It is kept alive.
-        content_of: Remembers a tensor or an array.
+        content_of: Remembers a tensor or an array. It is not kept: that would be a circle.
         named: Whether its buffers are bound to their names again.
     """
 
@@ -172,25 +174,28 @@ class _Held:
         self.found = found
         self.named = named
         self.contents: list[int] = []
-        self.places: list[_Place] = []
+        self.places: list[Place] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
-        self._content_of = content_of
         name = type(found).__name__
         if isinstance(found, torch.jit.ScriptModule):  # what it holds is not in its __dict__
-            self._look_into([*found.buffers(), *found.parameters()], name)
+            self._look_into([*found.buffers(), *found.parameters()], name, content_of)
         elif isinstance(found, nn.Module):
             for key in ("_buffers", "_parameters"):
                 if entries := vars(found)[key]:
-                    self._look_into(entries, name, bound=named, buffers=key == "_buffers")
+                    self._look_into(
+                        entries, name, content_of, bound=named, buffers=key == "_buffers"
+                    )
             if not type(found).__module__.startswith(_WITH_A_STATE_OF_THEIR_OWN):
-                self._look_into(vars(found), name)
+                self._look_into(vars(found), name, content_of)
         else:
-            self._look_into(found if isinstance(found, _CONTAINERS) else attributes(found), name)
+            entries = found if isinstance(found, CONTAINERS) else attributes(found)
+            self._look_into(entries, name, content_of)
 
     def _look_into(
         self,
         entries: Any,
         name: str,
+        content_of: Callable[..., int | None],
         *,
         bound: bool = True,
         buffers: bool = False,
@@ -204,21 +209,21 @@ class _Held:
         pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
         for key, value in list(pairs):
             kind = type(value)
-            if value is None or kind in _NUMBERS_AND_TEXTS or key in _OF_EVERY_MODULE:
+            if value is None or kind in NUMBERS_AND_TEXTS or key in OF_EVERY_MODULE:
                 continue
             if isinstance(value, Tensor) or (numpy and isinstance(value, numpy.ndarray)):
-                held = self._content_of(value, f"{name}.{key}", buffer=buffers)
+                held = content_of(value, f"{name}.{key}", buffer=buffers)
                 contents += [] if held is None else [held]
             elif kind is torch.Generator:
                 self.generators.append((value, value.get_state()))
-            elif isinstance(value, _CONTAINERS):
+            elif isinstance(value, CONTAINERS):
                 if depth < _DEEPEST:
-                    self._look_into(value, f"{name}.{key}", depth=depth + 1)
+                    self._look_into(value, f"{name}.{key}", content_of, depth=depth + 1)
             elif depth < 2 and is_plain_object(value):
-                self._look_into(attributes(value), f"{name}.{key}", depth=depth + 1)
+                self._look_into(attributes(value), f"{name}.{key}", content_of, depth=depth + 1)
         self.contents += contents
         if bound and not isinstance(entries, tuple):
-            self.places.append(_Place(entries, contents))
+            self.places.append(Place(entries, contents))
 
 
 @contextmanager
@@ -228,67 +233,3 @@ def _collected(errors: list[Exception]) -> Iterator[None]:
         yield
     except (TrustRegionError, RuntimeError) as error:
         errors.append(error)
-
-
-class _Place:
-    """Attributes or items, and what each was.
-
-    Args:
-        entries: A dict, or a list or deque.
-        contents: Keys of the tensors and arrays among them.
-    """
-
-    def __init__(self, entries: Any, contents: list[int]) -> None:
-        self._entries = entries
-        self._contents = contents
-        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
-        self._before = {key: value for key, value in pairs if key not in _OF_EVERY_MODULE}
-        self._count = len(entries)
-
-    def rewind(self, moved: set[int], *, final: bool) -> None:
-        """Bind what was there again; numbers where a tensor was moved or replaced."""
-        moves = any(key in moved for key in self._contents)
-        now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
-        changed = [key for key, value in self._before.items() if now.get(key) is not value]
-        numbers = []
-        for key in changed:
-            value = self._before[key]
-            if type(value) in _NUMBERS_AND_TEXTS:
-                numbers.append(key)
-            elif not (value is None and final):
-                self._put(key, value)
-                moves |= _carries_tensors(value)
-        for key in numbers:
-            if moves or key == "training":
-                self._put(key, self._before[key])
-        if len(now) > self._count:
-            new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
-            (self._make_plain if final else self._drop)(new)
-
-    def _put(self, key: Any, value: Any) -> None:
-        if isinstance(self._entries, dict) or key < len(self._entries):
-            self._entries[key] = value
-
-    def _drop(self, keys: list[Any]) -> None:
-        """Take away what an evaluation added, if it carries tensors; the last comes first."""
-        for key in reversed(keys):
-            if _carries_tensors(self._entries[key]):
-                del self._entries[key]
-
-    def _make_plain(self, keys: list[Any]) -> None:
-        """Take the graph off what the last evaluation added, such as a view of a parameter."""
-        for key in keys:
-            value = self._entries[key]
-            if _carries_graph(value):
-                self._entries[key] = value.detach()
-
-
-def _carries_tensors(value: Any) -> bool:
-    if isinstance(value, _CONTAINERS):
-        return any(map(_carries_tensors, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor)
-
-
-def _carries_graph(value: Any) -> bool:
-    """Whether a tensor has a graph; asked for its node, a view of a written tensor would raise."""
-    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)

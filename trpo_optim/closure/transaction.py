@@ -189,6 +189,10 @@ class Transaction:
             self.kept.unwrap()
             torch.clear_autocast_cache()  # it does not see parameters that are written in place
 
+    def puts_back(self, tensor: Tensor) -> bool:
+        """Return whether a tensor belongs to the policy's state, whatever memory it is given."""
+        return self._policy.remembers(tensor)
+
     def other_leaves(self) -> list[Tensor]:
         """Return the policy's tensors that are not the optimizer's and require gradients."""
         return self._policy.other_leaves()

@@ -1,0 +1,80 @@
+"""Which values the attributes of a module had before a step, or the items of a list or dict."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["CONTAINERS", "NUMBERS_AND_TEXTS", "OF_EVERY_MODULE", "Place"]
+
+CONTAINERS = (dict, list, tuple, deque)
+NUMBERS_AND_TEXTS = (int, float, bool, str)
+
+OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
+"""What torch itself keeps in a module: hooks, submodules, buffers and parameters."""
+
+
+class Place:
+    """Attributes or items, and what each was.
+
+    Args:
+        entries: A dict, or a list or deque.
+        contents: Keys of the tensors and arrays among them.
+    """
+
+    def __init__(self, entries: Any, contents: list[int]) -> None:
+        self._entries = entries
+        self._contents = contents
+        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
+        self._before = {key: value for key, value in pairs if key not in OF_EVERY_MODULE}
+        self._count = len(entries)
+
+    def rewind(self, moved: set[int], *, final: bool) -> None:
+        """Bind what was there again; numbers where a tensor was moved or replaced."""
+        moves = any(key in moved for key in self._contents)
+        now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
+        changed = [key for key, value in self._before.items() if now.get(key) is not value]
+        numbers = []
+        for key in changed:
+            value = self._before[key]
+            if type(value) in NUMBERS_AND_TEXTS:
+                numbers.append(key)
+            elif not (value is None and final):
+                self._put(key, value)
+                moves |= _carries_tensors(value)
+        for key in numbers:
+            if moves or key == "training":
+                self._put(key, self._before[key])
+        if len(now) > self._count:
+            new = [key for key in now if key not in self._before and key not in OF_EVERY_MODULE]
+            (self._make_plain if final else self._drop)(new)
+
+    def _put(self, key: Any, value: Any) -> None:
+        if isinstance(self._entries, dict) or key < len(self._entries):
+            self._entries[key] = value
+
+    def _drop(self, keys: list[Any]) -> None:
+        """Take away what an evaluation added, if it carries tensors; the last comes first."""
+        for key in reversed(keys):
+            if _carries_tensors(self._entries[key]):
+                del self._entries[key]
+
+    def _make_plain(self, keys: list[Any]) -> None:
+        """Take the graph off what the last evaluation added, such as a view of a parameter."""
+        for key in keys:
+            value = self._entries[key]
+            if _carries_graph(value):
+                self._entries[key] = value.detach()
+
+
+def _carries_tensors(value: Any) -> bool:
+    if isinstance(value, CONTAINERS):
+        return any(map(_carries_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+def _carries_graph(value: Any) -> bool:
+    """Whether a tensor has a graph; asked for its node, a view of a written tensor would raise."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
