@@ -81,8 +81,9 @@ class Fault:
     @classmethod
     def drawn(cls, source: random.Random) -> Fault:
         """Draw one of all."""
+        kinds: list[type[BaseException] | str] = [*EXCEPTIONS, *NUMBERS]
         return cls(
-            kind=source.choice([*EXCEPTIONS, *NUMBERS]),
+            kind=source.choice(kinds),
             call=source.randint(1, 12),
             mode=source.choice(list(MODES)),
             engine=source.choice(ENGINES),

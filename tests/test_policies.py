@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_products_by_finite_differences_in_single_precision_are_near_those_in_do
         unit = unit.to(device) / unit.norm()
         single = Setting(copy.deepcopy(double.policy).float())
         oracle = double.fisher_vector_product(unit, vector)
-        choice = {**nothing_learned(), "flaw": "finite differences are tried"}
+        choice = nothing_learned()
+        choice["flaw"] = "finite differences are tried"
         product = product_of(
             single, ParameterVector(single.trained), unit.float(), choice, third=False
         )[1]
@@ -188,7 +190,8 @@ def test_products_are_exact(network: str, device: str) -> None:
 def test_products_of_what_torch_differentiates_once_are_exact(network: str) -> None:
     torch.manual_seed(0)
     body = ONCE[network]().double()
-    choice = {**nothing_learned(), "flaw": "as a step finds"}
+    choice = nothing_learned()
+    choice["flaw"] = "as a step finds"
     for name, family in some_of(FAMILIES, network).items():
         setting = Setting(Policy(body, family))
         vector = ParameterVector(setting.trained)
@@ -203,7 +206,7 @@ def test_products_of_what_torch_differentiates_once_are_exact(network: str) -> N
 @contextmanager
 def without_reentrance(body: nn.Module) -> Iterator[None]:
     """Have checkpoints be such that autograd.grad can go through them, as the oracle does."""
-    reentrant = [each for each in body.modules() if getattr(each, "reentrant", False)]
+    reentrant: list[Any] = [each for each in body.modules() if getattr(each, "reentrant", False)]
     for module in reentrant:
         module.reentrant = False
     yield

@@ -86,10 +86,13 @@ def test_what_holds_a_parameter_is_found_wherever_the_closure_keeps_it(
         def closure(self) -> Any:
             return values(self.inner["policies"][0])
 
+    def by_default(each: Any = policy) -> Any:
+        return values(each)
+
     listed = [[policy]]
     closures: dict[str, Callable[[], Any]] = {
         "a variable": lambda: values(policy),
-        "a default": lambda each=policy: values(each),
+        "a default": by_default,
         "an attribute": Holder().closure,
         "a list": lambda: values(listed[0][0]),
     }

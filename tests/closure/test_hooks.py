@@ -15,6 +15,10 @@ def hook(parameter: nn.Parameter) -> Any:
     return parameter.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
 
 
+def doubled(_module: nn.Module, grads: Any, _outputs: Any) -> Any:
+    return (2 * grads[0],)
+
+
 class Hooked(nn.Module):
     """A layer with a hook on what flows through it, or on the node behind it."""
 
@@ -22,7 +26,7 @@ class Hooked(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "module":
-            self.register_full_backward_hook(lambda _module, grads, _outputs: (2 * grads[0],))
+            self.register_full_backward_hook(doubled)
 
     def forward(self, x: Tensor) -> Tensor:
         y = 1 * x
@@ -39,7 +43,7 @@ class Hooked(nn.Module):
 @pytest.mark.parametrize("kind", ["parameter", "accumulated", "tensor", "node", "module"])
 def test_hooks_change_no_step(kind: str, third: bool, mode: str) -> None:
     plain, hooked = with_middle(nn.Identity()), with_middle(Hooked(kind))
-    called = []
+    called: list[Tensor] = []
     for parameter in hooked.parameters():
         if kind == "parameter":
             hook(parameter)
@@ -50,7 +54,7 @@ def test_hooks_change_no_step(kind: str, third: bool, mode: str) -> None:
         assert problem.optimizer(mode=mode, lr=1e-2).step(closure).accepted
     torch.testing.assert_close(hooked.vector(), plain.vector(), rtol=1e-12, atol=1e-14)
     assert not called
-    hooked.closure()[0].backward()  # type: ignore[no-untyped-call]  # torch's own
+    hooked.closure()[0].backward()
     if kind == "parameter":
         assert all(float(each.grad.abs().max()) <= 1e-3 for each in hooked.parameters())  # type: ignore[union-attr]  # after backward
     assert bool(called) is (kind == "accumulated")

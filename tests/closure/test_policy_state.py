@@ -31,7 +31,7 @@ class Stateful(nn.Module):
         self.register_buffer("bound", torch.zeros(2))
         self.plain = torch.zeros(2)
         self.count = 0
-        self.named = {"mean": torch.zeros(2), "nested": [torch.zeros(2)]}
+        self.named: dict[str, Any] = {"mean": torch.zeros(2), "nested": [torch.zeros(2)]}
         self.recent = deque([torch.zeros(2)], maxlen=3)
         self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
         self.expanded = torch.zeros(1).expand(2)
@@ -49,7 +49,7 @@ class Stateful(nn.Module):
             self.bound.tolist(),
             self.plain.tolist(),
             self.count,
-            self.named["mean"].tolist(),  # type: ignore[attr-defined]  # a tensor
+            self.named["mean"].tolist(),
             self.named["nested"][0].tolist(),
             self.recent[0].tolist(),
             self.frozen.tolist(),
@@ -73,7 +73,7 @@ def rebound(layer: Stateful, x: Tensor) -> None:
 
 
 def rebound_item(layer: Stateful, x: Tensor) -> None:
-    layer.named["mean"] = layer.named["mean"] + x.detach().mean()  # type: ignore[operator]  # a tensor
+    layer.named["mean"] = layer.named["mean"] + x.detach().mean()
 
 
 def only_without_gradients(layer: Stateful, x: Tensor) -> None:
@@ -91,7 +91,7 @@ def into_numpy(layer: Stateful, x: Tensor) -> None:
 
 
 def resized(layer: Stateful, x: Tensor) -> None:
-    layer.plain.set_(torch.ones(3))
+    layer.plain.set_(torch.ones(3).untyped_storage(), 0, (3,), (1,))
 
 
 WRITES: dict[str, Callable[[Stateful, Tensor], object]] = {
@@ -159,7 +159,7 @@ def test_quantisation_aware_training_leaves_its_observers_where_they_were() -> N
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    network.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]  # torch's way
+    network.qconfig = quantization.get_default_qat_qconfig("fbgemm")
     quantization.prepare_qat(network.train(), inplace=True)
     network(torch.randn(64, 4))  # which gives the observers their shapes
     problem = Problem(CategoricalPolicy(network), torch.randn(64, 4))

@@ -23,7 +23,7 @@ def clamped(write: Callable[[nn.Parameter], object]) -> Problem:
         write(log_std)
         return inner(x)
 
-    problem.policy.forward = forward  # type: ignore[method-assign]  # of this one alone
+    problem.policy.forward = forward
     return problem
 
 
@@ -66,13 +66,16 @@ class Drawing(torch.autograd.Function):
         return grads[0]
 
 
+drawing: Any = Drawing.apply
+
+
 def test_a_generator_that_no_evaluation_moves_is_not_touched() -> None:
     problem = gaussian()
     Drawing.drawn.clear()
 
     def closure() -> Any:
-        loss, kl = problem.values(problem.policy(Drawing.apply(1 * problem.observations)))
-        return loss, Drawing.apply(kl)
+        loss, kl = problem.values(problem.policy(drawing(1 * problem.observations)))
+        return loss, drawing(kl)
 
     problem.refused = "the function has no setup_context"
     state = torch.get_rng_state()

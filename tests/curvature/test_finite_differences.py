@@ -12,7 +12,7 @@ from devices import each_device
 from linearized import with_middle
 from networks import NETWORKS
 from once_differentiable import Layer, Opaque
-from problems import CategoricalPolicy, Problem, categorical, gaussian
+from problems import Problem, categorical, gaussian
 from torch import Tensor, nn
 from torch.distributions import Independent, Laplace, Normal
 
@@ -107,12 +107,6 @@ def test_nothing_is_said_where_differences_are_not_to_be_trusted() -> None:
     for slope in (straight_through, still, slope_of(noise=1.0)):
         assert disagreement(slope, UNIT, image, 2e-16, 1e-15) == 0
     assert disagreement(slope_of(), UNIT, image, torch.finfo(torch.bfloat16).eps, 0.4) == 0
-
-
-def opaque(problem: Problem) -> None:
-    problem.policy = CategoricalPolicy(
-        nn.Sequential(*problem.policy.get_submodule("network"), Layer(Opaque.apply))
-    )
 
 
 @pytest.mark.parametrize("third", [False, True])

@@ -31,7 +31,7 @@ class Gated(nn.Module):
 
 def test_an_engine_whose_kl_surprises_is_proven_anew() -> None:
     problem = with_middle(Gated())
-    gate = problem.policy.get_submodule("network.1")
+    gate: Any = problem.policy.get_submodule("network.1")
     optimizer = problem.optimizer()
     engines = []
     for step in range(4):

@@ -191,11 +191,15 @@ class Objective:
             return Numbers(math.nan, math.nan)
 
     def _without_graph(self) -> Numbers:
-        seen = {without_cudnn: self._recurrent, torch.enable_grad: self._differentiates}
+        contexts: list[AbstractContextManager[object]] = []
+        if self._recurrent:
+            contexts.append(without_cudnn())
+        if self._differentiates:
+            contexts.append(torch.enable_grad())
         self._transaction.run_compiled(not self._random)
         self.rewind()
         try:
-            values = self._evaluate(*(context() for context, needed in seen.items() if needed))
+            values = self._evaluate(*contexts)
         except RuntimeError as error:
             if self._differentiates or _NO_GRAPH not in str(error):
                 raise

@@ -70,7 +70,8 @@ def attributes(value: Any) -> dict[str, Any]:
         value: With a ``__dict__``, which is returned itself, or with slots alone.
     """
     if hasattr(value, "__dict__"):
-        return vars(value)
+        own: dict[str, Any] = vars(value)
+        return own
     slots = {
         name: slot
         for kind in type(value).__mro__

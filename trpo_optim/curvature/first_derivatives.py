@@ -57,7 +57,7 @@ def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> 
     vector = objective.vector
     with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_leaves()]):
         with objective.kernels():
-            value.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's own
+            value.backward(retain_graph=retain_graph)
         slopes = [parameter.grad for parameter in vector.parameters]
     if all(each is None for each in slopes):
         raise TrustRegionError(DETACHED)
