@@ -14,6 +14,8 @@ from torch.distributions import Distribution, Independent, Normal
 
 from trpo_optim import StepReport
 
+pytestmark = pytest.mark.no_cover
+
 
 def gauss(mean: Tensor) -> Distribution:
     return Independent(Normal(mean, torch.ones_like(mean)), 1)

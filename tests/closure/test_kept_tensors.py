@@ -15,6 +15,8 @@ from torch.distributions import Distribution
 
 from trpo_optim import Outcome, StepReport
 
+pytestmark = pytest.mark.no_cover
+
 
 class Keeping(nn.Module):
     """Keeps what it computes: as attributes, in containers, as views, in a plain object."""

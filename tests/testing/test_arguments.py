@@ -15,6 +15,8 @@ from torch.nn.functional import softplus
 
 from trpo_optim.testing import POLICY_CHECKS, Finding, Verdict, check_policy
 
+pytestmark = pytest.mark.no_cover
+
 Make = Callable[[Tensor, Tensor, Tensor], Any]
 
 RAW: dict[str, tuple[str, Make]] = {

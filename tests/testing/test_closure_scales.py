@@ -16,6 +16,8 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from trpo_optim import frozen, joint_kl, log_prob, mean_kl, sampled_kl
 from trpo_optim.testing import ClosureReport, Verdict, assert_closure, check_closure
 
+pytestmark = pytest.mark.no_cover
+
 EVERY_SIZE = [2, 3, 64, 256, 4096]
 
 
