@@ -100,7 +100,8 @@ def _error(
 ) -> Tensor:
     """Return the mean squared error, its gradients in place."""
     optimizer.zero_grad()
-    loss = mse_loss(critic(observations).reshape(-1), targets)
+    values = critic(observations).reshape(-1)
+    loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
     loss.backward()
     return loss
 
