@@ -132,7 +132,7 @@ ONCE_DIFFERENTIABLE: dict[str, tuple[Callable[[], Network], str]] = {
         lambda: Network(GridSample(), torch.randn(SAMPLES, 1, 6, 6)),
         "",
     ),
-    "cdist": (lambda: Network(Distances(), torch.randn(SAMPLES, INPUTS)), "cdist"),
+    "cdist": (lambda: Network(Distances(), torch.randn(SAMPLES, INPUTS)), ""),
     "checkpoint, reentrant": (lambda: around(Checkpointed(reentrant=True)), "use_reentrant"),
     "checkpoint of all, reentrant": (
         lambda: Network(WholeCheckpoint(), torch.randn(SAMPLES, INPUTS)),

@@ -9,22 +9,12 @@ from typing import Any
 import pytest
 import torch
 from linearized import dense, double_backward, linearized, torch_func, with_middle
+from once_differentiable import Layer
 from problems import CategoricalPolicy, Problem, gaussian
 from torch import Tensor, nn
 from torch._C._functorch import _grad_increment_nesting
 
 from trpo_optim.torch_private import is_transformed, transforms_undone
-
-
-class Layer(nn.Module):
-    """A layer that calls a function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def seeded_by_fork(x: Tensor) -> Tensor:
