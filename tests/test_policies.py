@@ -248,9 +248,9 @@ autocast, a step of the MLP equals the step in single precision except for round
 
 ## What torch differentiates once
 
-Some operations have a first derivative alone: `nn.EmbeddingBag`, `torch.cdist` up to torch 2.13, flash attention
-that the closure asks for, checkpoints with `use_reentrant=True`, and functions of yours whose
-backward is marked `once_differentiable`. A step then uses finite differences:
+Some operations have a first derivative alone: `nn.EmbeddingBag`, `torch.cdist` up to torch 2.13,
+flash attention that the closure asks for, checkpoints with `use_reentrant=True`, and functions of
+yours whose backward is marked `once_differentiable`. A step then uses finite differences:
 Fv = (∇KL(θ + εv) − ∇KL(θ)) / ε.
 A product costs one evaluation and one gradient. The displacement is the one that makes a KL of
 10⁻⁸ nats in single precision, and of 10⁻¹⁵ in double.

@@ -168,3 +168,35 @@ def test_a_backward_that_calls_backward_is_driven() -> None:
         assert reports[-1].engine == "finite differences"
         torch.testing.assert_close(problem.vector(), plain.vector(), rtol=0, atol=1e-5)
         assert all(each.grad is None for each in problem.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("mode", ["trpo", "vanilla"])
+@pytest.mark.parametrize("third", [False, True])
+def test_parameters_hidden_in_a_checkpoint_move_with_those_that_the_graph_shows(
+    third: bool, mode: str
+) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+            self.bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.hidden = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.hidden:
+                return self.inner(x) + self.bias  # type: ignore[no-any-return]  # a module's
+            seen = x.clone().requires_grad_()
+            out: Tensor = checkpoint(self.inner, seen, use_reentrant=True)
+            return out + self.bias
+
+    vectors = []
+    for hidden in (False, True):
+        torch.manual_seed(0)
+        body = Body()
+        problem = Problem(CategoricalPolicy(body), torch.randn(30, 4, dtype=torch.float64))
+        body.hidden = hidden
+        closure = problem.closure_with_dist if third else problem.closure
+        assert problem.optimizer(mode=mode, lr=0.1).step(closure).accepted
+        vectors.append(problem.vector())
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=1e-5)

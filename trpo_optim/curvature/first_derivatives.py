@@ -48,7 +48,7 @@ def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = Fal
         # graph does not show.
         return _by_backward(value, objective, retain_graph=retain_graph)
     called = any(parameter.grad is not None for parameter in vector.parameters)
-    if may_refuse and (called or all(each is None for each in slopes)):
+    if may_refuse and (called or any(each is None for each in slopes)):  # some may be hidden
         return _by_backward(value, objective, retain_graph=retain_graph)
     return vector.gather(slopes)
 
