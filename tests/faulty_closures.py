@@ -27,6 +27,13 @@ def batch_norm_problem() -> Problem:
     return _problem(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.2)))
 
 
+def plain_problem() -> Problem:
+    """Return a problem that torch.func serves."""
+    problem = _problem(nn.Identity())
+    problem.refused = ""
+    return problem
+
+
 def _problem(middle: nn.Module) -> Problem:
     manual_seed(3)
     network = nn.Sequential(nn.Linear(4, 6), middle, nn.Tanh(), nn.Linear(6, 3))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_closures import batch_norm_problem
+from faulty_closures import batch_norm_problem, plain_problem
 from problems import MODES, Problem, Snapshot
 from profiles import problems
-from torch import Tensor, nn
+from torch import Tensor
 
 from trpo_optim.curvature.engine_choice import learned
 
@@ -54,17 +54,6 @@ NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], Values]] = {
 }
 
 ENGINES = ["Gauss-Newton", "torch.func", "double backward", "finite differences"]
-
-
-def plain_problem() -> Problem:
-    """Return a problem that torch.func serves."""
-    torch.manual_seed(3)
-    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    from problems import CategoricalPolicy, give_gradients
-
-    problem = Problem(CategoricalPolicy(network), torch.randn(30, 4))
-    give_gradients(problem.policy)
-    return problem
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,11 @@ from linearized import (
     torch_func,
     with_middle,
 )
+from once_differentiable import Layer
 from problems import CategoricalPolicy, Problem, gaussian
 from torch import Tensor, nn
 
 from trpo_optim.curvature.local_model import NO_THIRD_VALUE
-
-
-class Cut(nn.Module):
-    """A layer that takes a part of what flows through it out of the graph, in some way."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.change(x)
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -60,10 +50,10 @@ CUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", CUTS)
 def test_what_is_cut_out_of_the_graph_is_cut_out_of_both_derivatives(name: str) -> None:
     change, engine = CUTS[name]
-    with linearized(with_middle(Cut(change)), torch_func) as (model, _):
+    with linearized(with_middle(Layer(change)), torch_func) as (model, _):
         products, gradient = dense(model), model.gradient
         assert model.engine == engine
-    with linearized(with_middle(Cut(change)), double_backward) as (model, _):
+    with linearized(with_middle(Layer(change)), double_backward) as (model, _):
         torch.testing.assert_close(products, dense(model), rtol=0, atol=1e-12)
         torch.testing.assert_close(gradient, model.gradient, rtol=0, atol=1e-12)
 
@@ -94,7 +84,7 @@ class NoMemory(torch.autograd.Function):
 
 @pytest.mark.parametrize("third", [True, False])
 def test_a_lack_of_memory_is_no_refusal(third: bool) -> None:
-    problem = with_middle(Cut(NoMemory.apply))
+    problem = with_middle(Layer(NoMemory.apply))
     closure = problem.closure_with_dist if third else problem.closure
     optimizer = problem.optimizer()
     with pytest.raises(torch.OutOfMemoryError):

@@ -100,7 +100,7 @@ class Transaction:
             closures: What the step is taken on.
         """
         self._policy.hold_reached_from(closures)
-        if any(value and name != "grad" for _, name, value in self._hidden if name != "grad"):
+        if any(name != "grad" and value for _, name, value in self._hidden):
             warnings.warn(_HOOKS_NOT_CALLED, stacklevel=2)
 
     def begin(self) -> None:
