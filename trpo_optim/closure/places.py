@@ -7,13 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "NUMBERS_AND_TEXTS", "OF_EVERY_MODULE", "Place"]
+__all__ = ["CONTAINERS", "NUMBERS_AND_TEXTS", "Place", "remembered"]
 
 CONTAINERS = (dict, list, tuple, deque)
 NUMBERS_AND_TEXTS = (int, float, bool, str)
 
-OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"} - {"training"}
 """What torch itself keeps in a module: hooks, submodules, buffers and parameters."""
+
+
+def remembered(entries: Any) -> dict[Any, Any]:
+    """Return attributes or items by their key, without what torch itself keeps in a module.
+
+    Args:
+        entries: A dict; or a list, tuple or deque, whose keys are the places.
+    """
+    pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
+    return {key: value for key, value in pairs if key not in _OF_EVERY_MODULE}
 
 
 class Place:
@@ -21,14 +31,14 @@ class Place:
 
     Args:
         entries: A dict, or a list or deque.
+        before: What ``remembered`` said of them.
         contents: Keys of the tensors and arrays among them.
     """
 
-    def __init__(self, entries: Any, contents: list[int]) -> None:
+    def __init__(self, entries: Any, before: dict[Any, Any], contents: list[int]) -> None:
         self._entries = entries
+        self._before = before
         self._contents = contents
-        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
-        self._before = {key: value for key, value in pairs if key not in OF_EVERY_MODULE}
         self._count = len(entries)
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
@@ -48,7 +58,7 @@ class Place:
             if moves or key == "training":
                 self._put(key, self._before[key])
         if len(now) > self._count:
-            new = [key for key in now if key not in self._before and key not in OF_EVERY_MODULE]
+            new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
             (self._make_plain if final else self._drop)(new)
 
     def _put(self, key: Any, value: Any) -> None:

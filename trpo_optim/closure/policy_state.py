@@ -15,7 +15,7 @@ from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
 from trpo_optim.closure.parameters import share_memory
-from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, OF_EVERY_MODULE, Place
+from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
@@ -206,10 +206,10 @@ class _Held:
             return
         numpy = sys.modules.get("numpy")
         contents: list[int] = []
-        pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
-        for key, value in list(pairs):
+        before = remembered(entries)
+        for key, value in before.items():
             kind = type(value)
-            if value is None or kind in NUMBERS_AND_TEXTS or key in OF_EVERY_MODULE:
+            if value is None or kind in NUMBERS_AND_TEXTS:
                 continue
             if isinstance(value, Tensor) or (numpy and isinstance(value, numpy.ndarray)):
                 held = content_of(value, f"{name}.{key}", buffer=buffers)
@@ -223,7 +223,7 @@ class _Held:
                 self._look_into(attributes(value), f"{name}.{key}", content_of, depth=depth + 1)
         self.contents += contents
         if bound and not isinstance(entries, tuple):
-            self.places.append(Place(entries, contents))
+            self.places.append(Place(entries, before, contents))
 
 
 @contextmanager
