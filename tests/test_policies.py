@@ -115,7 +115,7 @@ def product_of(
     """Return the local model and a product, as a step that knows as much takes them."""
     closures = Closures([functools.partial(setting.closure, third=third)])
     with Transaction(vector) as transaction:
-        transaction.hold([closures])
+        transaction.hold(closures.every)
         transaction.begin()
         batch = Batch(closures, vector, transaction, {"parts": choice})
         model = batch.second_order()

@@ -278,7 +278,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             closures = collected(closure, weights, curvature, shared=shared)
             choices = learned(self.param_groups[0])
             batch = Batch(closures, vector, transaction, choices) if closures.parts else None
-            transaction.hold([closures])
+            transaction.hold(closures.every)
             return Ready(settings, vector, transaction, closures, batch)
 
         if self.process_group is None:

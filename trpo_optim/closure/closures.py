@@ -34,6 +34,11 @@ class Closures:
     weights: Sequence[float] | None = None
     curvature: Closure | None = None
 
+    @property
+    def every(self) -> list[Closure]:
+        """All closures, the one for curvature last."""
+        return [*self.parts, *([] if self.curvature is None else [self.curvature])]
+
     def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]:
         """Return loss and KL of the whole."""
         if len(self.parts) == 1:

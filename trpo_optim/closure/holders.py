@@ -28,6 +28,11 @@ _VALUES = (
     *(torch.dtype, torch.device, torch.Size, torch.Generator),
 )
 
+_NO_OBJECTS = (
+    *(*_VALUES, nn.Module, torch.optim.Optimizer, Mapping, Sequence),
+    *(types.FunctionType, types.MethodType, types.ModuleType),
+)
+
 
 def reached(
     closures: Iterable[Callable[..., Any]], parameters: Set[int]
@@ -58,7 +63,7 @@ def reached(
             if own:
                 continue
         children = list(_children(here))
-        if _may_hold(here) and any(id(child) in parameters for child in children):
+        if any(id(child) in parameters for child in children) and _may_hold(here):
             yield here, True
         queue.extend(children)
 
@@ -87,11 +92,7 @@ def is_plain_object(value: Any) -> bool:
     Args:
         value: No module, function, class or container counts.
     """
-    return (
-        not isinstance(value, (*_VALUES, nn.Module, torch.optim.Optimizer, Mapping, Sequence))
-        and not isinstance(value, types.FunctionType | types.MethodType | types.ModuleType)
-        and not _is_foreign(type(value).__module__)
-    )
+    return not (_is_foreign(type(value).__module__) or isinstance(value, _NO_OBJECTS))
 
 
 def _may_hold(value: Any) -> bool:

@@ -171,7 +171,7 @@ class Subject(Evaluated):
         """Yield gradient and Fisher-vector products, as the optimizer takes them."""
         closures = Closures([self.closure(third=third)])
         with Transaction(self.vector) as transaction, torch.no_grad():
-            transaction.hold([closures])
+            transaction.hold(closures.every)
             transaction.begin()
             batch = Batch(closures, self.vector, transaction, learned({}))
             model = batch.second_order()
