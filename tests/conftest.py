@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
 import sys
 from collections.abc import Generator, Iterator
 
@@ -10,6 +12,16 @@ import profiles
 import pytest
 
 profiles.register()
+
+
+def pytest_configure() -> None:
+    """Draw the seed of what is drawn at random, once for all workers, unless it is given."""
+    os.environ.setdefault("RANDOM_SEED", str(random.SystemRandom().randrange(2**32)))
+
+
+def pytest_report_header() -> str:
+    """Say the seed at the start, so that it is known also where a worker dies."""
+    return f"seed of random faults: RANDOM_SEED={os.environ['RANDOM_SEED']}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

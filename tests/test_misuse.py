@@ -16,8 +16,9 @@ from faulty_closures import (
 )
 from problems import Problem, Snapshot, gaussian
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
-from trpo_optim import TrustRegionError
+from trpo_optim import TrustRegionError, TrustRegionOptimizer, mean_kl
 
 MISUSES: list[tuple[Change, str]] = [
     (lambda loss, kl: loss, "one value"),
@@ -80,6 +81,26 @@ def test_a_kl_that_is_not_zero_at_the_current_parameters_is_an_error_where_it_is
     with pytest.raises(TrustRegionError, match=rf"KL is {offset} at the current parameters"):
         step(problem, mode, lambda loss, kl: (loss, kl + offset), 1)
     assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1], ids=["an earlier iterate", "another engine's logits"])
+def test_an_old_policy_that_another_drew_by_is_an_error_that_says_so(noise: float) -> None:
+    torch.manual_seed(0)
+    policy, observations = nn.Linear(4, 3), torch.randn(64, 4)
+    logits = policy(observations).detach()
+    old = Categorical(logits=logits + noise * torch.randn_like(logits))
+    actions, advantages = old.sample(), torch.randn(64)
+    optimizer = TrustRegionOptimizer(policy.parameters())
+
+    def closure() -> tuple[Tensor, Tensor]:
+        new = Categorical(logits=policy(observations))
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        return -(ratio * advantages).mean(), mean_kl(old, new)
+
+    if not noise:
+        assert optimizer.step(closure).accepted
+    with pytest.raises(TrustRegionError, match=r"(?s)inference server or an earlier iterate, take"):
+        optimizer.step(closure)
 
 
 @problems_and_modes

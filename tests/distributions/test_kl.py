@@ -21,7 +21,9 @@ from trpo_optim import (
     TrustRegionError,
     frozen,
     joint_kl,
+    log_prob,
     mean_kl,
+    sampled_kl,
 )
 
 CLOSED = [name for name, family in FAMILIES.items() if not family.sampled]
@@ -86,6 +88,51 @@ def test_dimensions_beyond_the_mask_belong_to_the_action() -> None:
     old_joint, new_joint = td.Independent(old, 1), td.Independent(new, 1)
     torch.testing.assert_close(mean_kl(old_joint, new_joint, mask), per_step[mask].mean())
     torch.testing.assert_close(mean_kl(old_joint, new_joint), per_step.mean())
+
+
+def test_the_kl_of_padded_sequences_leaves_padding_out() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 2, 5, 3, 4, 0, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    old, new = (td.Categorical(logits=torch.randn(7, 5, 3).double()) for _ in range(2))
+    of_tokens = kl_divergence(old, new)
+    expected = torch.stack(
+        [of_tokens[row, :length].sum() for row, length in enumerate(lengths) if length]
+    )
+    torch.testing.assert_close(mean_kl(old, new, mask, per="sequence"), expected.mean())
+    torch.testing.assert_close(joint_kl(old, new, mask, per="sequence"), expected)
+    tokens = old.sample()
+    logs = old.log_prob(tokens), new.log_prob(tokens)
+    estimate = torch.where(mask, logs[0] - logs[1], 0).sum(1).sum() / 6
+    torch.testing.assert_close(sampled_kl(*logs, mask, per="sequence"), estimate)
+
+
+@pytest.mark.parametrize(
+    "dist",
+    [
+        td.Categorical(logits=torch.zeros(4, 5, 3)),
+        td.Independent(td.Normal(torch.zeros(4, 5, 3), 1.0), 1),
+    ],
+    ids=["tokens", "vectors"],
+)
+def test_a_mask_of_whole_sequences_is_refused(dist: td.Distribution) -> None:
+    mask = torch.ones(4, dtype=torch.bool)
+    for called in (
+        lambda: mean_kl(frozen(dist), dist, mask),
+        lambda: log_prob(dist, dist.sample(), mask),
+    ):
+        with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
+            called()
+
+
+def test_a_mean_is_over_tokens_or_sequences() -> None:
+    dist = td.Categorical(logits=torch.zeros(4, 5))
+    with pytest.raises(TrustRegionError, match=r"per is 'batch'\. Give 'token' or 'sequence'"):
+        mean_kl(frozen(dist), dist, per="batch")  # type: ignore[arg-type]  # the fault
+    with pytest.raises(
+        TrustRegionError, match=r"per is 'sequence', and the batch has shape \(4,\)"
+    ):
+        mean_kl(frozen(dist), dist, per="sequence")
 
 
 @pytest.mark.parametrize("order", [1, 2])

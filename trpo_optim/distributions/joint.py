@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Categorical, Distribution
 
 from trpo_optim.distributions.parts import name_of
 from trpo_optim.errors import TrustRegionError
@@ -38,7 +38,30 @@ def over_action(values: Tensor, dist: Distribution, batch_dims: int | None, plac
             f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
             f"{tuple(values.shape)}. Give the mask the batch's shape."
         )
-    return values.flatten(batch_dims).sum(-1) if values.dim() > batch_dims else values
+    if values.dim() == batch_dims:
+        return values
+    _require_one_action(values, dist, batch_dims, place)
+    return values.flatten(batch_dims).sum(-1)
+
+
+def _require_one_action(values: Tensor, dist: Distribution, batch_dims: int, place: str) -> None:
+    """Check that the dimensions that a mask lacks are those of one action, not of a sequence.
+
+    A sequence may be padded, and a mask of one number per sequence cannot say where. Only a
+    distribution of single numbers, such as a Normal, may have them.
+
+    Raises:
+        TrustRegionError: If each of its draws is a whole action: a vector, or a token.
+    """
+    if not (dist.event_shape or isinstance(dist, Categorical)):
+        return
+    raise TrustRegionError(
+        f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
+        f"{tuple(values.shape)}. If it holds sequences, give the mask the batch's shape, true "
+        "where there is no padding, and per='sequence' for the KL of whole sequences. If the "
+        f"further dimensions are one action, wrap it in Independent(dist, "
+        f"{values.dim() - batch_dims})."
+    )
 
 
 def require_plain(batch_shape: torch.Size, dist: Distribution, place: str) -> None:

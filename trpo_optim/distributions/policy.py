@@ -17,7 +17,14 @@ from trpo_optim.distributions.joint import (
     summed,
 )
 from trpo_optim.distributions.kl import kl_of_family
-from trpo_optim.distributions.masks import checked_mask, masked_mean, require_fit
+from trpo_optim.distributions.masks import (
+    Per,
+    checked_mask,
+    masked_mean,
+    of_sequences,
+    require_fit,
+    require_per,
+)
 from trpo_optim.distributions.parts import (
     constant_transforms,
     inverses,
@@ -39,7 +46,9 @@ PolicyT = TypeVar("PolicyT", bound="Distribution | Mapping[str, Any] | Sequence[
 """A distribution, or a dict or tuple of independent ones: one for each part of the action."""
 
 
-def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
+def mean_kl(
+    old: PolicyT, new: PolicyT, mask: Tensor | None = None, *, per: Per = "token"
+) -> Tensor:
     """Return the batch mean of the joint KL(old ‖ new), in nats.
 
     Joint means summed over all that is one action: event dimensions, and the parts of a tuple or
@@ -50,8 +59,11 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
     Args:
         old: The distribution that acted, usually ``frozen``.
         new: One of the same families and shapes.
-        mask: True where an element counts (no padding), of the shape of the batch; dimensions
-            beyond it belong to the action. None: all count.
+        mask: True where an element counts (no padding), of the shape of the batch. Further
+            dimensions of a distribution such as ``Normal`` belong to the action. None: all count.
+        per: ``"token"`` takes the mean over all elements that count. ``"sequence"`` takes it over
+            sequences, which lie along the first dimension: the KL of one is the sum over those
+            of its elements that count.
 
     Returns:
         A scalar, in single precision at least; in double where the family's formula cancels.
@@ -59,17 +71,20 @@ def mean_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
     Raises:
         TrustRegionError: If families, shapes or parts differ, no closed form is known, the policy
             moves its support (Uniform, Pareto), it is not plain which dimensions are the action's,
-            the old one carries a graph, or the mask does not fit.
+            the old one carries a graph, or the mask or ``per`` does not fit.
     """
+    require_per(per)
     counted = None if mask is None else checked_mask(mask)
-    kl = masked_mean(_kl_of_batch(old, new, counted), counted)
+    kl = masked_mean(_kl_of_batch(old, new, counted), counted, per)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
         for part in leaves(old):
             require_valid(part)
     return kl
 
 
-def joint_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
+def joint_kl(
+    old: PolicyT, new: PolicyT, mask: Tensor | None = None, *, per: Per = "token"
+) -> Tensor:
     """Return the joint KL(old ‖ new) of every sample, in nats: ``mean_kl`` before its mean.
 
     What a closure returns so that ``constraint="max"`` can hold the largest of them.
@@ -78,15 +93,20 @@ def joint_kl(old: PolicyT, new: PolicyT, mask: Tensor | None = None) -> Tensor:
         old: The distribution that acted, usually ``frozen``.
         new: One of the same families and shapes.
         mask: True where an element counts, of the shape of the batch. None: all count.
+        per: As for ``mean_kl``.
 
     Returns:
-        The batch's shape; with a mask, a vector of those that count.
+        The batch's shape; with a mask, a vector of the elements that count; with
+        ``per="sequence"``, a vector of the sequences that have one.
 
     Raises:
         TrustRegionError: As ``mean_kl``.
     """
+    require_per(per)
     counted = None if mask is None else checked_mask(mask)
     kl = _kl_of_batch(old, new, counted)
+    if per == "sequence":
+        return of_sequences(kl, counted)
     if counted is None:
         return kl
     require_fit(counted, kl)
@@ -102,8 +122,8 @@ def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
         dist: The distribution, or a dict or tuple of them.
         action: Parts in the same form; a tuple's may also be stacked along a last dimension, as
             Gymnasium's MultiDiscrete spaces have them.
-        mask: True where an element counts, of the shape of the batch; dimensions beyond it belong
-            to the action. None: all count.
+        mask: True where an element counts, of the shape of the batch. A further dimension of a
+            distribution such as ``Normal`` belongs to the action. None: all count.
 
     Returns:
         The batch's shape, in single precision at least; zero where the mask is false.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trpo_optim.distributions.masks import checked_mask, masked_mean
+from trpo_optim.distributions.masks import Per, checked_mask, masked_mean, require_per
 from trpo_optim.distributions.precision import widened
 from trpo_optim.errors import TrustRegionError
 
@@ -18,6 +18,7 @@ def sampled_kl(
     mask: Tensor | None = None,
     *,
     low_variance: bool = False,
+    per: Per = "token",
 ) -> Tensor:
     """Estimate the batch mean of KL(old ‖ new) on actions that the old policy drew, in nats.
 
@@ -37,17 +38,19 @@ def sampled_kl(
         new_log_prob: ln π_new of the same; best returned as the closure's third value, too.
         mask: True where an element counts, of the same shape. None: all count.
         low_variance: Whether to take r − 1 − ln r.
+        per: What the mean is over, as for ``mean_kl``: a sequence's KL is the sum over its tokens.
 
     Returns:
         A scalar.
 
     Raises:
-        TrustRegionError: If the shapes differ, the old ones carry a graph, or the mask does not
-            fit.
+        TrustRegionError: If the shapes differ, the old ones carry a graph, or the mask or ``per``
+            does not fit.
 
     Source:
         Schulman, "Approximating KL divergence" (2020), joschu.net/blog/kl-approx.html.
     """
+    require_per(per)
     if old_log_prob.shape != new_log_prob.shape:
         raise TrustRegionError(
             f"The old log-probabilities have shape {tuple(old_log_prob.shape)} and the new ones "
@@ -65,8 +68,8 @@ def sampled_kl(
     log_ratio = new_log_prob - old_log_prob
     if counted is not None and counted.shape == log_ratio.shape:
         log_ratio = log_ratio.masked_fill(~counted, 0)  # padding may be infinite, its slope not
-    excess = masked_mean(torch.expm1(log_ratio) - log_ratio, counted)
+    excess = masked_mean(torch.expm1(log_ratio) - log_ratio, counted, per)
     if low_variance:
         return excess
     slope_alone = (excess - excess.detach()).nan_to_num(0.0)  # far away, the exponential overflows
-    return masked_mean(-log_ratio, counted).detach() + slope_alone
+    return masked_mean(-log_ratio, counted, per).detach() + slope_alone
