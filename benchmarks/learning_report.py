@@ -1,4 +1,4 @@
-"""What the learning runs came to: docs/results.md and its pictures, from runs/learning.
+"""What the learning runs came to: docs/results/learning.md and its pictures, from runs/learning.
 
     make bench-learning
 
@@ -207,8 +207,8 @@ def main(
             job = Job(env_id, algorithm, seed, folder, pieces_of(algorithm, pieces))
             job.require_own(run[-1], len(run))
     write_archive(lines, ARCHIVE)
-    draw_curves(runs, Path("docs/learning.png"))
-    draw_profiles(runs, reps, Path("docs/profiles.png"))
+    draw_curves(runs, Path("docs/results/learning.png"))
+    draw_profiles(runs, reps, Path("docs/results/profiles.png"))
     page = PAGE.format(
         episodes=EPISODES,
         machines=MACHINES,
@@ -221,12 +221,12 @@ def main(
         study=STUDY.read_text("utf-8").strip(),
         mujoco_table=per_task(runs, list(MUJOCO_TASKS), reps),
         classic_table=per_task(runs, list(CLASSIC_TASKS), reps),
-        pong=pong_part(Path("docs/pong.png")),
+        pong=pong_part(Path("docs/results/pong.png")),
         shortfalls=shortfalls(runs),
         across=across(runs, reps),
         loop=loop_table(rounds),
     )
-    Path("docs/results.md").write_text(wrapped(page), encoding="utf-8")
+    Path("docs/results/learning.md").write_text(wrapped(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pong's part of docs/results.md: its text, table and picture."""
+"""Pong's part of docs/results/learning.md: its text, table and picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/results.md says around its figures: kept by hand."""
+"""What docs/results/learning.md says around its figures: kept by hand."""
 
 from __future__ import annotations
 

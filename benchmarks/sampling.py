@@ -2,7 +2,7 @@
 
     make bench-sampling
 
-Writes docs/sampling.md.
+Writes docs/results/sampling.md.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ and 327.
 
 
 def main(
-    rounds: int = 9, repeats: int = 40, workers: int = 2, path: Path = Path("docs/sampling.md")
+    rounds: int = 9, repeats: int = 40, workers: int = 2, path: Path = Path("docs/results/sampling.md")
 ) -> None:
     """Measure, and write the page.
 

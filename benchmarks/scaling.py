@@ -2,7 +2,7 @@
 
     make bench-scaling
 
-Writes docs/scaling.md. Processes of one thread each, joined by gloo; those that a round does not
+Writes docs/results/scaling.md. Processes of one thread each, joined by gloo; those that a round does not
 need wait for it, asleep.
 """
 
@@ -39,7 +39,7 @@ class Settings:
 
     rounds: int = 7
     """timed rounds"""
-    folder: Path = Path("docs")
+    folder: Path = Path("docs/results")
     """where scaling.md goes"""
 
 

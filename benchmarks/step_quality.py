@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples python benchmarks/step_quality.py
 
-Prints the tables of docs/step-quality.md and draws docs/step-quality.png. Every direction is scaled
+Prints the tables of docs/results/step-quality.md and draws docs/results/step-quality.png. Every direction is scaled
 to the same measured KL on its own batch, so that only where it points is compared.
 """
 
@@ -191,7 +191,7 @@ def main(folder: Path = Path("runs/pools"), splits: int = 2, threads: int = 2) -
             here = gains[row[0]]
             row += [f"{here.held_out / best:.3f}", f"{here.own / best:.2f}"]
     print(table(*rows))
-    draw(sums, Path("docs/step-quality.png"))
+    draw(sums, Path("docs/results/step-quality.png"))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_the_sdist_has_what_its_tests_and_the_makefile_read(built: Path) -> None
         "README.md",
         "constraints-floor.txt",
         "constraints.txt",
-        "docs/policies.md",
+        "docs/results/policies.md",
         "examples/train.py",
         "pyproject.toml",
         "tests/test_package.py",
