@@ -241,7 +241,10 @@ and 327.
 
 
 def main(
-    rounds: int = 9, repeats: int = 40, workers: int = 2, path: Path = Path("docs/results/sampling.md")
+    rounds: int = 9,
+    repeats: int = 40,
+    workers: int = 2,
+    path: Path = Path("docs/results/sampling.md"),
 ) -> None:
     """Measure, and write the page.
 
