@@ -24,7 +24,7 @@ Mode = Literal["trpo", "natural", "vanilla"]
 ENVS, STEPS = 8, 128  # 8 environments side by side, 128 steps of each per update
 GAMMA, LAMBDA = 0.99, 0.95  # discount factor; how far GAE trusts rewards more than the critic
 MAX_KL = 0.01  # radius of the trust region in nats: how far one update may move the policy
-LR = {"vanilla": 1.0}  # vanilla policy gradient has no radius: it needs a learning rate
+LR = {"vanilla": 0.5}  # vanilla policy gradient has no radius: it needs a learning rate
 
 
 def network(outputs: int) -> nn.Sequential:
@@ -49,21 +49,21 @@ def improve(
     return optimizer.step(closure)  # no zero_grad() and no backward()
 
 
-def draw(episodes: list[tuple[int, float]], kls: list[float], title: str, picture: str) -> None:
+def draw(episodes: list[tuple[int, float]], kls: list[float], title: str) -> None:
     """Draw the return of every episode and the KL of every update."""
     plt.rcParams["font.size"] = 15  # readable on a phone
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")
+    _, (top, bottom) = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")
     steps, returns = np.array(episodes).T
     means = np.convolve(returns, np.ones(20) / 20, mode="valid")
     top.plot(steps / 1000, returns, ".", color="#999999", markersize=3, label="episode")
     top.plot(steps[19:] / 1000, means, color="#0072B2", linewidth=2.5, label="mean of 20")
     top.set(title=title, xlabel="environment steps (thousands)", ylabel="return (steps upright)")
     bottom.plot(kls, "o", color="#0072B2", markersize=4, label="update")
-    bottom.axhline(MAX_KL, color="#D55E00", linestyle="--", label="radius")
-    bottom.set(xlabel="updates", ylabel="KL (nats)", ylim=(0, None))
+    bottom.axhline(MAX_KL, color="#D55E00", linestyle="--", label="radius (max_kl)")
+    scale = "log" if max(kls) > 3 * MAX_KL else "linear"
+    bottom.set(xlabel="updates", ylabel="KL (nats)", yscale=scale)
     for axes in (top, bottom):
         axes.legend()
-    figure.savefig(picture, dpi=120)
 
 
 def train(
@@ -91,8 +91,7 @@ def train(
             following[t] = torch.as_tensor(seen)
             for i in (fell | timed_out).nonzero()[0]:  # seen[i] already belongs to the next episode
                 following[t, i] = torch.as_tensor(info["final_obs"][i])
-            # Returns near 100 become values near 1, which a critic learns faster.
-            rewards[t] = torch.as_tensor((1 - GAMMA) * reward)
+            rewards[t] = torch.as_tensor((1 - GAMMA) * reward)  # values below 1 are learned faster
             terminated[t], done[t] = torch.as_tensor(fell), torch.as_tensor(fell | timed_out)
             running += reward
             episodes += [((update * STEPS + t + 1) * ENVS, x) for x in running[done[t].numpy()]]
@@ -112,7 +111,8 @@ def train(
         recent = float(np.mean([value for _, value in episodes[-20:]]))
         progress.set_postfix_str(f"return {recent:.0f}, KL {kls[-1]:.4f}")
     envs.close()
-    draw(episodes, kls, f"CartPole-v1, {mode}, seed {seed}", picture)
+    draw(episodes, kls, f"CartPole-v1, {mode}, seed {seed}")
+    plt.savefig(picture, dpi=120)
     return recent
 
 

@@ -6,7 +6,6 @@ The settings come from docs/results.md: one set that served nine MuJoCo tasks, a
 """
 
 import math
-from collections import deque
 from functools import partial
 from typing import Literal
 
@@ -27,8 +26,8 @@ from trpo_optim.rollouts import fit_value, gae, policy_closure, single_path
 Mode = Literal["trpo", "natural", "vanilla"]
 ENVS, STEPS = 4, 512  # 4 environments side by side, 512 steps of each per update
 GAMMA, LAMBDA = 0.99, 0.95
-KL_PER_DIMENSION = 0.007  # in nats; larger actions need a larger radius ("Radius" in results.md)
-STD_TIMES_DIMENSION = math.exp(0.8)  # larger actions need less noise in each number ("Noise")
+KL_PER_DIMENSION = 0.007  # in nats; the radius grows with the action's dimensions ("Radius" there)
+STD = math.exp(0.8)  # first standard deviation, shared by the dimensions of an action ("Noise")
 LR = {"trpo": 1.0, "natural": 1.0, "vanilla": 0.03}  # 1.0: steps as long as the radius allows
 
 
@@ -47,8 +46,7 @@ class Policy(nn.Module):
     def __init__(self, observations: int, actions: int) -> None:
         super().__init__()
         self.mean = network(observations, actions, gain=0.01)  # first means near 0
-        std = min(STD_TIMES_DIMENSION / actions, 1.0)
-        self.log_std = nn.Parameter(torch.full((actions,), math.log(std)))
+        self.log_std = nn.Parameter(torch.full((actions,), math.log(min(STD / actions, 1.0))))
 
     def forward(self, observations: Tensor) -> Distribution:
         """Return the distribution; Independent makes its last dimension one action."""
@@ -66,8 +64,9 @@ def draw(episodes: list[tuple[int, float]], kls: list[tuple[float, float]], titl
     top.set(title=title, xlabel="environment steps (thousands)", ylabel="return")
     measured, radii = np.array(kls).T
     bottom.plot(measured, "o", color="#0072B2", markersize=4, label="update")
-    bottom.plot(radii, color="#D55E00", linestyle="--", label="TRPO's radius")
-    bottom.set(xlabel="updates", ylabel="KL (nats)", ylim=(0, None))
+    bottom.plot(radii, color="#D55E00", linestyle="--", label="radius (max_kl)")
+    scale = "log" if measured.max() > 3 * radii.max() else "linear"
+    bottom.set(xlabel="updates", ylabel="KL (nats)", yscale=scale)
     for axes in (top, bottom):
         axes.legend()
 
@@ -91,22 +90,23 @@ def train(
     max_kl = KL_PER_DIMENSION * actions
     policy_opt = TrustRegionOptimizer(policy.parameters(), mode=mode, max_kl=max_kl, lr=LR[mode])
     critic_opt = torch.optim.Adam(critic.parameters(), lr=1e-3)
-    episodes, kls, batch = [], [], None
-    last_batches: deque[tuple[Tensor, Tensor]] = deque(maxlen=4)  # for the critic ("Critic")
+    episodes, kls, fitted, batch = [], [], [], None
     updates = max(1, total_steps // (ENVS * STEPS))
     for update in (progress := trange(updates)):
         batch = single_path(envs, policy, steps=STEPS, after=batch, seed=None if batch else seed)
         rewards = (1 - GAMMA) * batch.rewards  # values near 1, which the critic learns faster
         values, next_values = batch.values(critic)
         advantages = gae(rewards, values, next_values, batch.ends, gamma=GAMMA, gae_lambda=LAMBDA)
-        # Full steps in the first half, then ever shorter ones: the policy settles ("Annealing").
-        length = min(1.0, 2 - 2 * update / updates)
+        length = min(1.0, 2 - 2 * update / updates)  # full at first, then shorter ("Annealing")
         policy_opt.param_groups[0]["lr"] = length * LR[mode]
         report = policy_opt.step(policy_closure(policy, batch, advantages, standardise=True))
-        last_batches.append((batch.flat(batch.observations), batch.flat(values + advantages)))
-        seen, targets = map(torch.cat, zip(*last_batches, strict=True))
+        fitted.append(batch.flat((batch.observations, values + advantages)))
+        del fitted[:-4]  # a critic fitted to four batches predicts the next one better ("Critic")
+        seen, targets = map(torch.cat, zip(*fitted, strict=True))
         fit_value(critic, seen, targets, critic_opt, epochs=5, minibatch=128)
-        episodes += [((update + 1) * ENVS * STEPS, value) for value in batch.episode_returns]
+        ends = (batch.terminated | batch.truncated).nonzero()[:, 0].tolist()
+        for step, value in zip(ends, batch.episode_returns, strict=True):
+            episodes.append(((update * STEPS + step + 1) * ENVS, value))
         kls.append((report.kl, max_kl * length**2))  # the KL grows with the square of the length
         recent = float(np.mean([value for _, value in episodes[-20:]] or [np.nan]))
         progress.set_postfix_str(f"return {recent:.0f}, KL {report.kl:.4f}")
