@@ -24,7 +24,7 @@ Mode = Literal["trpo", "natural", "vanilla"]
 ENVS, STEPS = 8, 128  # 8 environments side by side, 128 steps of each per update
 GAMMA, LAMBDA = 0.99, 0.95  # discount factor; how far GAE trusts rewards more than the critic
 MAX_KL = 0.01  # radius of the trust region in nats: how far one update may move the policy
-LR = {"vanilla": 0.5}  # vanilla policy gradient has no radius: it needs a learning rate
+LR = {"vanilla": 1.0}  # vanilla policy gradient has no radius: it needs a learning rate
 
 
 def network(outputs: int) -> nn.Sequential:
