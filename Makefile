@@ -6,7 +6,7 @@ PARALLEL := --numprocesses auto --dist worksteal
 .PHONY: demo test quick test-thorough docs bench bench-sampling bench-scaling bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/advanced/demo.py
 
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
@@ -26,21 +26,21 @@ docs: .venv/docs ## build the site (two minutes); open docs/_build/html/index.ht
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
 
 bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/results/speed.md and docs/results/speed.png
-	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/speed.py
 
 bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/results/sampling.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/sampling.py
 
 bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/results/scaling.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/scaling.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/scaling.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms trpo random
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms trpo random
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
 		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Swimmer-v5
-	PYTHONPATH=examples $(BIN)/python benchmarks/pong.py
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning_report.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning_report.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

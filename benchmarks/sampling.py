@@ -221,8 +221,8 @@ Where the branches soon part, as CartPole's, common random numbers have nothing 
 
 ## Learning
 
-Mean return of the last 20 episodes of the trajectories, by `examples/vine.py`, vine and single
-path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMMER` in
+Mean return of the last 20 episodes of the trajectories, by `examples/advanced/vine.py`, vine and
+single path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMMER` in
 `benchmarks/sampling.py`:
 
 {schemes}
@@ -233,7 +233,7 @@ and 327.
 
 ## The largest KL
 
-`examples/train.py` on CartPole-v1, 100 000 steps, by what is held to `max_kl`:
+`examples/advanced/train.py` on CartPole-v1, 100 000 steps, by what is held to `max_kl`:
 
 {constraints}
 

@@ -1,7 +1,7 @@
 """What a step costs, in gradients of the loss and beside other libraries.
 
     make bench
-    PYTHONPATH=examples python benchmarks/speed.py --device cuda
+    PYTHONPATH=examples/advanced python benchmarks/speed.py --device cuda
 
 Writes docs/results/speed.md and docs/results/speed.png, or speed-cuda.md and its picture. All take the same step,
 as far as they can: radius and damping are of the joint KL, ten iterations of conjugate gradient, no

@@ -1,6 +1,6 @@
 """What buys surrogate gain at the radius, on the step's own batch and on a held-out one.
 
-    PYTHONPATH=examples python benchmarks/step_quality.py
+    PYTHONPATH=examples/advanced python benchmarks/step_quality.py
 
 Prints the tables of docs/results/step-quality.md and draws docs/results/step-quality.png. Every direction is scaled
 to the same measured KL on its own batch, so that only where it points is compared.

@@ -169,7 +169,7 @@ def test_the_sdist_has_what_its_tests_and_the_makefile_read(built: Path) -> None
         "constraints-floor.txt",
         "constraints.txt",
         "docs/results/policies.md",
-        "examples/train.py",
+        "examples/advanced/train.py",
         "pyproject.toml",
         "tests/test_package.py",
     }

@@ -1,6 +1,6 @@
 """Algorithm 1 of the paper beside what is used in practice: a table, and docs/concepts/monotonic.png.
 
-    python examples/monotonic.py
+    python examples/theory/monotonic.py
 
 Every expectation is enumerated. The fixed rates are such that the first KL is about the radius.
 """
