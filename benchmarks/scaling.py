@@ -2,8 +2,8 @@
 
     make bench-scaling
 
-Writes docs/results/scaling.md. Processes of one thread each, joined by gloo; those that a round does not
-need wait for it, asleep.
+Writes docs/results/scaling.md. Processes of one thread each are joined by gloo. Those that a round
+does not need sleep.
 """
 
 from __future__ import annotations

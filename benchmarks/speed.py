@@ -3,9 +3,9 @@
     make bench
     PYTHONPATH=examples/advanced python benchmarks/speed.py --device cuda
 
-Writes docs/results/speed.md and docs/results/speed.png, or speed-cuda.md and its picture. All take the same step,
-as far as they can: radius and damping are of the joint KL, ten iterations of conjugate gradient, no
-critic.
+Writes docs/results/speed.md and speed.png, or speed-cuda.md and its picture. All take the same
+step, as far as they can: radius and damping are of the joint KL, ten iterations of conjugate
+gradient, no critic.
 """
 
 from __future__ import annotations

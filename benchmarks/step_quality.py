@@ -2,8 +2,8 @@
 
     PYTHONPATH=examples/advanced python benchmarks/step_quality.py
 
-Prints the tables of docs/results/step-quality.md and draws docs/results/step-quality.png. Every direction is scaled
-to the same measured KL on its own batch, so that only where it points is compared.
+Prints the tables of docs/results/step-quality.md and draws step-quality.png beside it. Every
+direction is scaled to the same measured KL on its own batch, so that only directions differ.
 """
 
 from __future__ import annotations

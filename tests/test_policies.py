@@ -1,4 +1,4 @@
-"""Products of every network with every family are exact; docs/results/policies.md says by which engines."""
+"""Products of every network with every family are exact; a page says by which engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every broken policy and closure is found by the check meant for it; docs/how-to/test-your-policy.md says so."""
+"""Every broken policy and closure is found by the check meant for it; a page says so."""
 
 from __future__ import annotations
 
