@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.closures import Closures
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.parameters import ParameterVector, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.errors import RankError
 from trpo_optim.hyperparameters import Hyperparameters
@@ -44,6 +45,24 @@ class Ready:
     transaction: Transaction
     closures: Closures
     batch: Batch | None
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[dict[str, Any]], settings: Hyperparameters, closures: Closures
+    ) -> Ready:
+        """Return closures on the parameters of all groups, not yet evaluated.
+
+        Args:
+            groups: ``param_groups``.
+            settings: The hyperparameters that they agree on.
+            closures: This rank's.
+        """
+        vector = ParameterVector(trainable(groups))
+        transaction = Transaction(vector)
+        choices = learned(groups[0])
+        batch = Batch(closures, vector, transaction, choices) if closures.parts else None
+        transaction.hold(closures.every)
+        return cls(settings, vector, transaction, closures, batch)
 
     def row(self) -> list[float]:
         """Return, as numbers: shapes, hyperparameters, values, weight, whether it was given."""
