@@ -169,7 +169,7 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "invalid hyperparameters": (invalid_settings, "1", "damping"),
     "weights on one": (weights_on_one, "all", "given on rank 0 and left out on rank 1, rank 2"),
     "no samples": (no_samples, "all", "No rank has a sample"),
-    "no closure": (no_closure, "1", "step() got None for its closure"),
+    "no closure": (no_closure, "1", "step() got None as its closure"),
     "another old policy": (
         old_policy_of_others,
         "all",

@@ -91,7 +91,7 @@ class Objective:
     ) -> None:
         if not callable(closure):
             raise TrustRegionError(
-                f"step() got {reprlib.repr(closure)} for its closure. Pass a function without "
+                f"step() got {reprlib.repr(closure)} as its closure. Pass a function without "
                 "arguments that returns (loss, kl) or (loss, kl, dist)."
             )
         self.name = name
