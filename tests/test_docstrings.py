@@ -34,7 +34,11 @@ def under_assignments() -> dict[str, str]:
         body = ast.parse(file.read_text(encoding="utf-8")).body
         for statement, following in itertools.pairwise(body):
             match statement, following:
-                case ast.Assign(targets=[ast.Name(id=name)]), ast.Expr(ast.Constant(str(text))):
+                case (
+                    ast.Assign(targets=[ast.Name(id=name)])
+                    | ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(ast.Constant(str(text))),
+                ):
                     found[name] = inspect.cleandoc(text)
     return found
 

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: single_path(
             vector(cartpole, 2), coin, steps=1, after=single_path(saying(int), said_coin, **TWO)
         ),
-        r"info names \[\], and after is a rollout with \['said'\]. Pass the same names",
+        r"info names \[\], and after has \['said'\]. Pass the same names",
     ),
 }
 

@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, ADVANTAGES),
         r"Normal has batch shape \(\d+, 1\) and no event shape.*Independent\(dist, 1\)",
     ),
-    "an empty batch": (nothing_valid, "none of its rows is valid"),
+    "an empty batch": (nothing_valid, "no row is valid"),
     "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),
     "no micro-batch": (building(micro_batch=0), "micro_batch is 0"),
     "half a row": (building(micro_batch=64.0), "micro_batch is 64.0; it must be a whole number"),
@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "the batch is empty"),
     "a graph": (
         lambda: surrogate(ROW, ROW.clone().requires_grad_(), ROW),
-        "sampling_log_prob carries a graph",
+        "sampling_log_prob requires grad",
     ),
 }
 

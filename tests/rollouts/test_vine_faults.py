@@ -100,12 +100,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
             lambda seen: Categorical(torch.ones(len(seen), 5)),
             vine(lakes(2), Table(), steps=2, states=2, horizon=2, gamma=0.9, seed=0),
         ),
-        "do not sum to 1.*than the 4 that were tried",
+        "do not sum to 1.*the 4 actions that were tried",
     ),
-    "all of a continuum": (growing(pendulums, Swing()), "not all can be tried"),
+    "all of a continuum": (growing(pendulums, Swing()), "vine cannot enumerate its actions"),
     "alike in a continuum": (
         growing(pendulums, Swing(), branches=2, sampling="uniform"),
-        "not all can be tried, nor drawn alike",
+        "vine cannot enumerate its actions",
     ),
     "vector wrappers": (
         growing(lambda: gym.wrappers.vector.RecordEpisodeStatistics(lakes(2))),
