@@ -52,7 +52,8 @@ def documented(name: str) -> dict[str, str]:
     return {name: value.__doc__ or ""} | {
         f"{name}.{each}": member.__doc__ or ""
         for each, member in members
-        if not each.startswith("_") and (inspect.isroutine(member) or isinstance(member, property))
+        if not each.startswith("_") and each not in inspect.get_annotations(value)
+        if inspect.isroutine(member) or isinstance(member, property)
     }
 
 

@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: surrogate(ROW, ROW[:, None], ROW),
         r"sampling_log_prob has shape \(4, 1\)",
     ),
-    "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "the batch is empty"),
+    "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "The batch is empty"),
     "a graph": (
         lambda: surrogate(ROW, ROW.clone().requires_grad_(), ROW),
         "sampling_log_prob requires grad",

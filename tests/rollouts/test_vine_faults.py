@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         growing(states=lambda step, cursor: np.array([0, 1])),
         r"rule returned array\(\[0, 1\]\); it must be an array of 16 bools",
     ),
-    "alike without a number": (growing(sampling="uniform"), "give their number as branches"),
+    "alike without a number": (growing(sampling="uniform"), "Pass branches=K to draw"),
     "a policy of more actions": (
         lambda: vine_closure(
             lambda seen: Categorical(torch.ones(len(seen), 5)),
