@@ -155,7 +155,7 @@ def test_called_the_parts_are_their_weighted_mean() -> None:
 def test_closures_bring_their_own_weights_and_curvature() -> None:
     policy, batch, advantages = feedforward()
     built = policy_closure(policy, batch, advantages)
-    with pytest.raises(TrustRegionError, match="Closures, which have their own"):
+    with pytest.raises(TrustRegionError, match="both a Closures object and weights"):
         TrustRegionOptimizer(policy.parameters()).step(built, curvature=built)
 
 

@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
                 actions=torch.ones(2, 2, dtype=torch.long),
             ),
         ),
-        "rules out all the actions that were tried.*sampling='policy'",
+        "rules out all actions that were tried.*sampling='policy'",
     ),
 }
 

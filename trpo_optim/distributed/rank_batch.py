@@ -163,9 +163,9 @@ class SharedBatch:
         rows = self._reduction.rows(work, 4)
         if others := odd_ones([tuple(row[1:]) for row in rows]):
             raise RankError(
-                f"The step came to something else on {self._reduction.name(others[0])} than on "
-                "other ranks, and was withdrawn everywhere. Run every rank on the same kind of "
-                "machine, with the same torch and number of threads."
+                f"The result of the step on {self._reduction.name(others[0])} differs from the "
+                "other ranks. The step was withdrawn on all ranks. Run every rank on the same type "
+                "of machine, with the same torch and number of threads."
             )
         return replace(report, closure_evaluations=int(max(row[0] for row in rows)))
 
