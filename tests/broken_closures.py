@@ -187,7 +187,7 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
         altered(lambda loss, kl: (loss, kl + 0.01)), "zero kl", "not about zero.*penalty"
     ),
     "an old policy of other weights": BrokenClosure(
-        old_of_other_weights, "zero kl", "Compute the old distribution afresh"
+        old_of_other_weights, "zero kl", "Compute the old distribution anew"
     ),
     "the old policy made inside": BrokenClosure(
         old_made_inside, "moving kl", "region has no effect.*outside the closure"
