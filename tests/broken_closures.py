@@ -187,10 +187,10 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
         altered(lambda loss, kl: (loss, kl + 0.01)), "zero kl", "not about zero.*penalty"
     ),
     "an old policy of other weights": BrokenClosure(
-        old_of_other_weights, "zero kl", "Compute the old distribution afresh"
+        old_of_other_weights, "zero kl", "Compute the old distribution anew"
     ),
     "the old policy made inside": BrokenClosure(
-        old_made_inside, "moving kl", "never bind.*outside the closure"
+        old_made_inside, "moving kl", "region has no effect.*outside the closure"
     ),
     "the KL's negative": BrokenClosure(
         altered(lambda loss, kl: (loss, -kl)), "kl", "does not rise.*no negative"
@@ -223,6 +223,6 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
         broadcast, "loss", r"shapes broadcast.*\(N,\)", options=with_loss_inputs
     ),
     "a critic's loss": BrokenClosure(
-        with_a_critic, "second order", "does not depend on.*critic with an optimizer of its own"
+        with_a_critic, "second order", "does not depend on.*critic with its own optimizer"
     ),
 }

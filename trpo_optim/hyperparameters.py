@@ -1,4 +1,4 @@
-"""The optimizer's hyperparameters: their types, their bounds, and the errors that name them."""
+"""The optimizer's hyperparameters: their types, their bounds and their errors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from trpo_optim.errors import TrustRegionError
 __all__ = ["Constraint", "Hyperparameters", "ModeName"]
 
 ModeName = Literal["trpo", "natural", "vanilla"]
-"""The rows of the table in ``trpo_optim.algorithm.modes``."""
+"""The names of the modes, the rows of the table in ``trpo_optim.algorithm.modes``."""
 
 Constraint = Literal["mean", "max"]
-"""Which KL of the batch TRPO's line search holds to ``max_kl``."""
+"""Which KL of the batch the line search of mode ``"trpo"`` holds to ``max_kl``."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """One valid set of hyperparameters; see ``TrustRegionOptimizer`` for their meaning.
+    """One valid set of hyperparameters. ``TrustRegionOptimizer`` says what they mean.
 
-    Numbers are kept as plain ``int`` and ``float``, whatever kind of number came in.
+    Numbers of any type become plain ``int`` and ``float``.
 
     Args:
-        scheduled: Whether the values may be those of a schedule's end: there ``max_kl`` and
-            ``max_norm`` may be 0, and what rounding left below 0 is 0.
+        scheduled: Whether a schedule may have set the values. It may end at 0 for ``max_kl`` and
+            ``max_norm``, and a number that rounding left just below 0 becomes 0.
 
     Raises:
         TrustRegionError: If a value has the wrong type, lies outside its bounds, or does not
@@ -69,22 +69,22 @@ class Hyperparameters:
             object.__setattr__(self, name, bound.checked(name, value, scheduled=scheduled))
         if self.max_kl is None and self.mode != "natural":
             raise TrustRegionError(
-                f"max_kl is None with mode={self.mode!r}; only mode='natural' goes without a "
-                "radius. Give max_kl in nats, for example 0.01."
+                f"max_kl is None with mode={self.mode!r}; only mode='natural' works without a "
+                "radius. Pass max_kl in nats, for example 0.01."
             )
         if self.max_norm is not None and self.mode != "vanilla":
             raise TrustRegionError(
-                f"max_norm is {self.max_norm!r} with mode={self.mode!r}; it is the step length of "
-                "mode='vanilla' alone. Leave it None and set max_kl."
+                f"max_norm is {self.max_norm!r} with mode={self.mode!r}; only mode='vanilla' has "
+                "max_norm. Leave it None and set max_kl."
             )
 
     @property
     def lr_is_the_rate(self) -> bool:
-        """Whether the step is ``lr`` times a vector, with no radius that gives its length."""
+        """Whether ``lr`` is the fixed rate of the step, without a radius that gives its length."""
         return (self.max_norm if self.mode == "vanilla" else self.max_kl) is None
 
     def require_lr(self) -> None:
-        """Raise because ``lr`` was left out, if the mode has no other length.
+        """Raise an error if ``lr`` is the fixed rate, because it was not given.
 
         Raises:
             TrustRegionError: If ``lr_is_the_rate``.
@@ -92,8 +92,8 @@ class Hyperparameters:
         if self.lr_is_the_rate:
             name, example = ("max_norm", 0.1) if self.mode == "vanilla" else ("max_kl", 0.01)
             raise TrustRegionError(
-                f"mode is {self.mode!r} and {name} is None, so that lr is the rate of the step, "
-                f"and lr was not given. No rate fits all losses. Pass lr, for example lr=0.01, or "
+                f"lr was not given with mode={self.mode!r} and {name}=None, where it is the fixed "
+                f"rate of the step. No rate fits all losses. Pass lr, for example lr=0.01, or "
                 f"{name}, for example {name}={example}."
             )
 
@@ -102,8 +102,8 @@ class Hyperparameters:
         """Return the hyperparameters that all groups agree on.
 
         Args:
-            groups: ``param_groups``, at least one. Their values become plain numbers, since those
-                of NumPy would not load with ``weights_only``.
+            groups: ``param_groups``, at least one. Their values become plain numbers, since
+                NumPy's would not load with ``weights_only``.
 
         Raises:
             TrustRegionError: If a value is not valid, or the groups do not agree.
@@ -117,7 +117,7 @@ class Hyperparameters:
             if here != first:
                 raise TrustRegionError(
                     f"{name} is {first!r} in param_groups[0] and {here!r} in "
-                    f"param_groups[{index}]. One step has one radius and one length: give every "
+                    f"param_groups[{index}]. One step has one radius and one length. Give every "
                     "group the same value."
                 )
         return found[0]
@@ -140,8 +140,8 @@ class Hyperparameters:
         """Fill in the hyperparameters that an older version did not save.
 
         Args:
-            groups: ``param_groups``; they take what they lack from the defaults.
-            defaults: The optimizer's; they take what they lack from here.
+            groups: ``param_groups``. Missing values come from ``defaults``.
+            defaults: The optimizer's defaults. Missing values come from this class.
         """
         for entry in fields(cls):
             defaults.setdefault(entry.name, entry.default)
@@ -154,15 +154,15 @@ class Hyperparameters:
 
         Args:
             optimizer: Not used.
-            state_dict: What is to be loaded.
+            state_dict: The state to load.
 
         Raises:
-            TrustRegionError: If it is that of another kind of optimizer.
+            TrustRegionError: If another kind of optimizer saved it.
         """
         if any("mode" not in group for group in state_dict["param_groups"]):
             raise TrustRegionError(
-                "The state has no 'mode': it is that of another kind of optimizer, whose lr and "
-                "other settings mean something else. Load a TrustRegionOptimizer's state."
+                "The state has no 'mode', so another kind of optimizer saved it. Its lr and other "
+                "settings mean something else. Load the state of a TrustRegionOptimizer."
             )
 
     @classmethod
@@ -172,19 +172,19 @@ class Hyperparameters:
 
 
 _ROUNDING = 1e-12
-"""How far below 0 the sums of a schedule may end that should end at 0."""
+"""How far below 0 rounding may leave a schedule that ends at 0."""
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """What a number must satisfy: a type, a test, and the words for both.
+    """What a number must satisfy: a type and a test, with words for both.
 
     Attributes:
         holds: The test.
         words: The limit, in words.
         whole: Whether the number is an integer.
-        optional: Whether None may stand for it.
-        may_end_at_zero: Whether a schedule may end at 0, where the test forbids 0.
+        optional: Whether None is allowed.
+        may_end_at_zero: Whether a schedule may end at 0, though the test forbids 0.
     """
 
     holds: Callable[[float], bool]
@@ -227,13 +227,13 @@ _BOUNDS = {
     ),
     "damping": _Bound(
         lambda value: value >= 0,
-        "a finite number of at least 0, or None for a share of the curvature that the solve meets",
+        "a finite number of at least 0, or None for 4 % of the curvature that the solve meets",
         optional=True,
     ),
     "cg_iterations": _Bound(lambda value: value >= 1, "a whole number of at least 1", whole=True),
     "cg_tolerance": _Bound(
         lambda value: 0 <= value < 1,
-        "a number in [0, 1): the residual, relative to the gradient, at which the solve stops",
+        "a number in [0, 1), the residual relative to the gradient at which the solve stops",
     ),
     "backtrack_ratio": _Bound(
         lambda value: 0 < value < 1, "a number strictly between 0 and 1 that shortens the step"
@@ -242,6 +242,6 @@ _BOUNDS = {
         lambda value: 0 <= value <= 100, "a whole number from 0 to 100", whole=True
     ),
     "improvement_ratio": _Bound(
-        lambda value: 0 <= value < 1, "a number in [0, 1): a share of the predicted improvement"
+        lambda value: 0 <= value < 1, "a number in [0, 1), a share of the predicted improvement"
     ),
 }

@@ -13,19 +13,11 @@ from torch.optim.optimizer import ParamsT
 from trpo_optim.algorithm.step import take_step
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameters import ParameterVector, require_real, trainable
-from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.batch import Batch
-from trpo_optim.curvature.engine_choice import learned
-from trpo_optim.distributed.collectives import (
-    GROUP_DESTROYED,
-    GROUP_NOT_COPIED,
-    Reduction,
-    require_member,
-)
-from trpo_optim.distributed.consistency import Ready, agreed
+from trpo_optim.closure.parameters import require_real, trainable
+from trpo_optim.distributed.collectives import GROUP_DESTROYED, GROUP_NOT_COPIED, require_member
+from trpo_optim.distributed.consistency import Ready
 from trpo_optim.distributed.ddp import require_all_parameters, unwrapped
-from trpo_optim.distributed.rank_batch import SharedBatch
+from trpo_optim.distributed.rank_batch import prepared
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.hyperparameters import Constraint, Hyperparameters, ModeName
 from trpo_optim.report import Outcome, StepReport
@@ -38,68 +30,94 @@ __all__ = ["TrustRegionOptimizer"]
 
 
 class TrustRegionOptimizer(torch.optim.Optimizer):
-    """Trust-region policy optimization, natural and vanilla policy gradient, as an optimizer.
+    """TRPO, natural policy gradient and vanilla policy gradient as a ``torch.optim`` optimizer.
 
-    ``step(closure)`` takes one step that is safe: taken whole or not at all. The closure returns
-    ``(loss, kl)``: the surrogate loss and the batch mean of KL(old ‖ new), two scalar tensors; or,
-    for the mean, the KL of every sample, shape (N,). It may return as a third value the new
-    policy's distribution, or the tensors that parametrise it: that changes no result (but a Laplace
-    policy needs it) and nearly halves the price. It never calls ``backward()``.
+    ``step(closure)`` takes one step, whole or not at all, and returns a ``StepReport``. A step
+    moves the parameters and nothing else: buffers, random state and ``.grad`` stay as they were.
+    Hooks on gradients are not called.
 
-    =========== ================== ==================================== =========================
-    mode        direction          length                               accepted if
-    =========== ================== ==================================== =========================
-    ``trpo``    (F + λI)⁻¹ g       √(2δ / xᵀFx)                         KL ≤ δ and it improves
-    ``natural`` (F + λI)⁻¹ g       the same; ``max_kl=None``: rate      finite
-    ``vanilla`` g                  ``lr``; with ``max_norm``: L2 ball   finite
-    =========== ================== ==================================== =========================
+    The closure returns ``(loss, kl)``, two scalar tensors: the surrogate loss and the batch mean of
+    KL(old ‖ new). The KL may also have shape (N,), one KL per sample; then its mean is used. The
+    third value is optional: the new policy's distribution, or the tensors that parametrise it.
+    Returning it does not change the result, but makes a step almost twice as fast. (Laplace
+    policies require it.) The closure never calls ``backward()``.
 
-    Every hyperparameter lives in ``param_groups`` and may be changed there between steps; all
-    groups must agree, since one step has one length. A schedule may bring a length to 0. An
-    optimizer step moves the parameters and nothing else: buffers, random state and ``.grad`` are
-    afterwards what they were. Hooks on gradients are not called.
+    =========== ================== ================================== ============================
+    mode        direction          length                             accepted if
+    =========== ================== ================================== ============================
+    ``trpo``    (F + λI)⁻¹ g       √(2δ / xᵀFx)                       KL ≤ δ, enough improvement
+    ``natural`` (F + λI)⁻¹ g       the same; ``max_kl=None``: ``lr``  loss and KL are finite
+    ``vanilla`` g                  ``lr``; with ``max_norm``, that    loss and KL are finite
+    =========== ================== ================================== ============================
+
+    g is the gradient of the loss, F the Hessian of the KL, λ the damping, δ the radius ``max_kl``
+    and x the direction. A step does not depend on the scale of the loss, except where ``lr`` is a
+    fixed rate.
+
+    Every hyperparameter lives in ``param_groups``, and ``state_dict`` saves it. Change it in
+    ``param_groups``, and the next step uses the new value. All groups must hold the same values,
+    since one step has one length. A schedule may end at 0 for ``lr``, ``max_kl`` or ``max_norm``.
 
     Args:
-        params: What torch.optim takes: tensors, ``named_parameters()`` or group dicts.
-        mode: ``"trpo"``, ``"natural"`` or ``"vanilla"``.
-        max_kl: δ, the trust region's radius in nats: the batch mean of the joint KL(old ‖ new).
-            None, with mode ``"natural"`` alone: no radius, the fixed rate ``lr``. Start with 0.01
-            for discrete actions, and with 0.007 per dimension of a continuous action (found on nine
-            MuJoCo tasks, see docs/results.md). Both assume a KL summed over dimensions (joint).
-        constraint: Mode ``"trpo"`` alone: which KL the line search holds to δ, the batch's
-            ``"mean"`` or the ``"max"`` over samples, for which the closure returns one KL per
-            sample. The mean gives curvature and length either way.
-        max_norm: Mode ``"vanilla"`` alone: the L2 length of the step. None: the fixed rate ``lr``.
-        lr: Multiplies the step; what learning-rate schedulers move. Mode ``"trpo"`` fits the step
-            to ``max_kl`` first; there an ``lr`` above 1 changes nothing. None: 1.0. Mode
-            ``"vanilla"`` without ``max_norm``, and mode ``"natural"`` with ``max_kl=None``, need a
-            number: there ``lr`` is the rate itself.
-        damping: λ ≥ 0 in (F + λI) x = g. None: 4 % of the mean curvature qᵀFq over an orthonormal
-            basis q of the directions that the solve goes through.
-        cg_iterations: Most Fisher-vector products in one solve.
-        cg_tolerance: Stop the solve at ‖residual‖ ≤ ``cg_tolerance`` · ‖g‖.
-        backtrack_ratio: What a trial that improves too little multiplies the step by. One beyond
+        params: Tensors, ``named_parameters()`` or group dicts. All parameters are real floating
+            point, lie on one device, and have memory of their own.
+        mode: The row of the table: ``"trpo"``, ``"natural"`` or ``"vanilla"``.
+        max_kl: δ, the radius of the trust region in nats, above 0: the limit for the batch mean of
+            the joint KL(old ‖ new). None: no radius, ``lr`` is the fixed rate (mode ``"natural"``
+            only). Start with 0.01 for discrete actions, and with 0.007 per dimension of a
+            continuous action (found on nine MuJoCo tasks).
+        constraint: Which KL the line search of mode ``"trpo"`` holds to ``max_kl``. ``"mean"``: the
+            batch mean (the paper's equation 12). ``"max"``: the largest KL of a sample (equation
+            11); the closure then returns ``joint_kl(old, new)``. Direction and length use the mean
+            KL in both cases. The other modes hold no KL.
+        max_norm: The L2 length of the step, above 0 (mode ``"vanilla"`` only). None: ``lr`` is the
+            fixed rate.
+        lr: Scales the step, at least 0; the KL scales with ``lr²``. Leave it at 1 unless you use a
+            scheduler. Do not copy Adam's 3e-4: the policy would hardly move. Mode ``"trpo"`` scales
+            the step that its line search found, which takes one more trial if ``lr`` is below 1. A
+            value above 1 changes nothing there. None: 1.0. You must give a number where ``lr`` is
+            the fixed rate.
+        damping: λ, at least 0. None: 4 % of the mean curvature qᵀFq over an orthonormal basis q of
+            the directions that the solve goes through. This follows the scale of F.
+        cg_iterations: The most Fisher-vector products in one solve, at least 1.
+        cg_tolerance: The solve stops at ‖residual‖ ≤ ``cg_tolerance`` · ‖g‖; in [0, 1).
+        backtrack_ratio: Multiplies a trial step that improves too little; in (0, 1). A trial beyond
             the radius is shortened by the KL that it measured.
-        max_backtracks: How many further trials a step may take before it is given up. An ``lr``
-            below 1 takes one more, unless this is 0.
-        improvement_ratio: Least share of the predicted improvement that a trial must deliver.
-        maximize: The closure's first value is an objective to be raised.
-        process_group: The processes that take every step together, each on samples of its own
-            (``torch.distributed.group.WORLD`` for all): means are over the samples of all ranks,
-            and all ranks report the same. None: this process alone.
-
-    Attributes:
-        last_report: The report of the last step, or None before the first.
+        max_backtracks: The most further trials of the line search, from 0 to 100. An ``lr`` below 1
+            takes one more than that, unless this is 0.
+        improvement_ratio: The least share of the predicted improvement that a trial must deliver;
+            in [0, 1).
+        maximize: Whether the closure's first value is an objective to be raised.
+        process_group: The processes that take every step together, each with its own samples.
+            ``torch.distributed.group.WORLD`` holds all processes. Means are over the samples of all
+            ranks, and all ranks return the same report. The group is not saved and not in
+            ``param_groups``. None: this process alone.
 
     Raises:
         TrustRegionError: If a hyperparameter, a parameter or the process group is not valid.
 
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim import TrustRegionOptimizer, frozen, mean_kl
+        >>> logits = torch.zeros(1, 2, requires_grad=True)  # the policy of a two-armed bandit
+        >>> optimizer = TrustRegionOptimizer([logits], max_kl=0.01)
+        >>> actions, advantages = torch.tensor([0, 1]), torch.tensor([-1.0, 1.0])
+        >>> old = frozen(Categorical(logits=logits))
+        >>> def closure():
+        ...     new = Categorical(logits=logits)
+        ...     ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        ...     return -(ratio * advantages).mean(), mean_kl(old, new), new
+        >>> print(optimizer.step(closure))
+        accepted: KL 0.0097 of 0.01, loss -0.14, 1 trial, 1 product, Gauss-Newton
+
     Source:
-        Schulman, Levine, Abbeel, Jordan & Moritz, "Trust Region Policy Optimization", ICML 2015
-        (arXiv 1502.05477), appendix C; Kakade, "A Natural Policy Gradient", NIPS 2001.
+        Schulman et al., "Trust Region Policy Optimization", ICML 2015 (arXiv 1502.05477), appendix
+        C; Kakade, "A Natural Policy Gradient", NIPS 2001.
     """
 
     last_report: StepReport | None = None
+    """The report of the last step, or None before the first."""
 
     def __init__(
         self,
@@ -140,9 +158,9 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The processes that take every step together; None: this process alone.
+        """The processes that take every step together, or None for this process alone.
 
-        The optimizer does not keep the group alive, so that ``destroy_process_group()`` ends it.
+        The optimizer does not keep the group alive: ``destroy_process_group()`` ends it.
 
         Raises:
             TrustRegionError: If the group was destroyed.
@@ -172,33 +190,39 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It is
-                called once with derivatives (a few times more in the first step, and once per
-                product by finite differences) and once per trial without. A list of closures, one
-                per micro-batch, stands for their weighted mean and takes the memory of one: each
-                is called once more for every product. ``Closures`` are such a list with its
+                called once with derivatives, and once per trial without. The first step, and
+                products by finite differences, call it more often. A list of closures, one per
+                micro-batch, stands for their weighted mean and takes the memory of one. Each is
+                called once more for every product. A ``Closures`` object is such a list with its
                 weights and curvature.
-            curvature: A closure of the same kind, for a part of the batch: its KL gives the
-                Fisher-vector products; its loss is not used. Gradient, trials and acceptance stay
-                with ``closure``. Mode ``"vanilla"`` has no use for it.
-            weights: One number above 0 per closure of a list, usually its number of samples.
-                None: all the same. With a process group these weigh the ranks, too: a single
-                closure then has a number, and a rank without samples the weight 0 (its closure is
-                not called) or an empty list.
+            curvature: A closure of the same kind on a part of the batch. Its KL gives the
+                Fisher-vector products, and its loss is ignored. The gradient, the trials and the
+                acceptance use ``closure``. Mode ``"vanilla"`` ignores it.
+            weights: One number above 0 per closure of a list, usually its number of samples. None:
+                all closures count equally. With a process group, ``weights`` also weighs the ranks,
+                and a single closure has a number. A rank without samples passes the weight 0 (its
+                closure is not called) or an empty list of closures.
 
         Returns:
-            What was done, also kept as ``last_report``.
+            The report, also kept as ``last_report``.
 
         Raises:
-            TrustRegionError: If a closure or a hyperparameter is misused; nothing has moved.
-            RankError: With a process group: if another rank raised, was lost or has parted; nothing
-                has moved.
+            TrustRegionError: If a closure or a hyperparameter is misused. Nothing has moved.
+            RankError: If another rank raised, was lost or differs. Nothing has moved.
         """
         if closure is None and all(group["lr"] == 0 for group in self.param_groups):
             return StepReport(Outcome.ZERO_LEARNING_RATE)  # torch.distributed.checkpoint does this
+        group = self.process_group
+
+        def prepare() -> Ready:
+            settings = self._settings()
+            closures = collected(closure, weights, curvature, shared=group is not None)
+            return Ready.of(self.param_groups, settings, closures)
+
         with torch.inference_mode(False), torch.no_grad():
-            ready, batch = self._prepared(closure, weights, curvature)
+            ready, batch = prepared(prepare, group, self.param_groups[0]["params"][0])
             figures: dict[str, Any] = {}
-            with ready.transaction as transaction, unwrapped(self.process_group, ready.vector):
+            with ready.transaction as transaction, unwrapped(group, ready.vector):
                 transaction.begin()
                 outcome = take_step(batch, transaction, ready.settings, figures)
                 report = batch.concluded(StepReport(outcome, **figures))
@@ -210,13 +234,14 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         return report
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its hyperparameters must be those of the other groups.
+        """Add a group of parameters with the same hyperparameters as the other groups.
 
         Args:
-            param_group: ``params``, and hyperparameters where they are given.
+            param_group: ``params``, and any hyperparameters. Those left out take their defaults.
 
         Raises:
-            TrustRegionError: If a parameter is not real, or a hyperparameter not valid or another.
+            TrustRegionError: If a parameter is not real, or a hyperparameter is not valid or
+                differs from the other groups'.
         """
         lr_given = self._lr_given
         self._lr_given |= "lr" in param_group
@@ -232,13 +257,13 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the hyperparameters of a saved state.
+        """Load the hyperparameters of a saved state.
 
         Args:
-            state_dict: What ``state_dict`` returned, once the pre-hooks have seen it.
+            state_dict: What ``state_dict()`` returned.
 
         Raises:
-            TrustRegionError: If it is that of another kind of optimizer.
+            TrustRegionError: If another kind of optimizer saved it.
         """
         check = self.register_load_state_dict_pre_hook(Hyperparameters.require_saved)  # the last
         try:
@@ -251,7 +276,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         """Return what pickle and deepcopy keep: torch's part and the last report.
 
         Raises:
-            TrustRegionError: If there is a process group, which belongs to this process.
+            TrustRegionError: If the optimizer has a process group. It belongs to this process.
         """
         if self._process_group is not None:
             raise TrustRegionError(GROUP_NOT_COPIED)
@@ -259,40 +284,14 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state back, filling in hyperparameters that an older one did not have."""
+        """Restore a state, and fill in hyperparameters that an older version did not save."""
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
         Hyperparameters.complete(self.param_groups, self.defaults)
 
-    def _prepared(
-        self,
-        closure: Closure | Closures | Iterable[Closure] | None,
-        weights: Iterable[float] | float | None,
-        curvature: Closure | None,
-    ) -> tuple[Ready, Batch | SharedBatch]:
-        """Return what a step is taken with, checked; with a process group on all ranks alike."""
-        shared = self.process_group is not None
-
-        def prepare() -> Ready:
-            settings, vector = self._settings(), ParameterVector(trainable(self.param_groups))
-            transaction = Transaction(vector)
-            closures = collected(closure, weights, curvature, shared=shared)
-            choices = learned(self.param_groups[0])
-            batch = Batch(closures, vector, transaction, choices) if closures.parts else None
-            transaction.hold(closures.every)
-            return Ready(settings, vector, transaction, closures, batch)
-
-        if self.process_group is None:
-            ready = prepare()
-            assert ready.batch is not None  # as collected requires
-            return ready, ready.batch
-        reduction = Reduction(self.process_group, self.param_groups[0]["params"][0].device)
-        ready, counts = agreed(reduction, prepare)
-        return ready, SharedBatch(ready.batch, counts, ready.vector, reduction)
-
     def _settings(self) -> Hyperparameters:
-        """Return the hyperparameters that all groups agree on, checked anew."""
+        """Return the hyperparameters that all groups agree on, after checking them."""
         settings = Hyperparameters.of_groups(self.param_groups)
         self._lr_given |= settings.lr != 1.0  # it was set on the groups, by hand or a schedule
         if not self._lr_given:

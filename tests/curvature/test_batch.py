@@ -159,15 +159,15 @@ def test_a_dropout_mask_is_the_same_for_every_evaluation_of_a_micro_batch() -> N
     ("arguments", "message"),
     [
         ({"closure": []}, "empty list of closures"),
-        ({"closure": [0.5]}, "0.5 for its closure"),
+        ({"closure": [0.5]}, "0.5 as its closure"),
         ({"closure": [min, min], "weights": [1.0]}, "2 closures and 1 weights"),
         ({"closure": [min, min], "weights": [1.0, 0.0]}, "weights holds 0.0"),
         ({"closure": [min], "weights": [float("nan")]}, "weights holds nan"),
         ({"closure": [min], "weights": ["all"]}, r"weights is \['all'\]; it must hold one number"),
         ({"closure": [min], "weights": 3}, "weights is 3; it must hold one number"),
         ({"closure": [min], "curvature": [min]}, "In curvature: step\\(\\) got"),
-        ({"closure": min, "weights": [1.0, 2.0]}, "There is 1 closure and 2 weights"),
-        ({"closure": min, "curvature": "part"}, "'part' for its closure"),
+        ({"closure": min, "weights": [1.0, 2.0]}, r"step\(\) got 1 closure and 2 weights"),
+        ({"closure": min, "curvature": "part"}, "'part' as its closure"),
     ],
 )
 def test_misuse_names_what_came_and_the_remedy(arguments: dict[str, Any], message: str) -> None:

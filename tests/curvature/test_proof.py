@@ -87,7 +87,7 @@ def test_a_critics_loss_is_found_beside_a_curvature_closure(third: bool) -> None
         return (whole, kl, dist) if third else (whole, kl)
 
     optimizer = TrustRegionOptimizer([*problem.parameters(), *critic.parameters()])
-    with pytest.raises(TrustRegionError, match="critic with an optimizer of its own"):
+    with pytest.raises(TrustRegionError, match="critic with its own optimizer"):
         optimizer.step(closure, curvature=on_rows(problem, slice(0, 16), third=third))
 
 
@@ -103,7 +103,7 @@ def test_a_critics_loss_is_found_in_a_later_step() -> None:
     assert optimizer.step(closure).accepted  # as where it is multiplied by nothing
     problem = Problem(problem.policy, problem.observations, 1)
     share = 0.5
-    with pytest.raises(TrustRegionError, match="critic with an optimizer of its own"):
+    with pytest.raises(TrustRegionError, match="critic with its own optimizer"):
         optimizer.step(closure)
 
 

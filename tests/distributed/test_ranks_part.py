@@ -159,17 +159,17 @@ def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> 
 
 
 PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
-    "parameters": (other_values, "all", "The parameters of rank 2 are not those of the other"),
+    "parameters": (other_values, "all", "The parameters of rank 2 differ from the other"),
     "hyperparameters": (
         other_settings,
         "all",
         "max_kl is 0.01 on rank 0, rank 2 and 0.02 on rank 1. Give every rank the same",
     ),
-    "shapes": (other_shapes, "all", "shapes or types on rank 1 are not those of the other ranks"),
+    "shapes": (other_shapes, "all", "shapes or types on rank 1 differ from the other ranks"),
     "invalid hyperparameters": (invalid_settings, "1", "damping"),
     "weights on one": (weights_on_one, "all", "given on rank 0 and left out on rank 1, rank 2"),
     "no samples": (no_samples, "all", "No rank has a sample"),
-    "no closure": (no_closure, "1", "step() got None for its closure"),
+    "no closure": (no_closure, "1", "step() got None as its closure"),
     "another old policy": (
         old_policy_of_others,
         "all",
@@ -182,12 +182,12 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "another direction": (
         another_direction,
         "all",
-        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+        "The result of the step on rank 1 differs from the other ranks. The step was withdrawn",
     ),
     "another place": (
         another_place,
         "all",
-        "The step came to something else on rank 1 than on other ranks, and was withdrawn",
+        "The result of the step on rank 1 differs from the other ranks. The step was withdrawn",
     ),
 }
 

@@ -127,7 +127,7 @@ def test_a_mask_of_whole_sequences_is_refused(dist: td.Distribution) -> None:
 
 def test_a_mean_is_over_tokens_or_sequences() -> None:
     dist = td.Categorical(logits=torch.zeros(4, 5))
-    with pytest.raises(TrustRegionError, match=r"per is 'batch'\. Give 'token' or 'sequence'"):
+    with pytest.raises(TrustRegionError, match=r"per is 'batch'; it must be 'token' or 'sequence'"):
         mean_kl(frozen(dist), dist, per="batch")  # type: ignore[arg-type]  # the fault
     with pytest.raises(
         TrustRegionError, match=r"per is 'sequence', and the batch has shape \(4,\)"

@@ -63,7 +63,7 @@ def test_a_last_observation_that_was_not_kept_is_asked_for(dropped: slice) -> No
     envs = Silent(vector(cartpole), dropped)
     with pytest.raises(
         TrustRegionError,
-        match=r"cut the episode of environment \d, .* has no 'final_obs'.*NEXT_STEP or DISABLED",
+        match=r"environment \d was truncated, .* has no 'final_obs'.*NEXT_STEP or DISABLED",
     ):
         single_path(envs, lambda seen: (seen[:, 2] > 0).long(), steps=40, seed=0)
 

@@ -131,7 +131,9 @@ def test_vine_tries_every_action_that_is_legal_and_no_other() -> None:
     slopes = [torch.autograd.grad(each, policy.logits)[0] for each in (loss, expected)]
     torch.testing.assert_close(*slopes)
     assert TrustRegionOptimizer(policy.parameters()).step(closures).accepted
-    with pytest.raises(TrustRegionError, match=r"Q holds NaN.*actions that the one that collected"):
+    with pytest.raises(
+        TrustRegionError, match=r"Q holds NaN.*actions that the collecting policy ruled out"
+    ):
         vine_closure(lambda states, action_mask: Categorical(torch.ones(len(states), 6)), batch)
 
 
@@ -199,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: single_path(
             vector(cartpole, 2), coin, steps=1, after=single_path(saying(int), said_coin, **TWO)
         ),
-        r"info names \[\], and after is a rollout with \['said'\]. Pass the same names",
+        r"info names \[\], and after has \['said'\]. Pass the same names",
     ),
 }
 

@@ -94,8 +94,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "both": (start(steps=1, episodes=1), "either steps or episodes"),
     "no steps": (start(steps=0), "steps is 0; it must be a whole number of at least 1"),
     "no episodes": (start(episodes=-1), "episodes is -1"),
-    "after and a seed": (lambda: start(steps=1, after=collected(), seed=1)(), "Leave one of them"),
-    "after and episodes": (lambda: start(episodes=1, after=collected())(), "Leave one of them"),
+    "after and a seed": (
+        lambda: start(steps=1, after=collected(), seed=1)(),
+        "Pass either after or these",
+    ),
+    "after and episodes": (
+        lambda: start(episodes=1, after=collected())(),
+        "Pass either after or these",
+    ),
     "one environment": (
         lambda: single_path(cartpole(), coin, steps=1),  # type: ignore[arg-type]  # the mistake
         "got a TimeLimit; it takes vector environments",
@@ -106,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "another number of environments": (
         lambda: single_path(vector(cartpole, 2), coin, steps=1, after=collected()),
-        "after is a rollout of 3 environments, and there are 2 here",
+        "after is a rollout of 3 environments, and envs has 2",
     ),
     "a space without a shape": (
         lambda: single_path(with_sequences(), coin, steps=1),

@@ -96,7 +96,7 @@ def test_where_all_are_equal_they_become_zero(value: float) -> None:
 
 def test_advantages_with_a_graph_are_refused_as_ever() -> None:
     values, valid = rows_of(0)
-    with pytest.raises(TrustRegionError, match="advantages carries a graph"):
+    with pytest.raises(TrustRegionError, match="advantages requires grad"):
         used(values.requires_grad_(), valid)
 
 
@@ -147,7 +147,7 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "words"), [("nothing valid", "none of its rows is valid"), ("NaN", "is nan at")]
+    ("mistake", "words"), [("nothing valid", "no row is valid"), ("NaN", "is nan at")]
 )
 @pytest.mark.ranks
 def test_what_fails_on_one_rank_is_raised_on_all_and_all_may_go_on(

@@ -155,7 +155,7 @@ def test_called_the_parts_are_their_weighted_mean() -> None:
 def test_closures_bring_their_own_weights_and_curvature() -> None:
     policy, batch, advantages = feedforward()
     built = policy_closure(policy, batch, advantages)
-    with pytest.raises(TrustRegionError, match="Closures, which have their own"):
+    with pytest.raises(TrustRegionError, match="both a Closures object and weights"):
         TrustRegionOptimizer(policy.parameters()).step(built, curvature=built)
 
 
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: policy_closure(lambda seen: POLICY(seen).base_dist, BATCH, ADVANTAGES),
         r"Normal has batch shape \(\d+, 1\) and no event shape.*Independent\(dist, 1\)",
     ),
-    "an empty batch": (nothing_valid, "none of its rows is valid"),
+    "an empty batch": (nothing_valid, "no row is valid"),
     "all for the curvature": (building(curvature=1.0), r"curvature is 1.0.*in \(0, 1\)"),
     "no micro-batch": (building(micro_batch=0), "micro_batch is 0"),
     "half a row": (building(micro_batch=64.0), "micro_batch is 64.0; it must be a whole number"),
@@ -215,10 +215,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: surrogate(ROW, ROW[:, None], ROW),
         r"sampling_log_prob has shape \(4, 1\)",
     ),
-    "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "the batch is empty"),
+    "no actions": (lambda: surrogate(ROW[:0], ROW[:0], ROW[:0]), "The batch is empty"),
     "a graph": (
         lambda: surrogate(ROW, ROW.clone().requires_grad_(), ROW),
-        "sampling_log_prob carries a graph",
+        "sampling_log_prob requires grad",
     ),
 }
 

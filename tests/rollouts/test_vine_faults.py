@@ -94,18 +94,18 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         growing(states=lambda step, cursor: np.array([0, 1])),
         r"rule returned array\(\[0, 1\]\); it must be an array of 16 bools",
     ),
-    "alike without a number": (growing(sampling="uniform"), "give their number as branches"),
+    "alike without a number": (growing(sampling="uniform"), "Pass branches=K to draw"),
     "a policy of more actions": (
         lambda: vine_closure(
             lambda seen: Categorical(torch.ones(len(seen), 5)),
             vine(lakes(2), Table(), steps=2, states=2, horizon=2, gamma=0.9, seed=0),
         ),
-        "do not sum to 1.*than the 4 that were tried",
+        "do not sum to 1.*the 4 actions that were tried",
     ),
-    "all of a continuum": (growing(pendulums, Swing()), "not all can be tried"),
+    "all of a continuum": (growing(pendulums, Swing()), "vine cannot enumerate its actions"),
     "alike in a continuum": (
         growing(pendulums, Swing(), branches=2, sampling="uniform"),
-        "not all can be tried, nor drawn alike",
+        "vine cannot enumerate its actions",
     ),
     "vector wrappers": (
         growing(lambda: gym.wrappers.vector.RecordEpisodeStatistics(lakes(2))),
@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
                 actions=torch.ones(2, 2, dtype=torch.long),
             ),
         ),
-        "rules out all the actions that were tried.*sampling='policy'",
+        "rules out all actions that were tried.*sampling='policy'",
     ),
 }
 

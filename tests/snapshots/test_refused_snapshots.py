@@ -52,7 +52,7 @@ def test_a_state_of_another_environment_is_refused_and_nothing_changes() -> None
         actions = [env.action_space.sample() for _ in range(10)]
         assert same(played(env, actions), played(twin, actions))
     bare = gym.make("Hopper-v5")
-    with pytest.raises(TrustRegionError, match="wrappers included"):
+    with pytest.raises(TrustRegionError, match="with the same wrappers"):
         restore(bare, snapshot)
 
 

@@ -58,4 +58,4 @@ def test_a_critics_loss_in_the_closure_is_found() -> None:
     parameters = [*problem.parameters(), *critic.parameters()]
     report = check_closure(closure, parameters)
     assert not report.passed
-    assert "critic with an optimizer of its own" in report["second order"].cause
+    assert "critic with its own optimizer" in report["second order"].cause

@@ -17,7 +17,7 @@ class Ending(enum.Enum):
     """Why a solve stopped."""
 
     CONVERGED = "The relative residual reached the tolerance."
-    ITERATION_LIMIT = "The iterations ran out before the residual reached the tolerance."
+    ITERATION_LIMIT = "The iterations ended before the residual reached the tolerance."
     NON_POSITIVE_CURVATURE = (
         "F + λI is not positive definite, or xᵀFx <= 0; x is the last good iterate."
     )

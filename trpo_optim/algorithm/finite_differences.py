@@ -112,8 +112,8 @@ class FiniteDifferences:
 _TOO_COARSE = (
     "The closure cannot be differentiated twice, and finite differences of the KL's gradient do "
     "not resolve its curvature: the policy computes in half precision, or the KL has a kink here. "
-    "Evaluate the policy in single precision (without autocast), or use mode='vanilla', which "
-    "needs first derivatives alone."
+    "Evaluate the policy in float32 (without autocast), or use mode='vanilla', which needs first "
+    "derivatives only."
 )
 
 

@@ -22,9 +22,9 @@ def require_largest_kl(largest_kl: float | None) -> None:
     """
     if largest_kl is None:
         raise TrustRegionError(
-            "constraint is 'max', and the closure's KL is a scalar, of which no largest is known. "
-            "Return the KL of every sample, a vector of shape (N,): joint_kl(old, new). Or set "
-            "constraint='mean'."
+            "constraint is 'max', and the closure's KL is a scalar, so the largest KL of a sample "
+            "is not known. Return the KL of every sample, a vector of shape (N,): joint_kl(old, "
+            "new). Or set constraint='mean'."
         )
 
 
@@ -42,7 +42,7 @@ def require_resolved(max_kl: float | None, resolution: float) -> None:
         raise TrustRegionError(
             f"max_kl is {max_kl:g}, but the precision of the closure's KL resolves "
             f"{resolution:.2g} nats. Raise max_kl, or use a higher precision: mean_kl() computes "
-            "the KL of a policy in half precision in single, policy.double() gives double."
+            "in float32 at least, and policy.double() in float64."
         )
 
 
@@ -62,11 +62,11 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
     if math.isfinite(kl) and abs(kl) > limit:
         raise TrustRegionError(
             f"The closure's KL is {kl:g} at the current parameters, "
-            f"not about zero (at most {limit:g}). Compute the old distribution afresh before every "
-            "step, with the same parameters, batch and dropout mask, and return KL(old || new), "
+            f"not about zero (at most {limit:g}). Compute the old distribution anew before every "
+            "step, with the same parameters, batch and dropout mask. Return KL(old || new), "
             "not an entropy or a penalty. If another policy drew the actions, such as an inference "
-            "server or an earlier iterate, take the ratio to the policy that drew them, and the KL "
-            "to the present one."
+            "server or an earlier iterate, use that policy in the ratio, and the present policy as "
+            "the old one in the KL."
         )
 
 
@@ -97,8 +97,8 @@ def require_moving_kl(
         same.append(values.kl)
     if same:
         raise TrustRegionError(
-            f"The closure's KL stays at {same[0]:g} however far the parameters move: the trust "
-            "region would never bind. Compute the old distribution and the old log-probabilities "
+            f"The closure's KL stays at {same[0]:g} however far the parameters move, so the trust "
+            "region has no effect. Compute the old distribution and the old log-probabilities "
             "once, outside the closure and detached, and return KL(old || new) of the policy that "
             "the loss uses."
         )

@@ -28,19 +28,19 @@ DETACHED = (
 )
 
 BACKWARD_CALLED = (
-    "The closure called backward(). Return (loss, kl) and leave the derivatives to the "
-    "optimizer; no zero_grad() and no backward()."
+    "The closure called backward(). Return (loss, kl), without zero_grad() and backward(): the "
+    "optimizer computes the derivatives."
 )
 
 
 @dataclass(frozen=True)
 class Values:
-    """What one evaluation returned.
+    """The values of one evaluation.
 
     Attributes:
         loss: A scalar.
         kl: The mean KL, a scalar.
-        largest_kl: The largest KL of a sample, without a graph; None where it is not known.
+        largest_kl: The largest KL of a sample, without a graph. None if it is not known.
         third: The third value, or None.
     """
 
@@ -66,13 +66,13 @@ class Numbers(NamedTuple):
 
 
 def checked_values(returned: Any) -> Values:
-    """Return the two values of a closure's result.
+    """Return the checked values of a closure's result.
 
     Args:
         returned: Whatever the closure returned.
 
     Returns:
-        The loss and the KL, of which one per sample is averaged.
+        The loss and the KL. A KL per sample is averaged.
 
     Raises:
         TrustRegionError: If it is not ``(loss, kl)`` or ``(loss, kl, dist)``.
@@ -80,9 +80,9 @@ def checked_values(returned: Any) -> Values:
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
         count = f"{len(returned)} values" if isinstance(returned, tuple | list) else "one value"
         raise TrustRegionError(
-            f"The closure returned {count} ({_kind(returned)}). Return two scalar tensors, "
-            "(loss, kl): the surrogate loss and the mean KL(old || new); or a third value with "
-            "them, (loss, kl, dist), which may be a tuple of tensors."
+            f"The closure returned {count} ({_kind(returned)}). Return two scalar tensors, (loss, "
+            "kl): the surrogate loss and the mean KL(old || new). A third value is optional: "
+            "(loss, kl, dist), where dist may be a tuple of tensors."
         )
     for name, value in zip(("loss", "kl"), returned, strict=False):
         if not isinstance(value, Tensor):
@@ -91,9 +91,9 @@ def checked_values(returned: Any) -> Values:
                 ".item(), float() or numpy()."
             )
         if value.dim() > (name == "kl") or value.numel() == 0:
-            per_sample = ", or return one KL per sample, a vector" if name == "kl" else ""
+            per_sample = ", or return a vector with one KL per sample" if name == "kl" else ""
             raise TrustRegionError(
-                f"The closure's {name} has shape {tuple(value.shape)}, not that of a scalar. "
+                f"The closure's {name} has shape {tuple(value.shape)}; it must be a scalar. "
                 f"Reduce it over the batch, usually with .mean(){per_sample}."
             )
         if value.is_meta:
@@ -103,13 +103,14 @@ def checked_values(returned: Any) -> Values:
             )
         if not value.is_floating_point():
             raise TrustRegionError(
-                f"The closure's {name} is {value.dtype}; it must be real floating point."
+                f"The closure's {name} is {value.dtype}; it must be real floating point. Compute "
+                "it from the policy's real outputs."
             )
     if len(returned) == 3 and not (returned[2] is None or _is_distribution(returned[2])):
         raise TrustRegionError(
             f"The closure's third value is {_kind(returned[2])}. Return the new policy's "
-            "torch.distributions.Distribution (or a tensor, or a tuple or dict of these), or leave "
-            "it out."
+            "torch.distributions.Distribution, a tensor, or a tuple or dict of these, or leave it "
+            "out."
         )
     loss, kl, *third = returned
     largest = kl.detach().max() if kl.dim() else None

@@ -1,4 +1,4 @@
-"""All closures of one step as one value: their weights, and the closure for curvature."""
+"""All closures of one step as one value, with their weights and the closure for curvature."""
 
 from __future__ import annotations
 
@@ -19,15 +19,26 @@ __all__ = ["Closures", "collected", "shares"]
 
 @dataclass(frozen=True)
 class Closures:
-    """All that one step is taken on, as one value: what ``step`` takes in place of a closure.
+    """All closures of one step as one value, which ``step`` takes in place of a closure.
 
-    Called, it evaluates all parts and returns their weighted mean, without a third value where
-    there are several.
+    A call evaluates all parts and returns their weighted mean. With several parts there is no third
+    value.
 
     Attributes:
-        parts: One closure, or several of which each evaluates a micro-batch.
-        weights: The share of each, up to a common factor; None for equal shares.
-        curvature: The closure whose KL gives the Fisher-vector products; None for the parts'.
+        parts: One closure, or several closures that evaluate one micro-batch each.
+        weights: The weight of each part, up to a common factor. None: equal weights.
+        curvature: The closure whose KL gives the Fisher-vector products. None: the parts give them.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim import Closures, TrustRegionOptimizer
+        >>> mean = torch.zeros(2, requires_grad=True)  # of a Gaussian with variance 1
+        >>> def on(rows):
+        ...     return lambda: (-(rows @ mean).mean(), mean.square().sum() / 2)
+        >>> micro_batches = [on(torch.ones(3, 2)), on(torch.ones(1, 2))]
+        >>> closures = Closures(micro_batches, weights=[3, 1])
+        >>> TrustRegionOptimizer([mean]).step(closures).accepted
+        True
     """
 
     parts: Sequence[Closure]
@@ -36,11 +47,11 @@ class Closures:
 
     @property
     def every(self) -> list[Closure]:
-        """All closures, the one for curvature last."""
+        """All closures. The one for curvature is the last."""
         return [*self.parts, *([] if self.curvature is None else [self.curvature])]
 
     def __call__(self) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]:
-        """Return loss and KL of the whole."""
+        """Return the loss and the KL of all parts together."""
         if len(self.parts) == 1:
             return self.parts[0]()
         values = [checked_values(part()) for part in self.parts]
@@ -57,15 +68,16 @@ def collected(
     *,
     shared: bool,
 ) -> Closures:
-    """Return the arguments of ``step`` as one value, in one form.
+    """Return the arguments of ``step`` as one value.
 
     Args:
-        closure: One, several of which each evaluates a micro-batch, or all of it.
-        weights: The share of each, up to a common factor: a number for one closure, a list for
-            several; None for equal shares.
-        curvature: The closure whose KL gives the Fisher-vector products; None for the mean's own.
-        shared: Whether other ranks have a part in the step, so that this one may be without
-            samples. A closure of weight 0 is then left out.
+        closure: One closure, several closures that evaluate one micro-batch each, or ``Closures``.
+        weights: The weights, up to a common factor: a number for one closure, a list for several.
+            None: equal weights.
+        curvature: The closure whose KL gives the Fisher-vector products. None: the others give
+            them.
+        shared: Whether other ranks take part in the step, so that this one may have no samples. A
+            closure with weight 0 is then left out.
 
     Raises:
         TrustRegionError: If the arguments do not fit together.
@@ -73,8 +85,8 @@ def collected(
     if isinstance(closure, Closures):
         if curvature is not None or weights is not None:
             raise TrustRegionError(
-                "step() got Closures, which have their own curvature and weights, and another of "
-                "these. Leave it out."
+                "step() got both a Closures object and weights= or curvature=. Closures already "
+                "contains these; pass only one."
             )
         curvature, weights = closure.curvature, closure.weights
         parts: list[Any] = list(closure.parts)
@@ -91,7 +103,7 @@ def collected(
         )
     if not (parts or shared):
         raise TrustRegionError(
-            "step() got an empty list of closures. Pass at least one, each for its micro-batch."
+            "step() got an empty list of closures. Pass at least one closure, one per micro-batch."
         )
     if weights is None:
         return Closures(parts, None, curvature)
@@ -115,19 +127,19 @@ def _plain(
         plain = [float(weight) for weight in given]
     except (TypeError, ValueError) as error:
         raise TrustRegionError(
-            f"weights is {weights!r}; it must hold one number per closure: the number of samples "
-            "that its means are over."
+            f"weights is {weights!r}; it must hold one number per closure, usually its number of "
+            "samples."
         ) from error
     if len(plain) != count:
         raise TrustRegionError(
-            f"There {'is 1 closure' if count == 1 else f'are {count} closures'} and {len(plain)} "
-            "weights. Give one weight per closure: the number of samples that its means are over."
+            f"step() got {count} closure{'' if count == 1 else 's'} and {len(plain)} weights. Pass "
+            "one weight per closure, usually its number of samples."
         )
     for weight in plain:
         if not math.isfinite(weight) or weight < 0 or (weight == 0 and least == "above"):
             raise TrustRegionError(
-                f"weights holds {weight!r}; each must be a finite number {least} 0, the number of "
-                "samples that a closure's means are over."
+                f"weights holds {weight!r}; each must be a finite number {least} 0, usually the "
+                "number of samples of its closure."
             )
     return plain
 

@@ -51,8 +51,8 @@ class TensorContent:
             if written:
                 raise TrustRegionError(
                     f"The closure writes {self._name}, a tensor of shape "
-                    f"{tuple(self.tensor.shape)}. It is too large to be copied and put back. Make "
-                    "it a buffer, or write it outside the closure."
+                    f"{tuple(self.tensor.shape)}, which is too large to copy and put back. Make it "
+                    "a buffer, or write it outside the closure."
                 )
             return False
         if not _is_same_memory(local(self.tensor), self._data):  # resized, or given other memory

@@ -26,7 +26,7 @@ def require_differentiable(parameters: Iterable[Tensor]) -> None:
     if torch.__version__ < "2.13" and any(map(is_sharded, parameters)):
         raise TrustRegionError(
             f"Some parameters are DTensors, which torch {torch.__version__} cannot differentiate "
-            "twice. Use torch 2.13 or later; or keep a whole copy on every rank, plain or in "
+            "twice. Use torch 2.13 or later. Or keep a whole copy on every rank, plain or in "
             "DistributedDataParallel, and pass process_group."
         )
 

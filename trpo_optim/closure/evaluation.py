@@ -27,13 +27,23 @@ _Part = Distribution | Tensor
 _Parts = _Part | Sequence[_Part] | Mapping[str, _Part]
 
 ThirdValue = _Parts | Sequence[_Parts] | Mapping[str, _Parts]
-"""The new policy's distribution, or a tensor, or a sequence or mapping of these, as policies of
-Tuple and Dict spaces return them."""
+"""The new policy's distribution or a tensor. Policies of Tuple and Dict spaces return a sequence or
+mapping of these."""
 
 Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ThirdValue | None]]
-"""Returns ``(loss, kl)`` or ``(loss, kl, dist)``: the loss, a scalar; the KL, a scalar or one per
-sample, (N,); and the new policy's distribution."""
+"""A function without arguments that returns ``(loss, kl)`` or ``(loss, kl, dist)``.
 
+``loss`` is a scalar tensor. ``kl`` is a scalar tensor, or one KL per sample, shape (N,). ``dist``
+is the new policy's distribution, or the tensors that parametrise it.
+
+Example:
+    >>> import torch
+    >>> from trpo_optim import Closure
+    >>> mean = torch.zeros(2, requires_grad=True)  # of a Gaussian with variance 1
+    >>> closure: Closure = lambda: (1 - mean.sum(), mean.square().sum() / 2)
+    >>> [value.item() for value in closure()]
+    [1.0, 0.0]
+"""
 
 _OF_TRANSFORMS = (
     "functorch",
@@ -44,11 +54,11 @@ _OF_TRANSFORMS = (
     "data pointer",
     "TensorWrapper",
 )
-"""What torch says where a transform of torch.func is in the way."""
+"""Words in torch's errors that show that a transform of torch.func is the reason."""
 
 
 _NO_GRAPH = "does not require grad"
-"""What torch says where a closure differentiates inside itself, and gradients are off."""
+"""Words in torch's error when a closure differentiates inside itself while gradients are off."""
 
 
 class Objective:
@@ -81,7 +91,7 @@ class Objective:
     ) -> None:
         if not callable(closure):
             raise TrustRegionError(
-                f"step() got {reprlib.repr(closure)} for its closure. Pass a function without "
+                f"step() got {reprlib.repr(closure)} as its closure. Pass a function without "
                 "arguments that returns (loss, kl) or (loss, kl, dist)."
             )
         self.name = name

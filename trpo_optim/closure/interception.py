@@ -139,7 +139,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **keywords)
         if func == _SET_DATA and not self._transaction.puts_back(args[0]):
             raise TrustRegionError(
-                "The closure assigns to the .data of a tensor, which no derivative can follow. "
+                "The closure assigns to the .data of a tensor, which derivatives cannot follow. "
                 "Write in place instead, with copy_()."
             )
         if func == _SET_DATA and self._twins:

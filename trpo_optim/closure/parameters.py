@@ -40,22 +40,22 @@ class ParameterVector:
         self.parameters = tuple(dict.fromkeys(parameters))
         if not any(parameter.numel() for parameter in self.parameters):
             raise TrustRegionError(
-                "No parameter requires a gradient, so there is nothing to step. Call "
-                "requires_grad_(True) on those to be trained."
+                "No parameter requires a gradient, so a step has nothing to move. Call "
+                "requires_grad_(True) on the parameters to train."
             )
         require_differentiable(self.parameters)
         devices = sorted({str(parameter.device) for parameter in self.parameters})
         if len(devices) > 1:
             raise TrustRegionError(
-                f"The parameters lie on several devices ({', '.join(devices)}); one step needs "
-                "them on one. Move the policy with .to(device)."
+                f"The parameters lie on several devices ({', '.join(devices)}); they must lie on "
+                "one device. Move the policy with .to(device)."
             )
         self.device = self.parameters[0].device
         if self.device.type == "meta":
             raise TrustRegionError(
-                "The parameters lie on the device 'meta', where they have shapes and no values; a "
-                "step needs values. Call policy.to_empty(device=...), load or initialise the "
-                "values, and make the optimizer of policy.parameters() after that."
+                "The parameters lie on the device 'meta', which holds shapes and no values; a step "
+                "needs values. Call policy.to_empty(device=...), load or initialise the values, "
+                "and then make the optimizer from policy.parameters()."
             )
         self.dtype = functools.reduce(
             torch.promote_types, (parameter.dtype for parameter in self.parameters), torch.float32
@@ -144,7 +144,7 @@ def require_real(group: dict[str, Any]) -> None:
         if not parameter.is_floating_point():
             raise TrustRegionError(
                 f"Parameter {name!r} is {parameter.dtype}; every parameter must be real floating "
-                "point. Leave integers to buffers, and view complex ones as real "
+                "point. Keep integers in buffers, and view complex parameters as real "
                 "(torch.view_as_real)."
             )
 
@@ -175,8 +175,8 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
         if _repeats(held[parameter]):
             raise TrustRegionError(
                 f"Parameter {names[parameter]} has {parameter.numel()} elements, and several of "
-                "them are one number in memory, as expand() makes them; every element must have "
-                "its own. Optimize the tensor before expand(), and expand it in forward()."
+                "them are one number in memory, as after expand(); every element must have its "
+                "own. Optimize the tensor before expand(), and expand it in forward()."
             )
         before = [pair for pair in before if pair[1][0] == device and pair[1][2] > start]
         for other, _ in before:
@@ -184,8 +184,8 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
                 first, second = sorted((other, parameter), key=order.__getitem__)
                 raise TrustRegionError(
                     f"Parameters {names[first]} and {names[second]} are two tensors that share "
-                    "memory; every parameter must have its own. Tie them as one parameter, "
-                    "b.weight = a.weight in place of b.weight.data = a.weight.data; or clone() one."
+                    "memory; every parameter must have its own. Tie them as one parameter "
+                    "(b.weight = a.weight, not b.weight.data = a.weight.data), or clone() one."
                 )
         before.append((parameter, (device, start, end)))
     return list(names)

@@ -34,7 +34,7 @@ _Replaced = tuple[nn.Module, str, Tensor | None, Tensor | None]
 
 _HOOKS_NOT_CALLED = (
     "Some parameters have hooks on their gradients. A step does not call them, since they change "
-    "neither the loss nor the KL. To hold a part of a parameter where it is, multiply it by a mask "
+    "neither the loss nor the KL. To keep a part of a parameter fixed, multiply it by a mask "
     "inside the closure."
 )
 

@@ -123,8 +123,8 @@ def reaches(values: Iterable[Tensor], parameters: Sequence[Tensor], started: int
                 raise TrustRegionError(
                     "The closure depends on the parameters through a tensor that was computed "
                     "before it ran, such as the old log-probabilities or the old distribution, or "
-                    "in another thread. Compute the old ones under torch.no_grad(), or detach() "
-                    "them, and the new ones in the thread that calls step()."
+                    "in another thread. Compute old values under torch.no_grad(), or detach() "
+                    "them. Compute new values in the thread that calls step()."
                 )
             found = True
     return found
@@ -225,7 +225,7 @@ def require_kl_reaches(
         raise TrustRegionError(
             "The loss depends on parameters that the KL does not depend on: "
             f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
-            "the value loss out of the closure, and train the critic with an optimizer of its own."
+            "the value loss out of the closure, and train the critic with its own optimizer."
         )
 
 

@@ -33,13 +33,13 @@ so, it would wait for Python's lock, which ``destroy_process_group()`` of torch 
 waits for that thread."""
 
 GROUP_DESTROYED = (
-    "The optimizer's process_group was destroyed. Set process_group to a living group, or to None "
-    "to step alone."
+    "The optimizer's process_group was destroyed. Set process_group to another group, or to None "
+    "to step in this process alone."
 )
 
 GROUP_NOT_COPIED = (
     "An optimizer with a process_group can be neither pickled nor copied, since the group belongs "
-    "to this process. Save its state_dict(), or set process_group to None before, and again "
+    "to this process. Save its state_dict(), or set process_group to None first and restore it "
     "afterwards."
 )
 
@@ -71,8 +71,8 @@ class Reduction:
         if f"{device.type}:" not in backends:
             raise TrustRegionError(
                 f"The parameters lie on {device}, and the process_group serves {backends}. Move "
-                "the policy, or make the group with a backend for it: gloo for the CPU, NCCL for "
-                "CUDA."
+                "the policy, or make the group with a backend for its device: gloo for the CPU, "
+                "NCCL for CUDA."
             )
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -176,8 +176,8 @@ def require_member(group: ProcessGroup | None) -> None:
         raise TrustRegionError(
             f"process_group is {group!r}, not a ProcessGroup with this process in it. Call "
             "torch.distributed.init_process_group() and pass torch.distributed.group.WORLD, or "
-            "what new_group() returned on one of its ranks; on the others it returned -100, and "
-            "they take no step."
+            "the result of new_group() on a rank of the group. On other ranks new_group() returns "
+            "-100, and they take no step."
         )
 
 
@@ -207,10 +207,10 @@ def _within_time() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            "Another rank was lost, did not come within the group's timeout, or is at another "
-            "collective, since it took more steps or fewer. The parameters are as before, and the "
-            "process group is of no more use: end this process, and start all ranks again from the "
-            "last checkpoint, as torchrun does with --max-restarts.\n"
+            "Another rank was lost, did not arrive within the group's timeout, or took more or "
+            "fewer steps. The parameters have not moved, and the process group can no longer be "
+            "used. End this process, and start all ranks again from the last checkpoint, as "
+            "torchrun does with --max-restarts.\n"
             f"{error}",
             lost=True,
         ) from error

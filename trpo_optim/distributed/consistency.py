@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.closures import Closures
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.parameters import ParameterVector, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.errors import RankError
 from trpo_optim.hyperparameters import Hyperparameters
@@ -44,6 +45,24 @@ class Ready:
     transaction: Transaction
     closures: Closures
     batch: Batch | None
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[dict[str, Any]], settings: Hyperparameters, closures: Closures
+    ) -> Ready:
+        """Return closures on the parameters of all groups, not yet evaluated.
+
+        Args:
+            groups: ``param_groups``.
+            settings: The hyperparameters that they agree on.
+            closures: This rank's.
+        """
+        vector = ParameterVector(trainable(groups))
+        transaction = Transaction(vector)
+        choices = learned(groups[0])
+        batch = Batch(closures, vector, transaction, choices) if closures.parts else None
+        transaction.hold(closures.every)
+        return cls(settings, vector, transaction, closures, batch)
 
     def row(self) -> list[float]:
         """Return, as numbers: shapes, hyperparameters, values, weight, whether it was given."""
@@ -78,22 +97,22 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
     if others := odd_ones(shapes):
         texts = reduction.texts(own[0].vector.shapes())
         raise RankError(
-            f"The parameters' shapes or types on {_names(reduction, others)} are not those of the "
-            f"other ranks ({texts[others[0]]}). Build the same policy on every rank, and give the "
-            "optimizer the same of its parameters. FSDP cannot be: keep a whole copy on every rank."
+            f"The parameters' shapes or types on {_names(reduction, others)} differ from the other "
+            f"ranks ({texts[others[0]]}). Build the same policy on every rank, and pass the same "
+            "parameters to the optimizer. FSDP is not supported: keep a whole copy on every rank."
         )
     if odd_ones(settings):
         raise RankError(
             f"The hyperparameters differ between ranks: {_differences(reduction, own[0])}. Give "
-            "every rank the same, also where a schedule moves them."
+            "every rank the same values and the same schedules."
         )
     if others := odd_ones([tuple(row[2:4]) for row in rows]):
         raise RankError(
-            f"The parameters of {_names(reduction, others)} are not those of the other ranks. "
-            "Start from the same ones (the same seed, the same checkpoint, or "
-            "torch.distributed.broadcast from one rank), let nothing but step() move them, and run "
-            "every rank on the same kind of machine, with the same torch and number of threads. "
-            "If FSDP has sharded them, keep a whole copy on every rank instead."
+            f"The parameters of {_names(reduction, others)} differ from the other ranks. Start "
+            "from the same parameters (the same seed, the same checkpoint, or "
+            "torch.distributed.broadcast from one rank), and move them by step() only. Run every "
+            "rank on the same type of machine, with the same torch and number of threads. If FSDP "
+            "has sharded the parameters, keep a whole copy on every rank instead."
         )
     if 0.0 in flags and 1.0 in flags:
         raise RankError(
@@ -101,7 +120,7 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             f"{_names(reduction, _where(flags, 0.0))}. Give it on every rank, or on none."
         )
     if not sum(weights) > 0:
-        raise RankError("No rank has a sample: every list of closures is empty, or its weights 0.")
+        raise RankError("No rank has a sample: all closures or weights are left out. Pass some.")
     return own[0], weights
 
 

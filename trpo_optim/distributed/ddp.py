@@ -52,9 +52,9 @@ def require_all_parameters() -> None:
     while wrapper is not None and frame is not None:
         if isinstance(frame.f_locals.get("self"), wrapper):
             raise TrustRegionError(
-                "ZeroRedundancyOptimizer makes a TrustRegionOptimizer on every rank, of a part of "
-                "the parameters; one step needs all of them, or the KLs of the parts add up beyond "
-                "max_kl. Make one of policy.parameters() on every rank, with "
+                "ZeroRedundancyOptimizer gives every rank's TrustRegionOptimizer a part of the "
+                "parameters; one step needs all of them, or the KLs of the parts add up beyond "
+                "max_kl. Make one from policy.parameters() on every rank, with "
                 "process_group=torch.distributed.group.WORLD."
             )
         frame = frame.f_back
@@ -143,7 +143,7 @@ def _run_replica(module: DistributedDataParallel, step: _Step, *args: Any, **nam
     if alone and step.moves(module):
         raise TrustRegionError(
             "The policy is wrapped in DistributedDataParallel, and the optimizer has no "
-            "process_group: every rank would take a step of its own. Pass "
+            "process_group, so every rank would take its own step. Pass "
             "process_group=ddp.process_group (or torch.distributed.group.WORLD)."
         )
     return module.module(*args, **named)
@@ -151,8 +151,8 @@ def _run_replica(module: DistributedDataParallel, step: _Step, *args: Any, **nam
 
 def _refuse(module: Any, step: _Step, *args: Any, **named: Any) -> Any:  # noqa: ARG001 (called as others are)
     raise TrustRegionError(
-        f"The policy holds a {type(module).__name__}, sharded by FSDP: its parameters are put "
-        "together outside of autograd, which cannot differentiate them twice. Keep a whole copy on "
-        "every rank, plain or in DistributedDataParallel, and pass process_group; or shard it by "
+        f"The policy holds a {type(module).__name__}, sharded by FSDP. FSDP gathers its parameters "
+        "outside of autograd, which cannot differentiate them twice. Keep a whole copy on every "
+        "rank, plain or in DistributedDataParallel, and pass process_group. Or shard it with "
         "tensor parallelism (parallelize_module)."
     )

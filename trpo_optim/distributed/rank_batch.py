@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,14 +16,39 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.batch import Batch, largest_of, least_of, weighted_mean
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributed.collectives import Reduction
-from trpo_optim.distributed.consistency import checksum, fingerprint, odd_ones
+from trpo_optim.distributed.consistency import Ready, agreed, checksum, fingerprint, odd_ones
 from trpo_optim.errors import RankError
 from trpo_optim.report import Engine, StepReport
 
-__all__ = ["SharedBatch"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["SharedBatch", "prepared"]
 
 _UNKNOWN = -math.inf
 """Stands for a largest KL that a closure did not say."""
+
+
+def prepared(
+    prepare: Callable[[], Ready], group: ProcessGroup | None, like: Tensor
+) -> tuple[Ready, Batch | SharedBatch]:
+    """Return what this process steps with, and the batch of all processes that step with it.
+
+    Args:
+        prepare: Makes this process ready. It may raise.
+        group: The processes that step together. None: this process alone.
+        like: A tensor on the device of the parameters.
+
+    Raises:
+        RankError: If the ranks may not take one step together.
+    """
+    if group is None:
+        ready = prepare()
+        assert ready.batch is not None  # as collected requires
+        return ready, ready.batch
+    reduction = Reduction(group, like.device)
+    ready, weights = agreed(reduction, prepare)
+    return ready, SharedBatch(ready.batch, weights, ready.vector, reduction)
 
 
 class SharedBatch:
@@ -137,9 +163,9 @@ class SharedBatch:
         rows = self._reduction.rows(work, 4)
         if others := odd_ones([tuple(row[1:]) for row in rows]):
             raise RankError(
-                f"The step came to something else on {self._reduction.name(others[0])} than on "
-                "other ranks, and was withdrawn everywhere. Run every rank on the same kind of "
-                "machine, with the same torch and number of threads."
+                f"The result of the step on {self._reduction.name(others[0])} differs from the "
+                "other ranks. The step was withdrawn on all ranks. Run every rank on the same type "
+                "of machine, with the same torch and number of threads."
             )
         return replace(report, closure_evaluations=int(max(row[0] for row in rows)))
 

@@ -58,8 +58,8 @@ def _require_one_action(values: Tensor, dist: Distribution, batch_dims: int, pla
     raise TrustRegionError(
         f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
         f"{tuple(values.shape)}. If it holds sequences, give the mask the batch's shape, true "
-        "where there is no padding, and per='sequence' for the KL of whole sequences. If the "
-        f"further dimensions are one action, wrap it in Independent(dist, "
+        "where there is no padding, and pass per='sequence' for the KL of whole sequences. If "
+        f"the further dimensions are one action, wrap it in Independent(dist, "
         f"{values.dim() - batch_dims})."
     )
 
@@ -78,10 +78,10 @@ def require_plain(batch_shape: torch.Size, dist: Distribution, place: str) -> No
     if len(batch_shape) > 1 and not dist.event_shape:
         shape = tuple(batch_shape)
         raise TrustRegionError(
-            f"{name_of(dist)}{place} has batch shape {shape} and no event shape, so that "
-            "dimensions of the action and of the batch look alike. Wrap it in "
-            "Independent(dist, 1) if the last dimension is the action's; if every element is "
-            f"an action of its own, pass mask=torch.ones({shape}, dtype=torch.bool)."
+            f"{name_of(dist)}{place} has batch shape {shape} and no event shape, so dimensions "
+            "of the action and of the batch look alike. If the last dimension is the action's, "
+            "wrap it in Independent(dist, 1). If every element is an action of its own, pass "
+            f"mask=torch.ones({shape}, dtype=torch.bool)."
         )
 
 
@@ -112,11 +112,13 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
         TrustRegionError: If there are none, or their shapes differ.
     """
     if not parts:
-        raise TrustRegionError("The policy has no parts. Give one distribution per part.")
+        raise TrustRegionError(
+            "The policy is an empty tuple or dict. Return one distribution per part."
+        )
     shapes = sorted({tuple(part.shape) for part in parts})
     if len(shapes) > 1:
         raise TrustRegionError(
-            f"The parts of the policy have the batch shapes {shapes}. Wrap those with more "
-            "dimensions in Independent, so that all have the batch's."
+            f"The parts of the policy have the batch shapes {shapes}; all must have the same. Wrap "
+            "the parts with more dimensions in Independent."
         )
     return torch.stack(list(parts)).sum(0)

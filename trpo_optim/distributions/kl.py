@@ -36,7 +36,7 @@ __all__ = ["kl_of_family"]
 
 _WITHOUT_CLOSED_FORM = (
     "Use sampled_kl(old_log_prob, new_log_prob) on the batch's own actions instead, and return the "
-    "new log-probabilities as the closure's third value; with policy_closure(), set sampled=True."
+    "new log-probabilities as the closure's third value. With policy_closure(), set sampled=True."
 )
 
 _SUPPORT: dict[type[Distribution], tuple[str, ...]] = {
@@ -62,13 +62,13 @@ def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
     """
     if old is new:
         raise TrustRegionError(
-            f"The old and the new policy{place} are the same object, so that their KL is always "
-            "zero. Keep frozen(policy(observations)) from before the step as the old one."
+            f"The old and the new policy{place} are the same object, so their KL is always zero. "
+            "Keep frozen(policy(observations)) from before the step as the old policy."
         )
     if type(old) is not type(new):
         raise TrustRegionError(
-            f"The old policy{place} is {name_of(old)} and the new one {name_of(new)}: "
-            "KL(old || new) needs one family."
+            f"The old policy{place} is {name_of(old)} and the new one {name_of(new)}. "
+            "KL(old || new) needs one family: return the same family from both."
         )
     require_shapes(new)
     if (old.batch_shape, old.event_shape) != (new.batch_shape, new.event_shape):
@@ -94,7 +94,7 @@ def _kl(old: Any, new: Any) -> Tensor:
         if learned(new.transforms) or not alike(old.transforms, new.transforms):
             raise NoClosedFormError(
                 f"The old and the new {name_of(old)} have different or learned transforms, so "
-                f"that their KL is not that of their bases. {_WITHOUT_CLOSED_FORM}"
+                f"their KL is not the KL of their bases. {_WITHOUT_CLOSED_FORM}"
             )
         return kl_of_family(old.base_dist, new.base_dist, "")
     if isinstance(old, Bernoulli | Binomial):
@@ -176,9 +176,9 @@ def _require_fixed_support(old: Any, new: Any) -> None:
         before, after = getattr(old, name), getattr(new, name)
         if after.requires_grad or not torch.equal(before, after):
             raise TrustRegionError(
-                f"The policy moves the support of its {name_of(old)} ({name}). Its KL is infinite "
-                "wherever the support shrinks, however little, so that no trust region exists. "
-                "Use a family of fixed support: Beta on an interval, Gamma on a half-line."
+                f"The policy moves the support of its {name_of(old)} ({name}). The KL is infinite "
+                "wherever the support shrinks, however little, so no trust region exists. Use a "
+                "family with a fixed support: Beta on an interval, Gamma on a half-line."
             )
 
 
@@ -209,5 +209,7 @@ def _trials(old: Any, new: Any) -> Any:
     if isinstance(old, Bernoulli):
         return 1
     if not torch.equal(old.total_count, new.total_count):
-        raise TrustRegionError("The old and the new Binomial have different total counts.")
+        raise TrustRegionError(
+            "The old and the new Binomial have different total counts. Give both the same."
+        )
     return old.total_count

@@ -19,7 +19,7 @@ def checked_mask(mask: Tensor) -> Tensor:
     """Return a mask as one of bools, after checking that something in it is true."""
     if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise TrustRegionError(
-            f"The mask is {mask.dtype} with values other than 0 and 1. Pass a mask of bools."
+            f"The mask is {mask.dtype} with values other than 0 and 1. Pass a boolean mask."
         )
     chosen = mask.bool()
     if not chosen.any():
@@ -55,8 +55,8 @@ def of_sequences(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the sum over each sequence that has an element that counts, as a vector."""
     if values.dim() < 2:
         raise TrustRegionError(
-            f"per is 'sequence', and the batch has shape {tuple(values.shape)}. Sequences have "
-            "shape (N, T) at least; per='token' takes a batch of single actions."
+            f"per is 'sequence', and the batch has shape {tuple(values.shape)}; sequences have "
+            "shape (N, T) at least. Pass per='token' for a batch of single actions."
         )
     if mask is None:
         return values.flatten(1).sum(1)
@@ -67,12 +67,13 @@ def of_sequences(values: Tensor, mask: Tensor | None) -> Tensor:
 def require_per(per: str) -> None:
     """Check that ``per`` is one of the two."""
     if per not in ("token", "sequence"):
-        raise TrustRegionError(f"per is {per!r}. Give 'token' or 'sequence'.")
+        raise TrustRegionError(f"per is {per!r}; it must be 'token' or 'sequence'.")
 
 
 def require_fit(mask: Tensor, values: Tensor) -> None:
     """Check that a mask has the shape of the batch."""
     if mask.shape != values.shape:
         raise TrustRegionError(
-            f"The mask has shape {tuple(mask.shape)} and the batch {tuple(values.shape)}."
+            f"The mask has shape {tuple(mask.shape)} and the batch {tuple(values.shape)}. Give the "
+            "mask the batch's shape."
         )

@@ -162,7 +162,7 @@ def require_valid(dist: Distribution) -> None:
                 wrong = (value[~sound] if sound.shape == value.shape else value).detach()
                 raise TrustRegionError(
                     f"{name_of(inner)} has {name} outside {constraint} (such as "
-                    f"{float(wrong.flatten()[0]):g}). Bound what the network gives (softplus, "
+                    f"{float(wrong.flatten()[0]):g}). Bound the network's outputs (softplus, "
                     "clamp, exp), and look for NaN in its inputs and parameters."
                 )
 

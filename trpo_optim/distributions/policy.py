@@ -1,21 +1,16 @@
-"""What a trust region needs of a policy's distribution, whatever its family."""
+"""KL, log-probabilities, samples and entropy of a policy's distribution of any family."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from trpo_optim.distributions.joint import (
-    batch_dims_within,
-    over_action,
-    require_plain,
-    summed,
-)
+from trpo_optim.distributions.frozen import PolicyT
+from trpo_optim.distributions.joint import batch_dims_within, over_action, require_plain, summed
 from trpo_optim.distributions.kl import kl_of_family
 from trpo_optim.distributions.masks import (
     Per,
@@ -26,11 +21,8 @@ from trpo_optim.distributions.masks import (
     require_per,
 )
 from trpo_optim.distributions.parts import (
-    constant_transforms,
-    inverses,
     is_single,
     leaves,
-    made_of,
     name_of,
     paired,
     require_shapes,
@@ -40,10 +32,7 @@ from trpo_optim.distributions.parts import (
 from trpo_optim.distributions.precision import at_least_single, widened
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["entropy", "frozen", "joint_kl", "log_prob", "mean_kl", "sample"]
-
-PolicyT = TypeVar("PolicyT", bound="Distribution | Mapping[str, Any] | Sequence[Any]")
-"""A distribution, or a dict or tuple of independent ones: one for each part of the action."""
+__all__ = ["entropy", "joint_kl", "log_prob", "mean_kl", "sample"]
 
 
 def mean_kl(
@@ -51,27 +40,35 @@ def mean_kl(
 ) -> Tensor:
     """Return the batch mean of the joint KL(old ‖ new), in nats.
 
-    Joint means summed over all that is one action: event dimensions, and the parts of a tuple or
-    dict. Actions that are masked out by logits of −inf in both count for nothing, and so does what
-    they do to gradients. Of a tanh-squashed or otherwise transformed distribution it is the KL of
-    the base.
+    The joint KL is summed over the dimensions of an action and over the parts of a tuple or dict.
+    Actions with logits of −inf in both distributions add nothing to the KL and to gradients. The KL
+    of a tanh-squashed or otherwise transformed distribution is the KL of its base.
 
     Args:
-        old: The distribution that acted, usually ``frozen``.
-        new: One of the same families and shapes.
-        mask: True where an element counts (no padding), of the shape of the batch. Further
+        old: The distribution that acted, usually ``frozen``. It has no graph.
+        new: A distribution with the same families and shapes.
+        mask: True where an element counts (no padding), in the shape of the batch. Further
             dimensions of a distribution such as ``Normal`` belong to the action. None: all count.
-        per: ``"token"`` takes the mean over all elements that count. ``"sequence"`` takes it over
-            sequences, which lie along the first dimension: the KL of one is the sum over those
-            of its elements that count.
+        per: ``"token"``: the mean over all elements that count. ``"sequence"``: the mean over
+            sequences, along the first dimension. The KL of a sequence is the sum over its elements
+            that count.
 
     Returns:
-        A scalar, in single precision at least; in double where the family's formula cancels.
+        A scalar in float32 at least. In float64 if the family's formula cancels.
 
     Raises:
-        TrustRegionError: If families, shapes or parts differ, no closed form is known, the policy
-            moves its support (Uniform, Pareto), it is not plain which dimensions are the action's,
-            the old one carries a graph, or the mask or ``per`` does not fit.
+        TrustRegionError: If the distributions do not match, have no closed-form KL, move their
+            support (Uniform, Pareto), or have ambiguous action dimensions (wrap them in
+            ``Independent``), if ``old`` requires grad, or if ``mask`` or ``per`` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Independent, Normal
+        >>> from trpo_optim import mean_kl
+        >>> old = Independent(Normal(torch.zeros(4, 2), 1.0), 1)  # two-dimensional actions
+        >>> new = Independent(Normal(torch.ones(4, 2), 1.0), 1)
+        >>> mean_kl(old, new)
+        tensor(1.)
     """
     require_per(per)
     counted = None if mask is None else checked_mask(mask)
@@ -85,22 +82,31 @@ def mean_kl(
 def joint_kl(
     old: PolicyT, new: PolicyT, mask: Tensor | None = None, *, per: Per = "token"
 ) -> Tensor:
-    """Return the joint KL(old ‖ new) of every sample, in nats: ``mean_kl`` before its mean.
+    """Return the joint KL(old ‖ new) of every sample, in nats.
 
-    What a closure returns so that ``constraint="max"`` can hold the largest of them.
+    ``mean_kl`` is its mean. With ``constraint="max"``, a closure returns this vector.
 
     Args:
-        old: The distribution that acted, usually ``frozen``.
-        new: One of the same families and shapes.
-        mask: True where an element counts, of the shape of the batch. None: all count.
+        old: The distribution that acted, usually ``frozen``. It has no graph.
+        new: A distribution with the same families and shapes.
+        mask: True where an element counts, in the shape of the batch. None: all count.
         per: As for ``mean_kl``.
 
     Returns:
-        The batch's shape; with a mask, a vector of the elements that count; with
-        ``per="sequence"``, a vector of the sequences that have one.
+        A tensor in the batch's shape. With a mask: a vector of the elements that count. With
+        ``per="sequence"``: a vector of the sequences that have such elements.
 
     Raises:
-        TrustRegionError: As ``mean_kl``.
+        TrustRegionError: As for ``mean_kl``.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Independent, Normal
+        >>> from trpo_optim import joint_kl
+        >>> old = Independent(Normal(torch.zeros(3, 2), 1.0), 1)
+        >>> new = Independent(Normal(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]), 1.0), 1)
+        >>> joint_kl(old, new)
+        tensor([0., 1., 4.])
     """
     require_per(per)
     counted = None if mask is None else checked_mask(mask)
@@ -114,24 +120,33 @@ def joint_kl(
 
 
 def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
-    """Return the log-probability of actions, joint over the parts of a tuple or dict.
+    """Return the joint log-probability of actions, summed over the parts of a tuple or dict.
 
-    A Categorical of several batch dimensions gives one number per element: that of every token.
+    A Categorical with several batch dimensions gives one number per element, such as every token.
 
     Args:
-        dist: The distribution, or a dict or tuple of them.
-        action: Parts in the same form; a tuple's may also be stacked along a last dimension, as
-            Gymnasium's MultiDiscrete spaces have them.
-        mask: True where an element counts, of the shape of the batch. A further dimension of a
+        dist: The distribution, or a dict or tuple of distributions.
+        action: The actions in the same form. The parts of a tuple may also be stacked along a last
+            dimension, as in Gymnasium's MultiDiscrete spaces.
+        mask: True where an element counts, in the shape of the batch. A further dimension of a
             distribution such as ``Normal`` belongs to the action. None: all count.
 
     Returns:
-        The batch's shape, in single precision at least; zero where the mask is false.
+        A tensor in the batch's shape, in float32 at least. It is 0 where the mask is false.
 
     Raises:
-        TrustRegionError: If the parts, their shapes or the mask do not fit, or it is not plain
-            which dimensions are the action's.
-        ValueError: If an action lies outside the support; torch says which.
+        TrustRegionError: If the parts, their shapes or the mask do not fit, or the action
+            dimensions are ambiguous (wrap the distribution in ``Independent``).
+        ValueError: If an action lies outside the support. torch raises it and says which.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim import log_prob
+        >>> dist = (Categorical(logits=torch.zeros(3, 2)), Categorical(logits=torch.zeros(3, 4)))
+        >>> actions = torch.tensor([[0, 3], [1, 2], [1, 0]])
+        >>> log_prob(dist, actions).exp()
+        tensor([0.1250, 0.1250, 0.1250])
     """
     counted = None if mask is None else checked_mask(mask)
     logs = _joint_log_prob(dist, action, None if counted is None else counted.dim(), "")
@@ -146,10 +161,19 @@ def sample(dist: PolicyT) -> Any:
     """Draw actions, without a graph.
 
     Args:
-        dist: The distribution, or a dict or tuple of them.
+        dist: The distribution, or a dict or tuple of distributions.
 
     Returns:
         One action per element of the batch, in the same form.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical, Independent, Normal
+        >>> from trpo_optim import sample
+        >>> stick = Independent(Normal(torch.zeros(3, 2), 1.0), 1)
+        >>> actions = sample({"button": Categorical(logits=torch.zeros(3, 4)), "stick": stick})
+        >>> {name: tuple(part.shape) for name, part in actions.items()}
+        {'button': (3,), 'stick': (3, 2)}
     """
     if isinstance(dist, Distribution):  # one that is a dict, too, draws in a form of its own
         return dist.sample()
@@ -159,48 +183,32 @@ def sample(dist: PolicyT) -> Any:
 
 
 def entropy(dist: PolicyT) -> Tensor:
-    """Return the entropy in nats, joint over the parts of a tuple or dict.
+    """Return the joint entropy in nats, summed over the parts of a tuple or dict.
 
     Args:
-        dist: The distribution, or a dict or tuple of them.
+        dist: The distribution, or a dict or tuple of distributions.
 
     Returns:
-        The batch's shape.
+        A tensor in the batch's shape.
 
     Raises:
-        TrustRegionError: If a family has no closed form.
+        TrustRegionError: If a family has no closed-form entropy.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim import entropy
+        >>> entropy(Categorical(logits=torch.zeros(2, 4)))  # ln 4
+        tensor([1.3863, 1.3863])
     """
     return _joint_entropy(dist, None)
 
 
-def frozen(dist: PolicyT) -> PolicyT:
-    """Return a copy to keep as the old policy, which shares neither graph nor memory.
-
-    Args:
-        dist: The distribution, or a dict or tuple of them.
-
-    Returns:
-        The same families, detached and cloned.
-
-    Raises:
-        TrustRegionError: If a parameter is NaN or outside its bounds, such as a scale of zero.
-    """
-    for part in leaves(dist):
-        require_valid(part)
-    memo: dict[int, Any] = {id(each): each.detach().clone() for each in tensors(dist)}
-    for part in leaves(dist):
-        for inner in made_of(part):
-            memo |= {id(each): each for each in constant_transforms(inner)}
-    for inverse in inverses(dist):  # a copy of one made by torch would forget what it inverts
-        memo[id(inverse)] = copy.deepcopy(inverse.inv, memo).inv
-    return copy.deepcopy(dist, memo)
-
-
 def _kl_of_batch(old: Any, new: Any, mask: Tensor | None) -> Tensor:
-    """Return the joint KL of every element of the batch, the old policy's without a graph."""
+    """Return the joint KL of every element of the batch. The old policy must have no graph."""
     if any(each.requires_grad for each in tensors(old, "_cached_x_y")):
         raise TrustRegionError(
-            "The old policy carries a graph. Pass frozen(policy(observations)), made before the "
+            "The old policy requires grad. Pass frozen(policy(observations)), made before the "
             "step, as the first argument, and the new policy as the second."
         )
     return _joint_kl(old, new, None if mask is None else mask.dim(), "")
@@ -250,8 +258,8 @@ def _log_prob(dist: Distribution, action: Tensor, place: str) -> Tensor:
     shape = dist.batch_shape + dist.event_shape
     fits = not shape or action.shape[-len(shape) :] == shape
     error = TrustRegionError(
-        f"The actions{place} have shape {tuple(action.shape)}, and one for each of "
-        f"{name_of(dist)} has {tuple(shape)}: they would broadcast. Reshape them."
+        f"The actions{place} have shape {tuple(action.shape)}, which would broadcast: "
+        f"{name_of(dist)} needs shape {tuple(shape)}. Reshape them."
     )
     if not fits and dist.event_shape:
         raise error
@@ -283,7 +291,7 @@ def _joint_entropy(dist: Any, batch_dims: int | None) -> Tensor:
         values: Tensor = at_least_single(dist).entropy()
     except NotImplementedError as error:
         raise TrustRegionError(
-            f"The entropy of {name_of(dist)} has no closed form. Estimate it by the mean of "
+            f"The entropy of {name_of(dist)} has no closed form. Estimate it as the mean of "
             "-log_prob over its own samples."
         ) from error
     return values if batch_dims is None else over_action(values, dist, batch_dims, "")

@@ -1,6 +1,6 @@
-"""Where the data comes from: trajectories and vines of Gymnasium's environments; the extra gym."""
+"""Collect data: trajectories and vines of Gymnasium's environments. Needs the extra gym."""
 
-# vine needs environments that can be captured; imported first, to say so if Gymnasium is missing.
+# Imported first, since it raises the error that names the extra if Gymnasium is missing.
 from trpo_optim.snapshots import (
     Replayed,
     Simulator,

@@ -33,9 +33,9 @@ def mode_of(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
         raise TrustRegionError(
             f"metadata['autoreset_mode'] of {envs} is {given}. It must be one of "
             f"{', '.join(map(str, AutoresetMode))}: it says which rows only reset, and where the "
-            "last observation of an episode is. Set the mode that these environments have: "
-            "envs.metadata = {**envs.metadata, 'autoreset_mode': AutoresetMode.NEXT_STEP}, for "
-            "example, with gymnasium.vector.AutoresetMode."
+            "last observation of an episode is. Set the mode of these environments, for example "
+            "envs.metadata = {**envs.metadata, 'autoreset_mode': AutoresetMode.NEXT_STEP}, with "
+            "gymnasium.vector.AutoresetMode."
         ) from None
 
 
@@ -59,9 +59,9 @@ def last_observation(mode: AutoresetMode, following: Any, info: Any, index: int)
     last = entry_of(info, "final_obs", index)
     if last is None:
         raise TrustRegionError(
-            f"A time limit cut the episode of environment {index}, and its info has no "
-            "'final_obs'. With AutoresetMode.SAME_STEP, info['final_obs'] must hold the last "
-            "observation, whose value the return goes on with. Use AutoresetMode.NEXT_STEP or "
-            "DISABLED, or put the wrapper that drops it inside of the vector environment."
+            f"The episode of environment {index} was truncated, and its info has no 'final_obs'. "
+            "With AutoresetMode.SAME_STEP, info['final_obs'] must hold the last observation for "
+            "bootstrapping. Use AutoresetMode.NEXT_STEP or DISABLED, or put the wrapper that drops "
+            "it inside the vector environment."
         )
     return last

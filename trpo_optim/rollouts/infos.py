@@ -83,7 +83,7 @@ def entries_of(
         if form != expected:
             raise TrustRegionError(
                 f"info[{name!r}] has shape {form}, and had {expected} before. Give it one shape: "
-                "a mask over all actions, for example, in place of a list of the legal ones."
+                "for example a mask over all actions, not a list of the legal ones."
             )
     return found
 

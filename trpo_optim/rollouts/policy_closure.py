@@ -43,43 +43,52 @@ def policy_closure(
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Closures:
-    """Return what ``optimizer.step`` takes for one step on a batch.
+    """Return the closures for one ``optimizer.step`` on a batch.
 
-    The old policy is the policy as it is at this call, which leaves the random state alone: a step
-    that follows at once sees the same dropout masks. The KL is one per sample, so that either
-    ``constraint`` can be held; the distribution is the third value.
+    The old policy is the policy at this call, which leaves the random state as it was: a step right
+    after it sees the same dropout masks. The KL is one per sample. The third value is the
+    distribution.
 
     Args:
-        policy: What collected the batch, called as ``single_path`` calls it. With a recurrent
-            state the whole trajectories are evaluated, (T, N, …); the environments are the
-            second dimension of the state's tensors, as torch.nn's recurrences have them.
-        batch: What ``single_path`` returned.
-        advantages: Advantages or Q, shape (T, N). Rows that are not valid are not used.
+        policy: The policy that collected the batch, called as in ``single_path``. With a recurrent
+            state it is evaluated on whole trajectories, (T, N, …).
+        batch: The batch that ``single_path`` returned.
+        advantages: Advantages or Q, shape (T, N). Rows that are not valid are ignored.
         standardise: Bring the advantages of the valid rows to mean 0 and standard deviation 1. If
-            all of them are equal, they become 0.
-        process_group: With ``standardise=True``: take mean and standard deviation over the valid
-            rows of all ranks. Every rank of the group must then call this function. None: over the
-            rows of this process.
-        weights: Importance weights of the states, (T, N), where another policy visited them.
-        sampling_log_prob: ln q(a|s) of the actions, (T, N), where another policy drew them. None:
-            the old policy did.
-        entropy_bonus: What a nat of the mean entropy is worth, in units of the advantages after
-            standardising.
-        sampled: Whether the KL is estimated on the batch's actions, for policies without a closed
-            form; it is then a mean.
-        curvature: The share of the rows (or environments, with a recurrent state) that
-            Fisher-vector products are taken on, in (0, 1). None: all.
-        micro_batch: Evaluate at most so many rows (or environments) at once, but for the
-            curvature's share, which is evaluated whole. None: all.
-        generator: Draws the curvature's share; None: torch's global one.
+            all are equal, they become 0.
+        process_group: With ``standardise=True``: use mean and standard deviation over the valid
+            rows of all ranks. Every rank must call this function. None: over this process.
+        weights: Importance weights of the states, (T, N), if another policy visited them.
+        sampling_log_prob: ln q(a|s) of the actions, (T, N), if another policy drew them.
+        entropy_bonus: The weight of the mean entropy, in (standardised) advantages per nat.
+        sampled: Whether to estimate the KL on the batch's actions, for policies without a
+            closed-form KL. It is then a mean.
+        curvature: The share of the rows (environments, with a recurrent state) for Fisher-vector
+            products, in (0, 1). None: all rows.
+        micro_batch: The most rows (or environments) to evaluate at once. The share for curvature is
+            always evaluated whole. None: all.
+        generator: The generator that draws this share. None: torch's global generator.
 
     Returns:
-        What ``step`` takes in place of a closure.
+        The closures, weighed by their samples.
 
     Raises:
-        TrustRegionError: If shapes do not fit, an advantage or weight that is used is not finite,
-            there are no valid rows, or an option is outside its range.
-        RankError: With a process group: if another rank raised or was lost.
+        TrustRegionError: If shapes do not fit, a used advantage or weight is not finite, there are
+            no valid rows, or an option is outside its range.
+        RankError: If another rank of the process group raised or was lost.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim import TrustRegionOptimizer
+        >>> from trpo_optim.rollouts import policy_closure, single_path
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> logits = torch.nn.Linear(4, 2)
+        >>> policy = lambda observations: Categorical(logits=logits(observations))
+        >>> batch = single_path(envs, policy, steps=16)
+        >>> closures = policy_closure(policy, batch, advantages=torch.randn(16, 2))
+        >>> TrustRegionOptimizer(logits.parameters()).step(closures).kl <= 0.01
+        True
 
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
@@ -94,8 +103,8 @@ def policy_closure(
         raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")
     if sampled and sampling_log_prob is not None:
         raise TrustRegionError(
-            "A sampled KL needs actions of the old policy, and sampling_log_prob says that another "
-            "drew them. Leave one of them out."
+            "sampled=True needs actions of the old policy, but sampling_log_prob says that another "
+            "policy drew them. Leave out one of the two."
         )
     if process_group is not None and not standardise:
         raise TrustRegionError(
@@ -242,8 +251,8 @@ def _closure(
         if old_log_prob.shape != advantages.shape:
             raise TrustRegionError(
                 f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
-                f"are {len(advantages)} rows. Where the last dimension is the action's, the policy "
-                "returns Independent(dist, 1)."
+                f"are {len(advantages)} rows. If the last dimension is the action's, return "
+                "Independent(dist, 1) from the policy."
             )
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
 
@@ -281,7 +290,7 @@ def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
             "of N environments. Give one number (advantage, Q, weight, …) per row."
         )
     if not valid.any():
-        raise TrustRegionError("The batch is empty: none of its rows is valid.")
+        raise TrustRegionError("The batch is empty: no row is valid. Collect more steps.")
     bad = (~values.isfinite() & valid).nonzero()
     if len(bad):
         step, env = bad[0].tolist()

@@ -1,4 +1,4 @@
-"""Advantages and returns of trajectories, time first; every function is pure."""
+"""Advantages and returns of trajectories, time first. Every function is pure."""
 
 from __future__ import annotations
 
@@ -26,21 +26,29 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Return generalised advantage estimates, Σ (γλ)ˡ δₜ₊ₗ up to the trajectory's end.
+    """Return generalised advantage estimates, Σ (γλ)ˡ δₜ₊ₗ up to the end of the trajectory.
 
     Args:
         rewards: rₜ, shape (T, N).
         values: V(sₜ), shape (T, N).
-        next_values: V(sₜ₊₁) of the state that followed, 0 where the episode terminated, (T, N).
+        next_values: V(sₜ₊₁), and 0 where the episode terminated, (T, N).
         ends: True where the trajectory does not go on with the next row, (T, N).
         gamma: Discount factor γ, in [0, 1].
-        gae_lambda: λ, in [0, 1]: 0 for the temporal difference, 1 for the return less the value.
+        gae_lambda: λ, in [0, 1]. 0 gives the temporal difference, 1 the return minus the value.
 
     Returns:
-        Shape (T, N). Added to the values they are the critic's targets.
+        Shape (T, N). The advantages plus the values are the critic's targets.
 
     Raises:
         TrustRegionError: If shapes differ, there are no rows, or γ or λ are outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import gae
+        >>> rewards, values = torch.ones(3, 1), torch.zeros(3, 1)  # three steps, terminated
+        >>> ends = torch.tensor([[False], [False], [True]])
+        >>> gae(rewards, values, values, ends, gamma=0.5, gae_lambda=1.0).T
+        tensor([[1.7500, 1.5000, 1.0000]])
 
     Source:
         Schulman, Moritz, Levine, Jordan & Abbeel, "High-Dimensional Continuous Control Using
@@ -55,11 +63,12 @@ def gae(
 def discounted_returns(
     rewards: Tensor, next_values: Tensor, ends: Tensor, *, gamma: float
 ) -> Tensor:
-    """Return Σ γˡ rₜ₊ₗ, the Monte Carlo Q; where a trajectory is cut, the rest by the critic.
+    """Return Σ γˡ rₜ₊ₗ, the Monte Carlo estimate of Q, bootstrapped where a trajectory is cut.
 
     Args:
         rewards: rₜ, shape (T, N).
-        next_values: V(sₜ₊₁), used where a trajectory ends: 0 where it terminated, (T, N).
+        next_values: V(sₜ₊₁), and 0 where the episode terminated, (T, N). Only the values at the end
+            of a trajectory are used.
         ends: True where the trajectory does not go on with the next row, (T, N).
         gamma: Discount factor γ, in [0, 1].
 
@@ -68,6 +77,16 @@ def discounted_returns(
 
     Raises:
         TrustRegionError: If shapes differ, there are no rows, or γ is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import discounted_returns
+        >>> ends = torch.tensor([[False], [False], [True]])
+        >>> terminated, truncated = torch.zeros(3, 1), torch.full((3, 1), 8.0)
+        >>> discounted_returns(torch.ones(3, 1), terminated, ends, gamma=0.5).T
+        tensor([[1.7500, 1.5000, 1.0000]])
+        >>> discounted_returns(torch.ones(3, 1), truncated, ends, gamma=0.5).T
+        tensor([[2.7500, 3.5000, 5.0000]])
     """
     _require_rows(rewards=rewards, next_values=next_values, ends=ends)
     require_shares(gamma=gamma)
@@ -77,11 +96,13 @@ def discounted_returns(
 def n_step_returns(
     rewards: Tensor, next_values: Tensor, ends: Tensor, *, gamma: float, steps: int
 ) -> Tensor:
-    """Return the n-step Q: n rewards, or those to the end, and the value of what follows.
+    """Return the n-step estimate of Q: n rewards, and the value of the state after them.
+
+    A trajectory that ends earlier has fewer rewards.
 
     Args:
         rewards: rₜ, shape (T, N).
-        next_values: V(sₜ₊₁), 0 where the episode terminated, (T, N).
+        next_values: V(sₜ₊₁), and 0 where the episode terminated, (T, N).
         ends: True where the trajectory does not go on with the next row, (T, N).
         gamma: Discount factor γ, in [0, 1].
         steps: n, at least 1.
@@ -90,7 +111,15 @@ def n_step_returns(
         Shape (T, N).
 
     Raises:
-        TrustRegionError: If shapes differ, there are no rows, γ is outside [0, 1], or n below 1.
+        TrustRegionError: If shapes differ, there are no rows, γ is outside [0, 1], or n is below 1.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import n_step_returns
+        >>> rewards, next_values = torch.ones(3, 1), torch.tensor([[8.0], [8.0], [0.0]])
+        >>> ends = torch.tensor([[False], [False], [True]])
+        >>> n_step_returns(rewards, next_values, ends, gamma=0.5, steps=2).T
+        tensor([[3.5000, 1.5000, 1.0000]])
     """
     _require_rows(rewards=rewards, next_values=next_values, ends=ends)
     require_shares(gamma=gamma)
@@ -106,22 +135,29 @@ def n_step_returns(
 def trajectory_weights(
     log_ratios: Tensor, starts: Tensor, *, largest: float = float("inf")
 ) -> Tensor:
-    """Return what makes an earlier policy's trajectories stand for the present one's.
+    """Return importance weights of the states in trajectories of an earlier policy.
 
-    The product of π/π_behaviour over the actions before each step: the weight of its state. The
-    ratio of the step's own action belongs to the surrogate.
+    The weight of a state is the product of π/π_behaviour over the actions before it. The ratio of
+    the state's own action belongs to the surrogate.
 
     Args:
         log_ratios: ln π(aₜ|sₜ) − ln π_behaviour(aₜ|sₜ), shape (T, N).
         starts: True where an episode begins, (T, N).
-        largest: Where weights are cut off, against their variance; at the price of a bias.
+        largest: The limit of the weights. A lower limit means less variance and more bias.
 
     Returns:
-        Shape (T, N); 1 at the start of an episode, and of the batch.
+        Shape (T, N). The weights are 1 at the start of an episode and of the batch.
 
     Raises:
-        TrustRegionError: If shapes differ, there are no rows, or the largest weight is not
-            positive.
+        TrustRegionError: If shapes differ, there are no rows, or ``largest`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import trajectory_weights
+        >>> log_ratios = torch.full((4, 1), 2.0).log()  # each action is twice as likely now
+        >>> starts = torch.tensor([[True], [False], [False], [True]])
+        >>> trajectory_weights(log_ratios, starts, largest=3.0).T
+        tensor([[1., 2., 3., 1.]])
 
     Source:
         Precup, Sutton & Singh, "Eligibility Traces for Off-Policy Policy Evaluation", ICML 2000.
@@ -139,17 +175,26 @@ def trajectory_weights(
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> float:
-    """Return 1 − var(targets − predictions)/var(targets): 1 is perfect, 0 as good as their mean.
+    """Return 1 − var(targets − predictions)/var(targets).
+
+    1 is perfect. 0 is as good as predicting the mean of the targets.
 
     Args:
         predictions: Any shape.
-        targets: The same.
+        targets: The same shape.
 
     Returns:
-        A number; NaN where the targets are all the same.
+        A number. NaN if all targets are equal.
 
     Raises:
         TrustRegionError: If shapes differ or there are no rows.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import explained_variance
+        >>> targets = torch.tensor([0.0, 1.0, 2.0])
+        >>> explained_variance(targets / 2, targets)
+        0.75
     """
     _require_one_shape(predictions=predictions, targets=targets)
     spread = targets.double().var(correction=0)
@@ -186,4 +231,6 @@ def _require_one_shape(**values: Tensor) -> None:
         raise TrustRegionError(f"The shapes differ: {shapes}. All must be the same.")
     name, value = next(iter(values.items()))
     if value.numel() == 0:
-        raise TrustRegionError(f"{name} is empty (shape {tuple(value.shape)}): there are no rows.")
+        raise TrustRegionError(
+            f"{name} is empty (shape {tuple(value.shape)}). Pass at least one row."
+        )

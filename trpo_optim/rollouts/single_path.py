@@ -1,4 +1,4 @@
-"""Single path, the paper's first sampling scheme: trajectories of the policy, as they come."""
+"""Single path, the paper's first sampling scheme: trajectories of the policy."""
 
 from __future__ import annotations
 
@@ -38,39 +38,51 @@ def single_path(
     device: torch.device | str = "cpu",
     before_step: Callable[[int, Cursor], None] | None = None,
 ) -> SinglePathBatch:
-    """Let a policy act, and return what happened.
+    """Collect trajectories of a policy.
 
     Args:
-        envs: Vector environments, in any autoreset mode, of Box, Discrete, MultiDiscrete and
-            MultiBinary spaces and tuples and dicts of these. They may return arrays or tensors, and
-            take actions in the same form.
-        policy: From observations (N, …) to what ``trpo_optim.sample`` draws from, or to actions
-            themselves, tensors, which are taken as they are. With ``state``, from observations
-            (1, N, …), the state and where an episode starts, (1, N), to a distribution of batch
-            shape (1, N) and the next state.
-        steps: How many steps each environment takes. With ``AutoresetMode.NEXT_STEP`` a reset
-            takes one, whose row is not valid.
-        episodes: Instead: how many whole episodes, split evenly between the environments, since
-            the first to end would be the short ones.
+        envs: Vector environments in any autoreset mode, with Box, Discrete, MultiDiscrete and
+            MultiBinary spaces, and Tuples and Dicts of these. They may return arrays or tensors,
+            and take actions in the same form.
+        policy: A function from observations (N, …) to a distribution, or a dict or tuple of
+            distributions. It may also return actions themselves, as tensors. With ``state``, its
+            arguments are observations (1, N, …), the state and where an episode starts, (1, N). It
+            then returns a distribution with batch shape (1, N) and the next state.
+        steps: The number of steps of each environment. With ``AutoresetMode.NEXT_STEP``, a reset
+            takes one step, and its row is not valid.
+        episodes: In place of ``steps``: the number of whole episodes. They are split evenly between
+            the environments, since the first episodes to end would be the short ones.
         after: The rollout, or its ``end``, that this one goes on from. None: the environments are
             reset.
-        state: The initial recurrent state of a policy that has one: a tensor, or a dict or tuple
-            of such, with the environments as second dimension.
-        info: Names in the environments' info, such as ``"action_mask"``. What they hold is passed
-            to the policy beside the observations, as keyword arguments (N, …) of these names, and
-            kept in the batch.
-        seed: Of the reset; the i-th environment's is ``seed + i``.
-        device: Where the policy lives.
-        before_step: Called before every step with its number and where the rollout stands.
+        state: The initial state of a recurrent policy: a tensor, or a dict or tuple of tensors,
+            with the environments as second dimension.
+        info: Names of entries in the environments' info, such as ``"action_mask"``. The policy gets
+            them as keyword arguments (N, …), and the batch keeps them.
+        seed: The seed of the reset. The i-th environment gets ``seed + i``.
+        device: The device of the policy.
+        before_step: A function that is called before every step, with the step's number and the
+            ``Cursor``.
 
     Returns:
         The batch.
 
     Raises:
-        TrustRegionError: If the arguments do not fit, a space is not known, the environments do not
-            say how they begin new episodes, or an info lacks what it must have.
-        RolloutError: If an environment raises: its batch holds what came before. Or if one returns
-            a reward that is no number: its batch holds all steps.
+        TrustRegionError: If the arguments do not fit, a space is not supported, the autoreset mode
+            of the environments is not known, or an info lacks an entry.
+        RolloutError: If an environment raises; the error's batch holds the steps before. Also if a
+            reward is NaN or infinite; the error's batch holds all steps.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import single_path
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> network = torch.nn.Linear(4, 2)
+        >>> policy = lambda observations: Categorical(logits=network(observations))
+        >>> batch = single_path(envs, policy, steps=8, seed=0)
+        >>> batch = single_path(envs, policy, steps=8, after=batch)  # goes on
+        >>> batch.actions.shape
+        torch.Size([8, 2])
     """
     if not isinstance(envs, VectorEnv):
         raise TrustRegionError(
@@ -78,12 +90,12 @@ def single_path(
             "by gymnasium.make_vec, or put one into gymnasium.vector.SyncVectorEnv([lambda: env])."
         )
     if (steps is None) == (episodes is None):
-        raise TrustRegionError("Give either steps or episodes to single_path().")
+        raise TrustRegionError("single_path() needs either steps or episodes. Pass one of the two.")
     require_counts(steps=steps, episodes=episodes)
     if after is not None and (episodes is not None or state is not None or seed is not None):
         raise TrustRegionError(
-            "after goes on from another rollout; whole episodes, an initial state and a seed "
-            "belong to a fresh start. Leave one of them out."
+            "after continues another rollout, while episodes, state and seed need a fresh start. "
+            "Pass either after or these."
         )
     require_known(envs.single_observation_space, "observations")
     require_known(envs.single_action_space, "actions")
@@ -92,13 +104,13 @@ def single_path(
         after = after.end
     if after is not None and len(after.starts) != envs.num_envs:
         raise TrustRegionError(
-            f"after is a rollout of {len(after.starts)} environments, and there are "
-            f"{envs.num_envs} here. Go on with the same ones."
+            f"after is a rollout of {len(after.starts)} environments, and envs has "
+            f"{envs.num_envs}. Pass the same environments."
         )
     if after is not None and set(names) != set(after.info or ()):
         raise TrustRegionError(
-            f"info names {list(names)}, and after is a rollout with {list(after.info or ())}. Pass "
-            "the same names to every rollout."
+            f"info names {list(names)}, and after has {list(after.info or ())}. Pass the same "
+            "names to every rollout."
         )
     _require_state(state, envs.num_envs)
     cursor = _fresh(envs, state, names, seed) if after is None else after

@@ -128,8 +128,8 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     shape: tuple[int, ...] = space.shape or ()
     if values.size != len(values) * math.prod(shape):
         raise TrustRegionError(
-            f"The policy's actions have shape {values.shape}, and {space} takes {shape} of every "
-            "environment. A policy returns a distribution over actions, not its logits or means."
+            f"The policy's actions have shape {values.shape}, and {space} takes {shape} per "
+            "environment. Return a distribution over actions from the policy, not logits or means."
         )
     values = values.reshape(-1, *shape)
     if isinstance(space, gym.spaces.Discrete):

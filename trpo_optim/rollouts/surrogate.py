@@ -21,18 +21,27 @@ def surrogate(
     A is an advantage or Q: a baseline changes only the variance of the gradient.
 
     Args:
-        log_prob: ln π(a|s) under the new policy, with its graph, shape (B,).
-        sampling_log_prob: ln q(a|s) under what drew the actions, usually the old policy; (B,).
+        log_prob: ln π(a|s) of the new policy, with its graph, shape (B,).
+        sampling_log_prob: ln q(a|s) of the policy that drew the actions, usually the old policy,
+            shape (B,).
         advantages: A(s, a) or Q(s, a), shape (B,).
-        weights: What makes the states those of the old policy, where another visited them
-            (``trajectory_weights``), shape (B,). None: it was the old policy.
+        weights: Importance weights of the states if another policy visited them
+            (``trajectory_weights``), shape (B,). None: the old policy visited them.
 
     Returns:
-        A scalar to be lowered.
+        A scalar to minimise.
 
     Raises:
-        TrustRegionError: If shapes differ, there are no rows, or q, advantages or weights carry a
-            graph.
+        TrustRegionError: If shapes differ, there are no rows, or an argument other than
+            ``log_prob`` requires grad.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.rollouts import surrogate
+        >>> old = torch.tensor([0.5, 0.5]).log()
+        >>> new = torch.tensor([0.25, 0.75]).log()
+        >>> surrogate(new, old, advantages=torch.tensor([-1.0, 1.0]))
+        tensor(-0.5000)
 
     Source:
         Schulman et al. (2015), equation 14.
@@ -44,11 +53,11 @@ def surrogate(
         if value.shape != log_prob.shape:
             raise TrustRegionError(
                 f"{name} has shape {tuple(value.shape)} and the log-probabilities "
-                f"{tuple(log_prob.shape)}; one number per action in both."
+                f"{tuple(log_prob.shape)}. Pass one number per action in both."
             )
         if value.requires_grad:
-            raise TrustRegionError(f"{name} carries a graph. Compute it under no_grad, before.")
+            raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
     if log_prob.numel() == 0:
-        raise TrustRegionError("There are no actions: the batch is empty.")
+        raise TrustRegionError("The batch is empty. Pass at least one action.")
     terms = (log_prob - sampling_log_prob).exp() * advantages
     return -(terms if weights is None else weights * terms).mean()

@@ -19,17 +19,28 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass
 class Cursor:
-    """Where a rollout stands, so that the next one can go on from there; it can be pickled.
+    """Where a rollout ended, so that the next one can go on from there. It can be pickled.
 
     Attributes:
-        observations: The environments' last ones, as they returned them.
+        observations: The last observations, as the environments returned them.
         state: The policy's recurrent state, or None.
-        starts: Where an episode begins with these observations, shape (N,).
-        resetting: Where the next step only resets (``AutoresetMode.NEXT_STEP``), shape (N,).
+        starts: True where an episode begins with these observations, shape (N,).
+        resetting: True where the next step only resets (``AutoresetMode.NEXT_STEP``), shape (N,).
         returns: The sums of rewards of the episodes in progress, shape (N,).
-        lengths: Their steps, shape (N,).
-        info: What the environments say beside the observations, (N, …) by name; None where nothing
-            was asked for.
+        lengths: The numbers of steps of these episodes, shape (N,).
+        info: The requested entries of the environments' info, (N, …) by name. None if no entries
+            were requested.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import single_path
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> policy = lambda seen: Categorical(logits=torch.zeros(len(seen), 2))
+        >>> cursor = single_path(envs, policy, steps=4).end
+        >>> cursor.lengths
+        array([4, 4])
+        >>> batch = single_path(envs, policy, steps=4, after=cursor)
     """
 
     observations: Any
@@ -43,25 +54,37 @@ class Cursor:
 
 @dataclass(frozen=True, eq=False)
 class SinglePathBatch:
-    """T steps of N environments, time first; a row is one step of one of them.
+    """T steps of N environments, time first. A row is one step of one environment.
 
     Attributes:
-        observations: What the policy saw, (T, N, …), in the space's form.
-        actions: What it drew, (T, N, …), before clipping.
+        observations: The policy's observations, (T, N, …), in the form of the space.
+        actions: The policy's actions, (T, N, …), before clipping.
         rewards: Shape (T, N).
-        terminated: True where the episode ended with the step for good, (T, N).
-        truncated: True where it was cut off after the step, by a time limit say, (T, N).
+        terminated: True where the episode terminated with the step, (T, N).
+        truncated: True where the episode was truncated after the step, by a time limit for example,
+            (T, N).
         starts: True where an episode begins, (T, N).
-        valid: False where a row is none, (T, N): a reset, or beyond the episodes asked for.
-        cut_observations: What followed each row after which the batch does not go on, though the
-            episode did not terminate, (K, …).
-        cut_rows: Their places (t, n), shape (K, 2).
+        valid: False for rows to leave out, (T, N): resets, and rows beyond the requested episodes.
+        cut_observations: The observations after the last row of each trajectory that did not
+            terminate, (K, …), for bootstrapping.
+        cut_rows: The places (t, n) of these last rows, shape (K, 2).
         state: The policy's recurrent state before the first row, or None.
         episode_returns: Undiscounted returns of the episodes that ended in the batch, in order.
-        episode_lengths: Their lengths in steps.
+        episode_lengths: The numbers of steps of these episodes.
         end: Where the next rollout goes on.
-        info: What the environments said beside the observations, (T, N, …) by name: what
-            ``single_path(info=…)`` asked for.
+        info: The entries that ``single_path(info=…)`` requested, (T, N, …) by name.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import single_path
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> batch = single_path(envs, lambda seen: Categorical(logits=torch.zeros(2, 2)), steps=4)
+        >>> batch.observations.shape, batch.rewards.shape
+        (torch.Size([4, 2, 4]), torch.Size([4, 2]))
+        >>> values, next_values = batch.values(lambda seen: torch.ones(len(seen)))
+        >>> batch.flat(values)
+        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
     """
 
     observations: Any
@@ -81,7 +104,7 @@ class SinglePathBatch:
 
     @property
     def ends(self) -> Tensor:
-        """True where what follows a row is not the next one, (T, N)."""
+        """True where a trajectory does not go on with the next row, (T, N)."""
         ends = self.terminated | self.truncated
         ends[-1] = True
         if len(self.cut_rows):
@@ -94,10 +117,10 @@ class SinglePathBatch:
 
     @torch.no_grad()
     def values(self, critic: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the critic's values of every row and of what followed it.
+        """Return the critic's values of every row and of its next observation.
 
-        Where the episode terminated nothing follows, which is worth 0; where it was truncated, or
-        the batch ends, the last observation is.
+        Bootstrapping distinguishes termination (value 0) from truncation and the end of the batch
+        (value of the final observation).
 
         Args:
             critic: From observations (B, …) to values, (B,) or (B, 1).

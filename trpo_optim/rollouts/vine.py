@@ -28,7 +28,8 @@ from trpo_optim.snapshots.snapshot import capture, restore
 __all__ = ["VineBatch", "vine"]
 
 Rule = Callable[[int, Cursor], "np.ndarray[Any, Any]"]
-"""From a step's number and where the trunk stands to which environments' states are taken, (N,)."""
+"""From a step's number and the trunk's ``Cursor`` to the environments to branch from, bools
+(N,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +38,25 @@ class VineBatch:
 
     Attributes:
         trunk: The trajectories that the states were taken from.
-        observations: Of the rollout set, (S, …).
+        observations: The observations of the states, (S, …).
         actions: Shape (S, K, …).
-        q: Estimates of Q(s, a), shape (S, K). Where all actions are tried, NaN for those that the
-            policy rules out: they are not run.
-        sampling_log_prob: ln q(a|s) of the actions, (S, K); None where all actions were tried.
+        q: Estimates of Q(s, a), shape (S, K). If all actions are tried, those that the policy rules
+            out are not run and have NaN.
+        sampling_log_prob: ln q(a|s) of the actions, (S, K). None if all actions were tried.
         steps: Simulator steps of trunk and branches together.
-        info: What was said beside the observations, (S, …) by name: what ``vine(info=…)`` asked
-            for.
+        info: The entries that ``vine(info=…)`` requested, (S, …) by name.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import vine
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> policy = lambda seen: Categorical(logits=torch.zeros(len(seen), 2))
+        >>> batch = vine(envs, policy, steps=4, states=3, horizon=2, gamma=0.5)
+        >>> batch.q  # two steps with the reward 1, for three states and two actions
+        tensor([[1.5000, 1.5000],
+                [1.5000, 1.5000],
+                [1.5000, 1.5000]])
     """
 
     trunk: SinglePathBatch
@@ -74,43 +86,54 @@ def vine(
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> VineBatch:
-    """Let a policy act, return to some of the states, and try several actions from each.
+    """Collect trajectories (the trunk), return to some states, and try several actions from each.
 
-    The environments are left where the trunk ended, so that the next call can go on ``after`` it.
+    The environments end where the trunk ended, so the next call can go on ``after`` it.
 
     Args:
         envs: Environments whose states can be captured (``capture``), without vector wrappers.
-        policy: From observations (N, …) to what ``trpo_optim.sample`` draws from.
-        steps: The trunk's steps of each environment.
-        states: How many of the trunk's rows to return to the states of, drawn uniformly (those that
-            only reset, with ``AutoresetMode.NEXT_STEP``, are passed over); or a rule that says
-            which.
-        branches: K, how many actions to try from each state, at least 2. None: every action of a
-            Discrete space that the policy does not rule out, for the estimator (15).
-        sampling: What draws K actions, for the estimator (16): the policy, or all alike that it
-            does not rule out.
-        horizon: Most steps of a branch, the first action's included.
+        policy: A function from observations (N, …) to a distribution, or a dict or tuple of
+            distributions.
+        steps: The number of steps of each environment on the trunk.
+        states: The number of trunk rows to branch from, drawn uniformly. Rows that only reset
+            (``AutoresetMode.NEXT_STEP``) are left out. Or a rule: a function that is called before
+            each step with its number and the ``Cursor``, and returns a boolean array (N,).
+        branches: K, the number of actions to try from each state, at least 2 (eq. 16). None: every
+            action of a Discrete space that the policy does not rule out (eq. 15).
+        sampling: How K actions are drawn: by the ``"policy"``, or ``"uniform"`` over the actions
+            that the policy does not rule out.
+        horizon: The most steps of a branch, including its first action.
         gamma: Discount factor γ, in [0, 1].
-        critic: What a branch is worth that was cut off, from observations (B, …) to (B,) or
-            (B, 1). None: nothing.
-        common_random_numbers: Whether the branches of a state meet the same random numbers, in the
-            policy's sampling and in the environment, which makes their differences more certain.
-            The environment's are those of its ``np_random``; a wrapper's own generator, or an
-            emulator's, goes on as it was captured.
+        critic: The value of a branch's last observation, from observations (B, …) to (B,) or
+            (B, 1). None: 0.
+        common_random_numbers: Whether the branches of a state get the same random numbers, in the
+            policy's sampling and in the environment's ``np_random``. This lowers the variance of
+            their differences. Generators of wrappers and emulators go on as they were captured.
         after: The vine or the rollout that this trunk goes on from, or its ``end``. None: the
             environments are reset.
-        info: Names in the environments' info, such as ``"action_mask"``: what they hold is passed
-            to the policy as keyword arguments, as by ``single_path``.
-        seed: Of the reset; the i-th environment's is ``seed + i``.
-        device: Where policy and critic live.
+        info: Names of entries in the environments' info that the policy gets as keyword arguments,
+            as in ``single_path``.
+        seed: The seed of the reset. The i-th environment gets ``seed + i``.
+        device: The device of policy and critic.
 
     Returns:
         The batch.
 
     Raises:
         TrustRegionError: If an argument does not fit, or the environments cannot be captured.
-        RolloutError: If an environment fails: on a branch, its batch holds the states that were
-            finished; on the trunk, it is what ``single_path`` collected.
+        RolloutError: If an environment fails. On a branch, the error's batch holds the states that
+            were finished. On the trunk, it holds what ``single_path`` collected.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import vine
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> network = torch.nn.Linear(4, 2)
+        >>> policy = lambda observations: Categorical(logits=network(observations))
+        >>> batch = vine(envs, policy, steps=8, states=4, horizon=3, gamma=0.99)
+        >>> batch.q.shape
+        torch.Size([4, 2])
 
     Source:
         Schulman et al. (2015), section 5.2; common random numbers: Ng & Jordan, "PEGASUS", 2000.
@@ -147,8 +170,8 @@ def vine(
     )
     if not chosen:
         raise TrustRegionError(
-            "No state of the trunk was taken: the rule chose none, or those drawn were rows that "
-            "only reset. Take more of them."
+            "No state of the trunk was taken: the rule chose none, or all drawn rows only reset. "
+            "Take more states."
         )
     rounds = _rounds(chosen)
     ordered = [state for part in rounds for state in part]
@@ -233,8 +256,8 @@ def _require(
         whole["states"] = states
     if branches == 1:
         raise TrustRegionError(
-            "branches is 1; it must be at least 2, or None for all actions: one action has nothing "
-            "to be better than, and the gradient is zero."
+            "branches is 1; it must be at least 2, or None for all actions. With one action per "
+            "state the gradient is zero."
         )
     if branches is not None:
         whole["branches"] = branches
@@ -242,18 +265,18 @@ def _require(
     rows = whole["steps"] * envs.num_envs
     if not callable(states) and states > rows:
         raise TrustRegionError(
-            f"states is {states}, and the trunk has {rows} rows to take them of."
+            f"states is {states}, and the trunk has {rows} rows. Take fewer states or more steps."
         )
     if sampling not in {"policy", "uniform"}:
         raise TrustRegionError(f"sampling is {sampling!r}; it must be 'policy' or 'uniform'.")
     if sampling == "uniform" and branches is None:
         raise TrustRegionError(
-            "sampling='uniform' draws some of the actions: give their number as branches. Without, "
-            "all are tried."
+            "sampling is 'uniform' and branches is None, which tries all actions. Pass branches=K "
+            "to draw K actions."
         )
     space = envs.single_action_space
     if not isinstance(space, gym.spaces.Discrete) and (branches is None or sampling == "uniform"):
         raise TrustRegionError(
-            f"The actions are {space}, of which not all can be tried, nor drawn alike. Give the "
-            "number of branches, and sampling='policy'."
+            f"{space} is not discrete, so vine cannot enumerate its actions. Pass branches=K and "
+            "sampling='policy'."
         )

@@ -1,4 +1,4 @@
-"""States of environments that can be put back; needs the extra gym."""
+"""Capture and restore the states of environments. Needs the extra gym."""
 
 try:
     from trpo_optim.snapshots.replay import Replayed

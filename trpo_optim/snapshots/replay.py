@@ -1,4 +1,4 @@
-"""Environments whose simulator hides its state, put back by playing their episode again."""
+"""Environments whose simulator hides its state, restored by replaying their episode."""
 
 from __future__ import annotations
 
@@ -15,15 +15,26 @@ __all__ = ["Journal", "Replayed"]
 
 
 class Replayed(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment that can be captured though its simulator cannot: Box2D's, for example.
+    """Make an environment restorable whose simulator is not, such as Box2D's.
 
-    Its state is the seed of the episode and the actions since, so that restoring takes as long as
-    the episode did. Every episode runs in a new environment, with nothing left of the one before,
-    and has a seed of its own, drawn from the environment before where ``reset`` is given none.
+    Its state is the seed of the episode and the actions since. Restoring it replays the episode and
+    takes as long as the episode did. Every episode runs in a new environment and has its own seed.
+    Without a seed, ``reset`` draws one from the last environment.
 
     Args:
-        make: Returns a new environment, as ``gymnasium.make`` does. Wrappers that remember other
-            episodes (normalisation, statistics) belong around this one, not in it.
+        make: Returns a new environment, as ``gymnasium.make`` does. Put wrappers that remember
+            other episodes (normalisation, statistics) around this one, not in it.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from trpo_optim.snapshots import Replayed, capture, restore
+        >>> env = Replayed(lambda: gym.make("CartPole-v1"))
+        >>> observation, info = env.reset(seed=0)
+        >>> snapshot = capture(env)
+        >>> first = env.step(1)[0]
+        >>> restore(env, snapshot)
+        >>> bool((env.step(1)[0] == first).all())
+        True
     """
 
     def __init__(self, make: Callable[[], gym.Env[Any, Any]]) -> None:
@@ -42,7 +53,7 @@ class Replayed(gym.Wrapper[Any, Any, Any, Any]):
         return self.journal.begin(own, options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take a step, and note it."""
+        """Take a step and record it."""
         result = self.env.step(action)
         self.journal.note(action, result[0])
         return result
@@ -99,10 +110,10 @@ class Journal:
             self.note(action, self._owner.env.step(action)[0])
         if not data_equivalence(self._place(), place, exact=True):
             raise TrustRegionError(
-                f"{self._owner.env} did not return to its state when the {len(actions)} actions "
-                "since its seed were played again: it has random numbers that reset(seed=...) does "
-                "not set, remembers other episodes, or was changed by other means than steps. "
-                "Reset it, and use another environment."
+                f"{self._owner.env} did not return to its state when its {len(actions)} actions "
+                "were replayed from its seed. It has random numbers that reset(seed=...) does not "
+                "set, remembers other episodes, or was changed by other means than steps. Reset "
+                "it, and use another environment."
             )
 
     def _place(self) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What holds an environment's physics or emulator, and how its state is read and written."""
+"""Simulators: how the state of an environment's physics or emulator is read and written."""
 
 from __future__ import annotations
 
@@ -20,14 +20,24 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Simulator:
-    """How the state of one kind of simulator is taken and put back.
+    """How the state of one type of simulator is captured and restored.
 
     Attributes:
-        capture: From the simulator to its state, which shares no memory with it and can be pickled.
-        restore: Writes such a state into a simulator of the same kind, in place.
-        check: Raises a ``TrustRegionError`` where a state does not fit a simulator; it is called
+        capture: Returns a simulator's state. The state shares no memory with it and can be pickled.
+        restore: Writes a state into a simulator of the same type, in place.
+        check: Raises a ``TrustRegionError`` if a state does not fit a simulator. It is called
             before anything is restored.
-        holds: Whether an array is a view of the simulator's memory, and so needs no restoring.
+        holds: Returns whether an array is a view of the simulator's memory and needs no restoring.
+
+    Example:
+        >>> from trpo_optim.snapshots import Simulator
+        >>> world = {"position": 1.0}
+        >>> simulator = Simulator(capture=dict, restore=lambda live, saved: live.update(saved))
+        >>> saved = simulator.capture(world)
+        >>> world["position"] = 2.0
+        >>> simulator.restore(world, saved)
+        >>> world
+        {'position': 1.0}
     """
 
     capture: Callable[[Any], Any]
@@ -37,11 +47,17 @@ class Simulator:
 
 
 def register_simulator(name: str, simulator: Simulator) -> None:
-    """Make a kind of simulator known, so that environments that hold one can be captured.
+    """Register a type of simulator, so that environments that hold one can be captured.
 
     Args:
-        name: Its type as ``module.qualname``; a name, so that it need not be imported.
-        simulator: How its state is taken and put back.
+        name: The type's name, ``module.qualname``. The module need not be imported.
+        simulator: How its state is captured and restored.
+
+    Example:
+        >>> from trpo_optim.snapshots import Simulator, register_simulator
+        >>> load = lambda world, saved: world.load(saved)
+        >>> simulator = Simulator(capture=lambda world: world.save(), restore=load)
+        >>> register_simulator("my_physics.World", simulator)
     """
     _SIMULATORS[name] = simulator
     _simulator_of_kind.cache_clear()
@@ -106,9 +122,9 @@ def _capture_mujoco(data: Any) -> dict[str, Any]:
 def _check_mujoco(data: Any, saved: dict[str, Any]) -> None:
     if saved["model"] != _model_digest(data.model):
         raise TrustRegionError(
-            "The MuJoCo model is not the one that the state was captured with, or has other "
-            "parameters by now. Restore it into an environment of the same model; one that changes "
-            "its model at every reset can be put into Replayed."
+            "The MuJoCo model is not the model that the state was captured with, or its parameters "
+            "have changed. Restore the state into an environment with the same model. If the "
+            "environment changes its model at every reset, use Replayed."
         )
 
 
@@ -131,8 +147,8 @@ def _capture_atari(ale: Any) -> Any:
     """Return the emulator's state with its random numbers, but for the last action executed."""
     if ale.getFloat("repeat_action_probability") > 0:
         raise TrustRegionError(
-            "This Atari emulator repeats actions at random, and does not say which it executed "
-            "last, so that its state is out of reach. Make it with repeat_action_probability=0 and "
+            "This Atari emulator repeats actions at random and hides which action it executed "
+            "last, so its state cannot be captured. Make it with repeat_action_probability=0 and "
             "wrap it in gymnasium.wrappers.StickyAction(env, 0.25)."
         )
     return ale.cloneState(include_rng=True)

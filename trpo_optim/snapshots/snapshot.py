@@ -1,4 +1,4 @@
-"""The whole state of an environment as a value, to be taken and put back at any moment."""
+"""Capture the whole state of an environment as a value, and restore it."""
 
 from __future__ import annotations
 
@@ -41,36 +41,60 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The state of an environment and all its wrappers at one moment; it can be pickled.
+    """The state of an environment and all its wrappers. It can be pickled.
 
     Attributes:
-        layers: From the outside in; of vector environments, each one's.
+        layers: The states of wrappers and environment, from the outside in. For vector
+            environments, those of each environment.
+
+    Example:
+        >>> import gymnasium as gym, pickle
+        >>> from trpo_optim.snapshots import capture, restore
+        >>> env = gym.make("CartPole-v1")
+        >>> observation, info = env.reset(seed=0)
+        >>> snapshot = pickle.loads(pickle.dumps(capture(env)))
+        >>> [layer.name for layer in snapshot.layers][-1]
+        'CartPoleEnv(CartPole-v1)'
     """
 
     layers: tuple[Layer, ...]
 
 
 def capture(env: Environment) -> Snapshot:
-    """Take the state of an environment: simulator, clocks, random state, wrappers.
+    """Capture the state of an environment: simulator, clocks, random state, wrappers.
 
-    All attributes of all layers are copied that are data; what the constructor makes and nobody
-    changes (spaces, specs, functions, models, networks, loggers, renderers) is not. What refers
-    back to one of the layers, such as a helper that holds its environment, one of its methods or a
-    weak reference to it, refers to the environment that is restored. What is shared with objects
-    outside, such as a list that both hold, no longer is after ``restore``. Known simulators are
-    MuJoCo's and the Arcade Learning Environment's; ``register_simulator`` adds others, and
-    ``Replayed`` does without. Out of sight is what lies outside the environment's attributes: the
-    generators of its spaces, NumPy's global one, attributes of classes, variables of closures and
-    what methods of objects that are no layer are bound to.
+    The attributes of all wrappers and of the environment are copied if they are data. Attributes
+    that only the constructor sets are not copied: spaces, specs, functions, models, networks,
+    loggers, renderers. References back to a wrapper or the environment, such as a helper's, refer
+    to the restored environment. An object that is shared with the outside, such as a list, is no
+    longer shared after ``restore``.
+
+    MuJoCo and the Arcade Learning Environment are supported. ``register_simulator`` adds other
+    simulators, and ``Replayed`` needs no simulator. State outside the environment's attributes is
+    not captured: the generators of its spaces, NumPy's global generator, attributes of classes,
+    variables of closures, and objects that bound methods of helpers belong to.
 
     Args:
-        env: An environment, or vector environments that live in this process.
+        env: An environment, or vector environments in this process.
 
     Returns:
         The state, which shares no memory with the environment.
 
     Raises:
-        TrustRegionError: If something in it cannot be copied, such as a Box2D world; it is named.
+        TrustRegionError: If a part cannot be copied, such as a Box2D world. The text names it.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from trpo_optim.snapshots import capture, restore
+        >>> env = gym.make("CartPole-v1")
+        >>> observation, info = env.reset(seed=0)
+        >>> snapshot = capture(env)
+        >>> branches = []
+        >>> for action in (0, 1):
+        ...     restore(env, snapshot)
+        ...     branches.append(env.step(action)[0])
+        >>> bool((branches[0] == branches[1]).all())
+        False
     """
     live = list(_layers(env))
     known = [
@@ -98,24 +122,35 @@ def _is_held(value: object, known: list[tuple[Any, Simulator]]) -> bool:
 
 
 def restore(env: Environment, snapshot: Snapshot) -> None:
-    """Put a state back, after which the environment goes on exactly as it did from there.
+    """Restore a state. The environment then goes on exactly as it did from there.
 
-    What a constructor was given and an attribute keeps as data is part of the state.
+    Constructor arguments that an attribute keeps as data are part of the state.
 
     Args:
         env: The environment that was captured, or one made in the same way, in any process.
-        snapshot: What ``capture`` returned; it stays as it is.
+        snapshot: The state from ``capture``. It does not change.
 
     Raises:
-        TrustRegionError: If the environment is another or its wrappers are: nothing has changed.
-            Or if a ``Replayed`` one does not return to its state: reset it.
+        TrustRegionError: If the environment or its wrappers differ; nothing has changed then. Also
+            if a ``Replayed`` environment does not return to its state; reset it then.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from trpo_optim.snapshots import capture, restore
+        >>> env = gym.make("CartPole-v1")
+        >>> observation, info = env.reset(seed=0)
+        >>> snapshot = capture(env)
+        >>> first = env.step(1)[0]
+        >>> restore(env, snapshot)
+        >>> bool((env.step(1)[0] == first).all())
+        True
     """
     layers = list(_layers(env))
     here, there = [_name_of(layer) for layer in layers], [saved.name for saved in snapshot.layers]
     if here != there:
         raise TrustRegionError(
             f"The state was captured from {' > '.join(there)} and this environment is "
-            f"{' > '.join(here)}. Make it in the same way, wrappers included."
+            f"{' > '.join(here)}. Make it in the same way, with the same wrappers."
         )
     found = []
     for layer, saved in zip(layers, snapshot.layers, strict=True):
@@ -141,14 +176,22 @@ def restore(env: Environment, snapshot: Snapshot) -> None:
 
 
 def restorable(make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
-    """Return an environment that can be captured: as it is made, or else ``Replayed``.
+    """Return ``make()`` if that can be captured, and otherwise ``Replayed(make)``.
 
     Args:
         make: Returns a new environment, as ``functools.partial(gymnasium.make, "Hopper-v5")`` does.
-            Wrappers that remember other episodes belong around what is returned.
+            Put wrappers that remember other episodes around the returned environment.
 
     Returns:
         The environment.
+
+    Example:
+        >>> import functools
+        >>> import gymnasium as gym
+        >>> from trpo_optim.snapshots import Replayed, restorable
+        >>> env = restorable(functools.partial(gym.make, "CartPole-v1"))
+        >>> isinstance(env, Replayed)
+        False
     """
     env = make()
     env.reset()
@@ -164,8 +207,8 @@ def _layers(env: object, seen: set[int] | None = None) -> Iterator[Any]:
     """Yield an environment's layers from the outside in; of vector environments, each one's."""
     if isinstance(env, AsyncVectorEnv):
         raise TrustRegionError(
-            "AsyncVectorEnv keeps its environments in other processes, out of reach. Use "
-            "SyncVectorEnv where states are to be captured."
+            "AsyncVectorEnv keeps its environments in other processes, where their states cannot "
+            "be captured. Use SyncVectorEnv."
         )
     seen = set() if seen is None else seen
     if id(env) in seen:

@@ -130,8 +130,8 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
             return _Reference(memo[id(target)][0], again)
     if isinstance(value, gym.Env | VectorEnv):
         raise TrustRegionError(
-            f"The environment cannot be captured: {place} is an environment of its own, out of "
-            "reach there. Hold environments as attributes, or in a list that is one."
+            f"The environment cannot be captured: {place} is another environment. Hold "
+            "environments as attributes, or in a list that is an attribute."
         )
     if isinstance(value, _UNCHANGING):
         return value
@@ -159,8 +159,8 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
     else:
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is a {type_name(kind)}, whose state is "
-            "out of reach. Make it by trpo_optim.snapshots.restorable, which replays such an "
-            "environment, or make its simulator known with register_simulator."
+            "hidden. Make it with trpo_optim.snapshots.restorable, which replays such an "
+            "environment, or register its simulator with register_simulator."
         )
     memo[id(value)] = (twin, value)  # before its parts, which may refer to it
     if kind in {list, deque}:

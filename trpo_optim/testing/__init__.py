@@ -1,4 +1,4 @@
-"""Unit tests for custom policies and closures; needs torch alone, and PolicyTests needs pytest."""
+"""Unit tests for custom policies and closures. They need torch only; PolicyTests needs pytest."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs pytest when it is asked for."""
+    """Import ``PolicyTests``, which needs pytest, on first use."""
     if name != "PolicyTests":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from trpo_optim.testing.plugin import PolicyTests
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"PolicyTests needs pytest ({error}): pip install pytest. The other names of "
-            f"{__name__} do without.",
+            f"PolicyTests needs pytest ({error}). Run: pip install pytest. The other names of "
+            f"{__name__} need torch only.",
             name=error.name,
         ) from error
 

@@ -61,9 +61,11 @@ def check_rows(subject: Subject) -> Finding:
     gap = 0.0
     for rows in (places.flip(0), places[: max(1, subject.rows // 3)], places[:1]):
         dist = subject.dist(select(subject.observations, rows))
-        sound = all(leaf.batch_shape[:1] == (len(rows),) for leaf in leaves(dist))
+        if any(leaf.batch_shape[:1] != (len(rows),) for leaf in leaves(dist)):
+            gap = math.inf
+            break
         part = subject.log_prob(dist, select(subject.actions, rows))
-        gap = max(gap, _gap(part, whole[rows.to(whole.device)])) if sound else math.inf
+        gap = max(gap, _gap(part, whole[rows.to(whole.device)]))
         if not gap <= _tolerance(whole):
             break
     if gap <= _tolerance(whole):

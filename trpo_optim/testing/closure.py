@@ -141,7 +141,13 @@ CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
     "loss": check_loss,
     "second order": _second_order,
 }
-"""By name, in the order in which a fault is best read."""
+"""The checks of ``check_closure`` by name, in the order of causes.
+
+Example:
+    >>> from trpo_optim.testing import CLOSURE_CHECKS
+    >>> list(CLOSURE_CHECKS)[:3]
+    ['values', 'deterministic', 'zero kl']
+"""
 
 
 def check_closure(
@@ -154,26 +160,40 @@ def check_closure(
     maximize: bool = False,
     skip: Collection[str] = (),
 ) -> ClosureReport:
-    """Find out whether a handwritten closure is one that ``step`` can work with.
+    """Find out whether ``step`` can work with a handwritten closure.
 
-    It is called as before a step: old and new policy are the same. Nothing has moved afterwards.
+    Call it where you would call ``step``: old and new policy are equal there. It leaves everything
+    as it was.
 
     Args:
         closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``.
-        params: The parameters that the optimizer is given, in any form that it takes.
-        log_prob: Returns ln π of the batch's actions, (N,) or with a mask of its shape; with
-            ``advantages``, for the loss.
-        advantages: Of the same actions; with a mask of shape (N, T) also (N,).
-        mask: True where an element counts: no padding, and of a language model's tokens, no prompt.
-            None: all count.
-        maximize: Whether the optimizer has it: the closure's first value is to be raised.
-        skip: Names of checks that are left out.
+        params: The optimizer's parameters, in any form that it takes.
+        log_prob: A function that returns ln π of the batch's actions, (N,), or in the shape of the
+            mask. With ``advantages`` it serves to check the loss.
+        advantages: The advantages of these actions. With a mask of shape (N, T), they may have
+            shape (N,).
+        mask: True where an element counts: no padding, and no prompt of a language model. None: all
+            count.
+        maximize: Whether the optimizer has ``maximize=True``.
+        skip: Names of checks to leave out.
 
     Returns:
         One finding per check.
 
     Raises:
         TrustRegionError: If there is nothing to check, or ``skip`` names no check.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.testing import check_closure
+        >>> logits, actions = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 1, 0, 1])
+        >>> def closure():  # its KL is a constant
+        ...     loss = -Categorical(logits=logits).log_prob(actions).mean()
+        ...     return loss, 0 * logits.sum()
+        >>> report = check_closure(closure, [logits])
+        >>> report.failures[0].check
+        'moving kl'
     """
     checks = without(CLOSURE_CHECKS, skip)
     mask = None if mask is None else checked_mask(mask)
@@ -199,7 +219,7 @@ def check_closure(
 
 
 def assert_closure(closure: Closure, params: ParamsT, **options: Any) -> None:
-    """Raise where ``check_closure`` finds a fault.
+    """Raise an error if ``check_closure`` finds a fault.
 
     Args:
         closure: As for ``check_closure``.
@@ -207,6 +227,19 @@ def assert_closure(closure: Closure, params: ParamsT, **options: Any) -> None:
         options: As for ``check_closure``.
 
     Raises:
-        AssertionError: If a check fails, with all findings for its text.
+        AssertionError: If a check fails. The text has all findings.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim import frozen, mean_kl
+        >>> from trpo_optim.testing import assert_closure
+        >>> logits, actions = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 1, 1, 1])
+        >>> old = frozen(Categorical(logits=logits))
+        >>> def closure():
+        ...     new = Categorical(logits=logits)
+        ...     ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        ...     return -(ratio * torch.arange(4)).mean(), mean_kl(old, new), new
+        >>> assert_closure(closure, [logits])
     """
     check_closure(closure, params, **options).require()

@@ -1,4 +1,4 @@
-"""What a check found, and a report of many."""
+"""The finding of a check, and the report of all checks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,39 @@ SubjectT = TypeVar("SubjectT")
 
 
 class Verdict(enum.Enum):
-    """How a check ended."""
+    """How a check ended.
+
+    Example:
+        >>> from trpo_optim.testing import Verdict
+        >>> [verdict.value for verdict in Verdict]
+        ['passed', 'FAILED', 'undecided']
+    """
 
     PASSED = "passed"
+    """The check found no fault."""
     FAILED = "FAILED"
+    """The check found a fault. The finding has its cause and a remedy."""
     UNDECIDED = "undecided"
+    """The check could not be made. The finding says why."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's result.
+    """The result of one check.
 
     Attributes:
         check: The check's name.
         verdict: How it ended.
-        figures: What it measured.
-        cause: What is wrong, or why it could not be decided; else empty.
-        remedy: What to do about it, or empty.
+        figures: The measured numbers by name.
+        cause: What is wrong, or why the check is undecided. Otherwise empty.
+        remedy: What to do. Empty if there is nothing to do.
+
+    Example:
+        >>> from trpo_optim.testing import Finding, Verdict
+        >>> finding = Finding("kl", Verdict.FAILED, {"kl": 0.5}, "Wrong KL.", "Use mean_kl().")
+        >>> print(finding)
+        FAILED     kl                 kl 0.5
+            Wrong KL. Use mean_kl().
     """
 
     check: str
@@ -43,7 +59,7 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        """Return the finding as a line, and cause and remedy below it."""
+        """Return the finding as one line, with cause and remedy below."""
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
         line = f"{self.verdict.value:<9}  {self.check:<18} {figures}".rstrip()
         told = " ".join(filter(None, (self.cause, self.remedy)))
@@ -54,7 +70,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Report:
-    """Findings in the order in which a fault is best read: the first failure is the cause."""
+    """Findings in the order of causes: the first failure often explains later ones."""
 
     findings: tuple[Finding, ...]
 
@@ -80,10 +96,10 @@ class _Report:
         return "\n".join(map(str, self.findings))
 
     def require(self) -> None:
-        """Raise if a check failed.
+        """Raise an error if a check failed.
 
         Raises:
-            AssertionError: With the table for its text.
+            AssertionError: If a check failed. The text is the table of all findings.
         """
         if not self.passed:
             names = ", ".join(finding.check for finding in self.failures)
@@ -91,15 +107,29 @@ class _Report:
 
 
 class PolicyReport(_Report):
-    """What ``check_policy`` found."""
+    """The findings of ``check_policy``.
+
+    Example:
+        >>> from trpo_optim.testing import Finding, PolicyReport, Verdict
+        >>> report = PolicyReport((Finding("finite", Verdict.PASSED),))
+        >>> report.passed, report["finite"].verdict.value
+        (True, 'passed')
+    """
 
 
 class ClosureReport(_Report):
-    """What ``check_closure`` found."""
+    """The findings of ``check_closure``.
+
+    Example:
+        >>> from trpo_optim.testing import ClosureReport, Finding, Verdict
+        >>> report = ClosureReport((Finding("values", Verdict.FAILED, cause="One value."),))
+        >>> report.passed, [finding.check for finding in report.failures]
+        (False, ['values'])
+    """
 
 
 def left_out(skip: Collection[str]) -> set[str]:
-    """Return the names of the checks that are left out, of which one may be given as it is."""
+    """Return the names of the checks to leave out. ``skip`` may be a single name."""
     return {skip} if isinstance(skip, str) else set(skip)
 
 
@@ -122,6 +152,6 @@ def without(
     unknown = skipped - set(checks)
     if unknown:
         raise TrustRegionError(
-            f"skip names {sorted(unknown)}, which are no checks. There are {list(checks)}."
+            f"skip names {sorted(unknown)}, which are no checks. The checks are {list(checks)}."
         )
     return {name: check for name, check in checks.items() if name not in skipped}

@@ -1,4 +1,4 @@
-"""For pytest: a fixture, and a class whose subclass is one test per check."""
+"""For pytest: a fixture, and a class with one test per check."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ __all__ = ["PolicyTests", "assert_sound"]
 
 
 class PolicyTests:
-    """One test per check: subclass it and say what the policy and its observations are.
-
-    ::
-
-        class TestMyPolicy(PolicyTests):
-            policy = MyPolicy()
-            observations = torch.randn(256, 17)
+    """One pytest test per check of ``check_policy``. Subclass it in a test file.
 
     Attributes:
         policy: A module, a function from observations to a distribution, or a class of modules
             that takes no arguments.
-        observations: A tensor, or a tuple or dict of them, the batch first.
-        skip: Names of checks that are left out.
+        observations: A tensor, or a tuple or dict of tensors, batch first.
+        skip: Names of checks to leave out.
         options: Further arguments of ``check_policy``, such as ``kl`` or ``parameters``.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.testing import PolicyTests
+        >>> class Policy(torch.nn.Linear):
+        ...     def forward(self, observations):
+        ...         return Categorical(logits=super().forward(observations))
+        >>> class TestMyPolicy(PolicyTests):  # pytest collects it
+        ...     policy = Policy(4, 2)
+        ...     observations = torch.randn(256, 4)
     """
 
     policy: Any = None
@@ -39,7 +44,7 @@ class PolicyTests:
 
     @pytest.fixture
     def policy_report(self) -> PolicyReport:
-        """The findings on the policy, made once for all tests of the class."""
+        """The findings on the policy, shared by all tests of the class."""
         tests: Any = type(self)
         return _report(tests)
 

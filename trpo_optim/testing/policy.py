@@ -47,8 +47,8 @@ __all__ = ["POLICY_CHECKS", "assert_policy", "check_policy"]
 _Check = Callable[[Subject], Finding]
 
 _UNBOUNDED = (
-    "Nothing keeps what the network gives within these bounds: take exp() or softplus() of it, or "
-    "pass logits, not probabilities."
+    "Nothing keeps the network's outputs within these bounds: apply exp() or softplus() to them, "
+    "or pass logits, not probabilities."
 )
 
 
@@ -74,7 +74,13 @@ POLICY_CHECKS: dict[str, _Check] = {
     "fisher": _in_double_precision(check_fisher),
     "step": _in_double_precision(check_step),
 }
-"""By name, in the order in which a fault is best read: what comes first explains what follows."""
+"""The checks of ``check_policy`` by name, in the order of causes.
+
+Example:
+    >>> from trpo_optim.testing import POLICY_CHECKS
+    >>> list(POLICY_CHECKS)[:3]
+    ['state', 'one action per row', 'deterministic']
+"""
 
 
 def check_policy(
@@ -90,39 +96,54 @@ def check_policy(
 ) -> PolicyReport:
     """Find out whether a policy is sound, and if not, why.
 
-    Parameters, buffers, plain attributes, gradients and the random state are afterwards what they
+    The call leaves parameters, buffers, plain attributes, gradients and the random state as they
     were.
 
     Args:
-        policy: From observations to a ``torch.distributions.Distribution``, or a tuple or dict of
-            them: a module, a method of one (``agent.dist``), or any function.
-        observations: A tensor, or a tuple or dict of them, the batch first; best real ones. An
-            object that holds tensors, such as a batch of graphs, is checked as a whole.
-        actions: Taken at the observations, as ``log_prob`` has them; None: sampled.
-        kl: From the old and the new distribution to their mean KL, in nats. None: ``mean_kl``, or
-            where that has no closed form ``sampled_kl`` on drawn actions.
-        parameters: What is trained, in any form that the optimizer takes; needed where ``policy``
-            is neither a module nor its method.
-        skip: Names of checks that are left out.
-        draws: Actions per observation in averages. These may differ by what normal noise explains
-            but once in ten million times.
-        seed: Of the draws.
+        policy: A module, a method of a module (``agent.dist``), or a function. It maps observations
+            to a ``torch.distributions.Distribution``, or to a tuple or dict of distributions.
+        observations: A tensor, or a tuple or dict of tensors, batch first. Real observations are
+            best. An object that holds tensors, such as a batch of graphs, is checked as a whole.
+        actions: Actions at the observations, in the form that ``log_prob`` takes. None: sampled.
+        kl: A function from the old and the new distribution to their mean KL, in nats. None:
+            ``mean_kl``, or ``sampled_kl`` on drawn actions if there is no closed form.
+        parameters: The trained parameters, in any form that the optimizer takes. Needed if
+            ``policy`` is neither a module nor a method of one.
+        skip: Names of checks to leave out.
+        draws: Actions per observation in averages. Noise alone fails a comparison of averages once
+            in ten million times.
+        seed: The seed of the draws.
 
     Returns:
         One finding per check.
 
     Raises:
         TrustRegionError: If there are no parameters to check, or ``skip`` names no check.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.testing import check_policy
+        >>> network = torch.nn.Linear(4, 2)
+        >>> report = check_policy(
+        ...     lambda observations: Categorical(logits=network(observations)),
+        ...     torch.randn(64, 4, generator=torch.Generator().manual_seed(0)),
+        ...     parameters=network.parameters(),
+        ... )
+        >>> report.passed
+        True
     """
     checks = without(POLICY_CHECKS, skip)
     module = module_of(policy)
     if parameters is None and module is None:
         raise TrustRegionError(
-            f"{policy!r} is not a module, so that its parameters are not known. Pass them: "
+            f"{policy!r} is not a module, so its parameters are not known. Pass them: "
             "check_policy(policy, observations, parameters=[...])."
         )
     if draws < 16:
-        raise TrustRegionError(f"draws is {draws!r}; averages need at least 16 actions per row.")
+        raise TrustRegionError(
+            f"draws is {draws!r}; it must be at least 16, for averages over a row."
+        )
     trained = (
         _tensors(parameters)
         if parameters is not None or module is None
@@ -139,7 +160,7 @@ def check_policy(
 
 
 def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: Any) -> None:
-    """Raise where ``check_policy`` finds a fault.
+    """Raise an error if ``check_policy`` finds a fault.
 
     Args:
         policy: As for ``check_policy``.
@@ -147,7 +168,22 @@ def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: An
         options: As for ``check_policy``.
 
     Raises:
-        AssertionError: If a check fails, with all findings for its text.
+        AssertionError: If a check fails. The text has all findings.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.testing import assert_policy
+        >>> logits = torch.zeros(2, requires_grad=True)
+        >>> try:  # probabilities in place of logits
+        ...     assert_policy(
+        ...         lambda seen: Categorical(logits=logits.softmax(-1).expand(len(seen), -1)),
+        ...         torch.zeros(16, 1),
+        ...         parameters=[logits],
+        ...     )
+        ... except AssertionError as error:
+        ...     print("given probabilities as logits" in str(error))
+        True
     """
     check_policy(policy, observations, **options).require()
 

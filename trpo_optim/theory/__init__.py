@@ -1,4 +1,4 @@
-"""The paper's theory, running: exact on tabular Markov decision processes, in double precision."""
+"""The paper's theory, exact on tabular Markov decision processes, in double precision."""
 
 from trpo_optim.theory.algorithms import (
     conservative_step,

@@ -23,28 +23,46 @@ __all__ = [
 
 
 def policy_iteration_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
-    """Return the policy that takes the best action by Q: a trust-region step without a constraint.
+    """Return the greedy policy: a trust-region step without a constraint.
 
     Args:
         mdp: The process.
         policy: The present policy, (S, A).
 
     Returns:
-        A deterministic policy; of equal actions the first.
+        A deterministic policy that takes the action with the largest Q, the first of equal ones.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import policy_iteration_step, random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> policy = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+        >>> greedy = policy_iteration_step(mdp, policy)
+        >>> mdp.expected_return(greedy) > mdp.expected_return(policy)
+        True
     """
     best = mdp.advantages(policy).argmax(1)
     return torch.nn.functional.one_hot(best, policy.shape[1]).double()
 
 
 def conservative_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
-    """Mix the present policy with the greedy one, by the share that the bound is best for.
+    """Mix the present policy with the greedy one, with the share that maximises the lower bound.
 
     Args:
         mdp: The process.
         policy: The present policy, (S, A).
 
     Returns:
-        (1 − α) π + α π', α the maximiser of the lower bound, at most 1.
+        (1 − α) π + α π', where α ≤ 1 maximises the lower bound.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import conservative_step, random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> policy = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+        >>> mixed = conservative_step(mdp, policy)
+        >>> mdp.expected_return(mixed) > mdp.expected_return(policy)
+        True
 
     Source:
         Kakade & Langford (2002); Schulman et al. (2015), equations 5 and 6.
@@ -60,8 +78,8 @@ def conservative_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
 def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
     """Maximise L_π subject to KL(π(·|s) ‖ π_new(·|s)) ≤ δ in every state.
 
-    The states part: in each, π_new(a|s) = λ π(a|s) / (ν − A(s, a)) with ν above every advantage, of
-    which the KL is a falling function.
+    Each state is solved on its own: π_new(a|s) = λ π(a|s) / (ν − A(s, a)), with ν above every
+    advantage. The KL falls as ν grows.
 
     Args:
         mdp: The process.
@@ -73,6 +91,15 @@ def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
 
     Raises:
         TrustRegionError: If δ is negative, or the policy rules an action out.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import constrained_step, max_kl_divergence, random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> policy = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+        >>> new = constrained_step(mdp, policy, radius=0.01)
+        >>> round(max_kl_divergence(policy, new), 6)
+        0.01
 
     Source:
         Schulman et al. (2015), equation 11.
@@ -87,9 +114,9 @@ def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
 def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tensor:
     """Maximise L_π(π_new) − C · max KL(π ‖ π_new) over all policies.
 
-    For a given largest KL the best policy is that of ``constrained_step``; what it gains is a
-    concave function of the radius, and the best radius is where its slope, the visited states'
-    multipliers together, is C.
+    For a given largest KL, ``constrained_step`` gives the best policy. Its gain is a concave
+    function of the radius. At the best radius, its slope is C. The slope is the sum of the states'
+    multipliers, weighted by their visitation.
 
     Args:
         mdp: The process.
@@ -101,6 +128,15 @@ def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tenso
 
     Raises:
         TrustRegionError: If C is negative, or the policy rules an action out.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import max_kl_divergence, penalised_step, random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> policy = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+        >>> cheap, dear = (penalised_step(mdp, policy, each) for each in (10.0, 100.0))
+        >>> max_kl_divergence(policy, cheap) > max_kl_divergence(policy, dear)
+        True
     """
     if not coefficient >= 0:
         raise TrustRegionError(f"coefficient is {coefficient!r}; it must be at least 0.")
@@ -116,14 +152,23 @@ def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tenso
 
 
 def monotonic_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
-    """Take one iteration of Algorithm 1, after which the return is never lower.
+    """Take one iteration of Algorithm 1. It never lowers the return.
 
     Args:
         mdp: The process.
         policy: The present policy, (S, A), positive everywhere.
 
     Returns:
-        The maximiser of L_π − C · max KL, C = 4εγ/(1 − γ)².
+        The maximiser of L_π − C · max KL, with C = 4εγ/(1 − γ)².
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import lower_bound, monotonic_step, random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> policy = torch.full((5, 3), 1 / 3, dtype=torch.float64)
+        >>> better = monotonic_step(mdp, policy)
+        >>> mdp.expected_return(better) >= lower_bound(mdp, policy, better)
+        True
 
     Source:
         Schulman et al. (2015), algorithm 1.
@@ -133,10 +178,10 @@ def monotonic_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
 
 
 _LEAST, _MOST = torch.tensor([-60.0, 5.0], dtype=torch.float64)
-"""Logarithms of the radii between which a penalty's is looked for, in nats."""
+"""Logarithms of the least and the largest radius of a penalised step, in nats."""
 
 _PLACES = torch.linspace(0, 1, 16, dtype=torch.float64)
-"""Where a bracket is looked into, from its lower end to its upper."""
+"""The places where a bracket is evaluated, from its lower to its upper end."""
 
 
 def _require_positive(policy: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A Markov decision process small enough to be solved exactly, and what a policy is worth on it."""
+"""A Markov decision process that is solved exactly, with the values of a policy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["TabularMDP", "random_mdp", "require_probabilities"]
 class TabularMDP:
     """A finite, discounted Markov decision process, in double precision.
 
-    A policy is a tensor π(a|s) of shape (S, A), rows summing to one. An absorbing state without
-    reward stands for the end of an episode.
+    A policy is a tensor π(a|s) of shape (S, A) whose rows sum to one. Model the end of an episode
+    as an absorbing state without reward.
 
     Attributes:
         transitions: P(s'|s, a), shape (S, A, S).
@@ -28,6 +28,17 @@ class TabularMDP:
     Raises:
         TrustRegionError: If shapes do not fit, probabilities do not sum to one, rewards are not
             finite, or γ is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim.theory import TabularMDP
+        >>> transitions = torch.ones(1, 2, 1)  # a bandit with two arms
+        >>> mdp = TabularMDP(transitions, torch.tensor([[0.0, 1.0]]), torch.ones(1), gamma=0.5)
+        >>> policy = torch.tensor([[0.5, 0.5]])
+        >>> mdp.expected_return(policy)  # 0.5 / (1 - γ)
+        1.0
+        >>> mdp.advantages(policy)
+        tensor([[-0.5000,  0.5000]], dtype=torch.float64)
     """
 
     transitions: Tensor
@@ -55,10 +66,10 @@ class TabularMDP:
                 )
             require_probabilities(name, value)
         if not self.rewards.isfinite().all():
-            raise TrustRegionError("rewards holds NaN or infinity; every reward must be a number.")
+            raise TrustRegionError("rewards holds NaN or infinity; every reward must be finite.")
         if not 0 <= self.gamma < 1:
             raise TrustRegionError(
-                f"gamma is {self.gamma!r}; it must be in [0, 1), or values are infinite."
+                f"gamma is {self.gamma!r}; it must be in [0, 1), since values are infinite at 1."
             )
 
     def state_values(self, policy: Tensor) -> Tensor:
@@ -77,14 +88,14 @@ class TabularMDP:
         return self.action_values(policy) - self.state_values(policy)[:, None]
 
     def visitation(self, policy: Tensor) -> Tensor:
-        """Return ρ_π(s) = Σ γᵗ P(sₜ = s), unnormalised: it sums to 1/(1 − γ); shape (S,)."""
+        """Return ρ_π(s) = Σ γᵗ P(sₜ = s), shape (S,). It sums to 1/(1 − γ)."""
         chain, _ = self._under(policy)
         identity = torch.eye(len(chain), dtype=chain.dtype)
         solution: Tensor = torch.linalg.solve((identity - self.gamma * chain).T, self.start)
         return solution
 
     def state_distribution(self, policy: Tensor, time: int) -> Tensor:
-        """Return P(s_t = s) after so many steps, shape (S,)."""
+        """Return P(s_t = s) after ``time`` steps, shape (S,)."""
         chain, _ = self._under(policy)
         result: Tensor = self.start @ torch.linalg.matrix_power(chain, time)
         return result
@@ -97,11 +108,11 @@ class TabularMDP:
         """Return L_old(new) = η(old) + Σ ρ_old(s) Σ π_new(a|s) A_old(s, a).
 
         Args:
-            old: The policy whose states and advantages count.
-            new: The policy whose actions count.
+            old: The policy that gives states and advantages.
+            new: The policy that gives actions.
 
         Returns:
-            A number; η(new) would weight by ρ_new instead.
+            A number. η(new) would weight by ρ_new instead.
 
         Source:
             Schulman et al. (2015), equation 3.
@@ -112,8 +123,8 @@ class TabularMDP:
         """Return η(old) + Σ ρ_new(s) Σ π_new(a|s) A_old(s, a), which is η(new).
 
         Args:
-            old: The policy whose advantages count.
-            new: The policy whose states and actions count.
+            old: The policy that gives advantages.
+            new: The policy that gives states and actions.
 
         Returns:
             A number.
@@ -157,8 +168,8 @@ def require_probabilities(name: str, value: Tensor) -> None:
     sums = value.sum(-1)
     if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > 1e-6:
         raise TrustRegionError(
-            f"{name} holds no probabilities: its last dimension must be non-negative and sum to 1 "
-            f"(found sums from {float(sums.min()):g} to {float(sums.max()):g})."
+            f"{name} holds no probabilities: its last dimension must be non-negative and sum to 1. "
+            f"The sums range from {float(sums.min()):g} to {float(sums.max()):g}."
         )
 
 
@@ -169,10 +180,16 @@ def random_mdp(states: int, actions: int, gamma: float, seed: int) -> TabularMDP
         states: S.
         actions: A.
         gamma: Discount factor γ.
-        seed: Of all draws; the global random state is not touched.
+        seed: The seed of all draws. The global random state does not change.
 
     Returns:
         The process.
+
+    Example:
+        >>> from trpo_optim.theory import random_mdp
+        >>> mdp = random_mdp(states=5, actions=3, gamma=0.9, seed=0)
+        >>> mdp.rewards.shape
+        torch.Size([5, 3])
     """
     generator = torch.Generator().manual_seed(seed)
 
