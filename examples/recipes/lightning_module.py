@@ -101,13 +101,20 @@ class Rollouts(IterableDataset[dict[str, Tensor]]):
             batch = single_path(self.envs, self.module, steps=256, after=batch)
 
 
-def main(seed: int = 0, updates: int = 20, **trainer_settings: Any) -> float:
+def make_trainer(updates: int, **settings: Any) -> lightning.Trainer:
+    """Return a quiet trainer of that many rollouts."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    return lightning.Trainer(
+        **quiet, accelerator="cpu", max_epochs=1, limit_train_batches=updates, **settings
+    )
+
+
+def main(seed: int = 0, updates: int = 20) -> float:
     """Train on CartPole-v1.
 
     Args:
         seed: Of networks, environments and actions.
         updates: Rollouts of 2048 steps.
-        **trainer_settings: Further settings of Lightning's Trainer.
 
     Returns:
         The mean return of the training episodes that ended in the last rollout.
@@ -115,19 +122,8 @@ def main(seed: int = 0, updates: int = 20, **trainer_settings: Any) -> float:
     lightning.seed_everything(seed)
     envs = gym.make_vec("CartPole-v1", num_envs=8, vectorization_mode="sync")
     module = ActorCritic(4, 2)
-    rollouts = DataLoader(Rollouts(module, envs, seed), batch_size=None)  # in this process
-    trainer = lightning.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "limit_train_batches": updates,
-            "enable_progress_bar": False,
-            "enable_checkpointing": False,
-            "logger": False,
-        }
-        | trainer_settings
-    )
-    trainer.fit(module, rollouts)
+    trainer = make_trainer(updates)
+    trainer.fit(module, DataLoader(Rollouts(module, envs, seed), batch_size=None))
     return float(trainer.callback_metrics["episode_return"])
 
 

@@ -65,7 +65,7 @@ class TrustRegionAlgorithm(NPG):
         return StepStats(kl=report.kl, improvement=report.improvement, value_loss=value_loss.item())
 
 
-def make_algorithm(env: gym.Env[Any, Any]) -> TrustRegionAlgorithm:
+def make_algorithm(env: Any) -> TrustRegionAlgorithm:
     """Return actor and critic for discrete actions.
 
     Tianshou's actor ends in a softmax by default, and its distribution takes that for logits.
