@@ -84,5 +84,16 @@ test-newest: .venv-newest/installed ## the same with the newest torch and Gymnas
 	.venv-newest/bin/pip install --quiet --editable ".[examples]" --group test
 	touch $@
 
+# The recipes for other libraries, in an environment that has these.
+.PHONY: test-recipes
+test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes (minutes)
+	.venv-recipes/bin/python -m pytest tests/recipes
+
+.venv-recipes/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-recipes
+	.venv-recipes/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-recipes/bin/pip install --quiet --constraint constraints.txt --editable ".[examples]" --group recipes
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-newest runs
+	rm -rf .venv .venv-floor .venv-newest .venv-recipes runs
