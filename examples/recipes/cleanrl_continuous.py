@@ -13,7 +13,7 @@ import torch
 import tyro
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 
 from trpo_optim import StepReport, TrustRegionOptimizer, frozen, mean_kl
@@ -42,7 +42,7 @@ def make_env(args: Args) -> gym.Env[Any, Any]:
     env = gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(env))
     env = gym.wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10), None)
     env = gym.wrappers.NormalizeReward(env, gamma=args.gamma)
-    return gym.wrappers.TransformReward(env, lambda reward: float(np.clip(reward, -10, 10)))
+    return gym.wrappers.TransformReward(env, lambda reward: np.clip(float(reward), -10, 10))
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -64,7 +64,7 @@ class Agent(nn.Module):
         # More dimensions need less noise each: the first std is 1 for one, 0.74 for 3, 0.37 for 6.
         self.log_std = nn.Parameter(torch.full((dimensions,), min(0.8 - math.log(dimensions), 0.0)))
 
-    def dist(self, obs: Tensor) -> Independent:
+    def dist(self, obs: Tensor) -> Distribution:
         """Return the distribution over actions. `Independent` makes each vector one action."""
         return Independent(Normal(self.actor(obs), self.log_std.exp()), 1)
 
@@ -78,7 +78,7 @@ def improve_policy(
         old_log_prob = old_dist.log_prob(actions)
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    def closure() -> tuple[Tensor, Tensor, Independent]:
+    def closure() -> tuple[Tensor, Tensor, Distribution]:
         dist = agent.dist(obs)
         ratio = (dist.log_prob(actions) - old_log_prob).exp()
         return -(ratio * advantages).mean(), mean_kl(old_dist, dist), dist
