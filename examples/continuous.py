@@ -28,7 +28,7 @@ ENVS, STEPS = 4, 512  # 4 environments side by side, 512 steps of each per updat
 GAMMA, LAMBDA = 0.99, 0.95
 KL_PER_DIMENSION = 0.007  # in nats; the radius grows with the action's dimensions ("Radius" there)
 STD = math.exp(0.8)  # first standard deviation, shared by the dimensions of an action ("Noise")
-LR = {"trpo": 1.0, "natural": 1.0, "vanilla": 0.03}  # 1.0: steps as long as the radius allows
+LR = {"trpo": 1.0, "natural": 1.0, "vanilla": 0.1}  # 1.0: steps as long as the radius allows
 
 
 def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
