@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import pkgutil
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
 import trpo_optim
 
 project = "trpo_optim"
@@ -57,3 +64,30 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+
+
+@functools.cache
+def docs_of_data() -> dict[str, list[str]]:
+    """Return the strings under the package's module-level assignments, by name."""
+    modules = pkgutil.walk_packages(trpo_optim.__path__, "trpo_optim.")
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if not module.name.endswith("__main__"):
+            for (scope, name), lines in (
+                ModuleAnalyzer.for_module(module.name).find_attr_docs().items()
+            ):
+                if not scope:
+                    found[name] = lines
+    return found
+
+
+def document_data(*event: Any) -> None:
+    """Give a re-exported constant its own docstring; autodoc shows that of its type."""
+    _app, what, name, _value, _options, lines = event
+    if what == "data":
+        lines[:] = docs_of_data()[name.rpartition(".")[2]]
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the above, before Google-style sections are read."""
+    app.connect("autodoc-process-docstring", document_data, priority=400)
