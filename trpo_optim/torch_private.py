@@ -57,6 +57,7 @@ __all__ = [
     "never_compiled",
     "norm_of_each",
     "outside_transforms",
+    "own_again",
     "pop_mode",
     "swap_contents",
     "transforms_undone",
@@ -98,6 +99,18 @@ def untransformed(tensor: Tensor) -> Tensor:
     while is_transformed(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def own_again(tensor: Tensor) -> None:
+    """Have Python own a tensor that a weak reference gave back.
+
+    If only a graph held the tensor, C++ owns its Python object. Up to torch 2.9, whoever reads a
+    weak reference must take it back, or the memory may be freed twice.
+
+    Args:
+        tensor: What the reference gave.
+    """
+    tensor._fix_weakref()
 
 
 def mps_generator() -> torch.Generator:

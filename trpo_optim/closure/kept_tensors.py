@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from trpo_optim.torch_private import (
     autograd_clock,
     is_transformed,
+    own_again,
     swap_contents,
     untransformed,
 )
@@ -40,14 +41,10 @@ class KeptTensors:
 
     def unwrap(self) -> None:
         """Take torch.func's wrappers off what is still held, before the next evaluation."""
-        left = []
-        for reference in self._made:
-            if (tensor := reference()) is None:
-                continue
+        self._made = [reference for reference in self._made if reference() is not None]
+        for tensor in self._alive():
             if is_transformed(tensor):
                 _swap(tensor, untransformed(tensor))
-            left.append(reference)
-        self._made = left
 
     def make_plain(self, parameters: Sequence[Tensor]) -> None:
         """Turn what is still held into plain tensors of the same values, in place.
@@ -58,13 +55,17 @@ class KeptTensors:
         """
         self.unwrap()
         targets = set(map(id, parameters))
-        for reference in self._made:
-            tensor = reference()
-            if tensor is None or id(tensor) in targets:
-                continue
-            if self._has_graph_of(targets, tensor):
+        for tensor in self._alive():
+            if id(tensor) not in targets and self._has_graph_of(targets, tensor):
                 _swap(tensor, tensor.detach())
         self._made.clear()
+
+    def _alive(self) -> Iterator[Tensor]:
+        """Yield what is still held."""
+        for reference in self._made:
+            if (tensor := reference()) is not None:
+                own_again(tensor)
+                yield tensor
 
     def _has_graph_of(self, targets: set[int], tensor: Tensor) -> bool:
         """Whether an evaluation has made a tensor from parameters."""
