@@ -76,9 +76,9 @@ def conservative_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
 
 
 def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
-    """Maximise L_π subject to KL(π(·|s) ‖ π_new(·|s)) ≤ δ in every state.
+    """Maximise L_π subject to ``KL(π(·|s) ‖ π_new(·|s)) ≤ δ`` in every state.
 
-    Each state is solved on its own: π_new(a|s) = λ π(a|s) / (ν − A(s, a)), with ν above every
+    Each state is solved on its own: ``π_new(a|s) = λ π(a|s) / (ν − A(s, a))``, with ν above every
     advantage. The KL falls as ν grows.
 
     Args:

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def max_total_variation(old: Tensor, new: Tensor) -> float:
-    """Return max over s of ½ Σ |π_old(a|s) − π_new(a|s)|, for policies (S, A).
+    """Return max over s of ``½ Σ |π_old(a|s) − π_new(a|s)|``, for policies (S, A).
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ def max_total_variation(old: Tensor, new: Tensor) -> float:
 
 
 def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
-    """Return KL(π_old(·|s) ‖ π_new(·|s)) in nats, shape (…, S), for policies (…, S, A).
+    """Return ``KL(π_old(·|s) ‖ π_new(·|s))`` in nats, (…, S), for policies (…, S, A).
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
 
 
 def max_kl_divergence(old: Tensor, new: Tensor) -> float:
-    """Return max over s of KL(π_old(·|s) ‖ π_new(·|s)) in nats, for policies (S, A).
+    """Return max over s of ``KL(π_old(·|s) ‖ π_new(·|s))`` in nats, for policies (S, A).
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def penalty_coefficient(advantage: float, gamma: float) -> float:
     """Return C = 4εγ/(1 − γ)².
 
     Args:
-        advantage: ε = max |A_π(s, a)|.
+        advantage: ε = ``max |A_π(s, a)|``.
         gamma: Discount factor γ, in [0, 1).
 
     Returns:
@@ -150,7 +150,8 @@ def lower_bound(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
 def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share: float) -> float:
     """Return a lower bound of η(new) for the mixture new = (1 − α) π_old + α π_other.
 
-    The bound is L_old(new) − 2εγα²/(1 − γ)², with ε = max over s of |Σ π_other(a|s) A_old(s, a)|.
+    The bound is L_old(new) − 2εγα²/(1 − γ)², where ε is the largest
+    ``|Σ π_other(a|s) A_old(s, a)|`` of a state.
 
     Args:
         mdp: The process.
@@ -184,14 +185,14 @@ def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share:
 
 
 def state_distribution_bound(time: int, largest_kl: float) -> float:
-    """Return t·√(2ε), an upper bound of Σ |P(s_t = s | old) − P(s_t = s | new)|.
+    """Return t·√(2ε), an upper bound of ``Σ |P(s_t = s | old) − P(s_t = s | new)|``.
 
     In each step, at most a share TV ≤ √(ε/2) of the trajectories separates, by Pinsker's
     inequality. The L1 distance is at most twice the share that has separated.
 
     Args:
         time: t, steps from the start.
-        largest_kl: ε = max over s of KL(π_old(·|s) ‖ π_new(·|s)), in nats.
+        largest_kl: ε = max over s of ``KL(π_old(·|s) ‖ π_new(·|s))``, in nats.
 
     Returns:
         A number.
@@ -220,7 +221,7 @@ def improvement_bound(report: StepReport, *, advantage: float, gamma: float) -> 
 
     Args:
         report: The report of an accepted step whose loss is the surrogate, in units of advantages.
-        advantage: ε = max |A|, in the same units.
+        advantage: ε = ``max |A|``, in the same units.
         gamma: Discount factor γ, in [0, 1).
 
     Returns:

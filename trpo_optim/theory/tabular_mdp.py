@@ -20,7 +20,7 @@ class TabularMDP:
     as an absorbing state without reward.
 
     Attributes:
-        transitions: P(s'|s, a), shape (S, A, S).
+        transitions: ``P(s'|s, a)``, shape (S, A, S).
         rewards: r(s, a), shape (S, A).
         start: ρ₀(s), shape (S,).
         gamma: Discount factor γ, in [0, 1).
