@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test quick test-thorough bench bench-sampling bench-scaling bench-learning format clean
+.PHONY: demo test quick test-thorough docs bench bench-sampling bench-scaling bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/advanced/demo.py
 
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
@@ -22,22 +22,25 @@ quick: .venv/dev ## ruff, and what neither learns nor starts process groups; pro
 test-thorough: .venv/dev ## every combination; properties on 1000 examples (half an hour)
 	$(BIN)/pytest $(PARALLEL) --hypothesis-profile thorough --timeout 3600
 
-bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/speed.md and docs/speed.png
-	PYTHONPATH=examples $(BIN)/python benchmarks/speed.py
+docs: .venv/docs ## build the site (two minutes); open docs/_build/html/index.html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
 
-bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/sampling.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/sampling.py
+bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/results/speed.md and docs/results/speed.png
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/speed.py
 
-bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/scaling.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/scaling.py
+bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/results/sampling.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/sampling.py
 
-bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms trpo random
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
+bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/results/scaling.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/scaling.py
+
+bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms trpo random
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
 		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Swimmer-v5
-	PYTHONPATH=examples $(BIN)/python benchmarks/pong.py
-	PYTHONPATH=examples $(BIN)/python benchmarks/learning_report.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning_report.py
 
 format: .venv/dev
 	$(BIN)/ruff format .
@@ -53,6 +56,10 @@ format: .venv/dev
 
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+.venv/docs: .venv/examples
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
 .venv/bench: .venv/examples
@@ -84,5 +91,16 @@ test-newest: .venv-newest/installed ## the same with the newest torch and Gymnas
 	.venv-newest/bin/pip install --quiet --editable ".[examples]" --group test
 	touch $@
 
+# The recipes for other libraries, in an environment that has these.
+.PHONY: test-recipes
+test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes (minutes)
+	.venv-recipes/bin/python -m pytest tests/recipes
+
+.venv-recipes/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-recipes
+	.venv-recipes/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-recipes/bin/pip install --quiet --constraint constraints.txt --editable ".[examples]" --group recipes
+	touch $@
+
 clean:
-	rm -rf .venv .venv-floor .venv-newest runs
+	rm -rf .venv .venv-floor .venv-newest .venv-recipes runs docs/_build docs/reference/generated

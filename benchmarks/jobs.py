@@ -16,6 +16,9 @@ from results import name_of, write_run
 MODES = ("trpo", "natural", "vanilla")
 """The algorithms that are this package's."""
 
+EXAMPLE = "examples/advanced/train.py"
+"""The loop that runs them."""
+
 MUJOCO = train.Args(
     total_steps=1_000_000,
     anneal_start=500_000,
@@ -250,12 +253,12 @@ def changes_of(
         if name in own:
             raise SystemExit(f"--changes {name}: every run has its own.")
         if not isinstance(now, int | float):
-            raise SystemExit(f"--changes {name}: no number of examples/train.py is called that.")
+            raise SystemExit(f"--changes {name}: no number in {EXAMPLE} is called that.")
         if not math.isfinite(value):
             raise SystemExit(f"--changes {name} {value}: it is a finite number.")
         if isinstance(now, int) and value != int(value):
             raise SystemExit(f"--changes {name} {value}: it is a whole number.")
         changes.append((name, value if isinstance(now, float) else int(value)))
     if changes and (others := sorted(set(algorithms) - set(MODES))):
-        raise SystemExit(f"--changes are of examples/train.py: leave out {', '.join(others)}.")
+        raise SystemExit(f"--changes are of {EXAMPLE}: leave out {', '.join(others)}.")
     return tuple(changes)

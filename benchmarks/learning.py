@@ -5,8 +5,8 @@
 A job is one environment, algorithm and seed. It is advanced in pieces, side by side with others;
 after each piece the policy is evaluated and one line of JSON written to runs/learning. Killed at
 any moment, the same command goes on from the last finished piece of every job; jobs that
-docs/results.jsonl.xz holds are finished. benchmarks/learning_report.py makes docs/results.md of
-the lines.
+docs/results/results.jsonl.xz holds are finished. benchmarks/learning_report.py makes
+docs/results/learning.md of the lines.
 """
 
 from __future__ import annotations

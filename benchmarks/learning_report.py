@@ -1,4 +1,4 @@
-"""What the learning runs came to: docs/results.md and its pictures, from runs/learning.
+"""What the learning runs came to: docs/results/learning.md and its pictures, from runs/learning.
 
     make bench-learning
 
@@ -121,12 +121,11 @@ def shortfalls(runs: Runs) -> str:
     return table(*rows)
 
 
-def draw_curves(runs: Runs, path: Path) -> None:
-    """Draw the return of every task by steps: mean over the seeds, and their range."""
-    env_ids = [env_id for env_id in SETTINGS if len(runs.final(env_id, "trpo"))]
-    figure = Figure(figsize=(13, 2.7 * -(-len(env_ids) // 4)), layout="constrained")
+def draw_curves(runs: Runs, env_ids: list[str], path: Path) -> None:
+    """Draw the return of tasks by steps, two beside each other: mean over the seeds, and range."""
+    figure = Figure(figsize=(7.5, 2.9 * -(-len(env_ids) // 2)), layout="constrained")
     for index, env_id in enumerate(env_ids):
-        axes = figure.add_subplot(-(-len(env_ids) // 4), 4, index + 1)
+        axes = figure.add_subplot(-(-len(env_ids) // 2), 2, index + 1)
         for algorithm in ALGORITHMS:
             if not len(runs.final(env_id, algorithm)):
                 continue
@@ -134,13 +133,17 @@ def draw_curves(runs: Runs, path: Path) -> None:
             color = COLORS[algorithm]
             axes.plot(steps, returns.mean(0), color=color, label=algorithm)
             axes.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
-        axes.axhline(TARGETS[env_id][0], color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(env_id, fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.axhline(TARGETS[env_id][0], color="black", linewidth=1, linestyle="--")
+        axes.set_title(env_id, fontsize=13)
+        axes.tick_params(labelsize=12)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.supxlabel("environment steps", fontsize=13)
+    figure.supylabel("return", fontsize=13)
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in figure.axes), key=lambda each: len(each[0])
+    )
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=12)
     figure.savefig(path, dpi=100)
 
 
@@ -207,8 +210,11 @@ def main(
             job = Job(env_id, algorithm, seed, folder, pieces_of(algorithm, pieces))
             job.require_own(run[-1], len(run))
     write_archive(lines, ARCHIVE)
-    draw_curves(runs, Path("docs/learning.png"))
-    draw_profiles(runs, reps, Path("docs/profiles.png"))
+    trained = [env_id for env_id in SETTINGS if len(runs.final(env_id, "trpo"))]
+    draw_curves(runs, trained, Path("docs/results/learning.png"))
+    in_all_modes = [env_id for env_id in trained if len(runs.final(env_id, "vanilla"))]
+    draw_curves(runs, in_all_modes, Path("docs/results/modes.png"))
+    draw_profiles(runs, reps, Path("docs/results/profiles.png"))
     page = PAGE.format(
         episodes=EPISODES,
         machines=MACHINES,
@@ -221,12 +227,12 @@ def main(
         study=STUDY.read_text("utf-8").strip(),
         mujoco_table=per_task(runs, list(MUJOCO_TASKS), reps),
         classic_table=per_task(runs, list(CLASSIC_TASKS), reps),
-        pong=pong_part(Path("docs/pong.png")),
+        pong=pong_part(Path("docs/results/pong.png")),
         shortfalls=shortfalls(runs),
         across=across(runs, reps),
         loop=loop_table(rounds),
     )
-    Path("docs/results.md").write_text(wrapped(page), encoding="utf-8")
+    Path("docs/results/learning.md").write_text(wrapped(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     make bench-learning
 
 Killed at any moment, the same command goes on where it stopped, from checkpoints in runs/pong.
-Every finished run is one line of docs/pong.jsonl.xz, and is not made again;
-benchmarks/learning_report.py makes its part of docs/results.md of them.
+Every finished run is one line of docs/results/pong.jsonl.xz, and is not made again;
+benchmarks/learning_report.py makes its part of docs/results/learning.md of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from results import lines_of, write_archive
 from tqdm import tqdm
 from workers import pool
 
-ARCHIVE = Path("docs/pong.jsonl.xz")
+ARCHIVE = Path("docs/results/pong.jsonl.xz")
 
 COMMON = vine.Args(env_id="ALE/Pong-v5")
 """Of both schemes; what neither changes is the example's default."""

@@ -1,4 +1,4 @@
-"""Pong's part of docs/results.md: its text, table and picture."""
+"""Pong's part of docs/results/learning.md: its text, table and picture."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WINDOW = 20
 PART = """## Pong
 
 From frames, with a network of the paper's shape, {weights} parameters, by both of its sampling
-schemes: `examples/vine.py` with {path.num_envs} environments, each scheme by settings of its own.
-Single path takes {path.trunk_steps} steps of each environment an update, within max_kl
+schemes: `examples/advanced/vine.py` with {path.num_envs} environments, each scheme by settings of
+its own. Single path takes {path.trunk_steps} steps of each environment an update, within max_kl
 {path.max_kl}, products on {path.curvature:.0%} of them, and {path.critic_epochs} passes of the
 critic; vine takes {vine.trunk_steps}, within {vine.max_kl}, products on all and
 {vine.critic_epochs} passes, and tries all six actions in {vine.states} of the states, for
@@ -52,12 +52,12 @@ means of the last ten to twenty episodes of training, one seed unless two are gi
 Not run here: commands for budgets of the size of the paper's, 500 updates of 100 000 simulator
 steps by single path and of 390 000 by vine:
 
-    python examples/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
+    python examples/advanced/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
         --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000 \\
         --checkpoint single-path.pt
-    python examples/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 --trunk-steps 400 \\
-        --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 \\
-        --total-steps 193000000 --checkpoint vine.pt
+    python examples/advanced/vine.py --env-id ALE/Pong-v5 --sampling vine --num-envs 64 \\
+        --trunk-steps 400 --states 1000 --horizon 60 --max-kl 0.01 --curvature 0.1 \\
+        --critic-epochs 3 --total-steps 193000000 --checkpoint vine.pt
 """
 
 MACHINES = (

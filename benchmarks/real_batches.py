@@ -1,10 +1,10 @@
 """Batches of real policies, with which to study how good one trust-region step is.
 
-    PYTHONPATH=examples python benchmarks/real_batches.py
+    PYTHONPATH=examples/advanced python benchmarks/real_batches.py
 
-Training as in examples/train.py, with its defaults, is stopped early; what the policy of that
-moment then sees and does goes into a pool, large enough to take a step on some of its rollouts and
-to judge that step on all the others.
+Training as in examples/advanced/train.py, with its defaults, is stopped early; what the policy of
+that moment then sees and does goes into a pool, large enough to take a step on some of its rollouts
+and to judge that step on all the others.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoint import whole
 
-ARCHIVE = Path("docs/results.jsonl.xz")
+ARCHIVE = Path("docs/results/results.jsonl.xz")
 
 
 def name_of(env_id: str, algorithm: str, seed: int) -> str:

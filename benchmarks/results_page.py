@@ -1,4 +1,4 @@
-"""What docs/results.md says around its figures: kept by hand."""
+"""What docs/results/learning.md says around its figures: kept by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ what is to be reached.
 
 One set for all MuJoCo tasks. With d action dimensions the initial standard deviation
 is min(1, e^{mujoco.log_std}/d), and the trust-region radius, on the batch mean of the KL summed
-over dimensions, is {mujoco.max_kl}·d (`examples/train.py --per-dimension`): {radii}.
+over dimensions, is {mujoco.max_kl}·d (`examples/advanced/train.py --per-dimension`): {radii}.
 {mujoco.batch_size} steps an update from {mujoco.num_envs} environments. The length of the steps is
 constant for the first {whole_length} environment steps, and then falls linearly to zero. The critic
 is fitted to the last {mujoco.critic_batches} batches in {mujoco.critic_epochs} passes. γ is

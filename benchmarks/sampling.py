@@ -2,7 +2,7 @@
 
     make bench-sampling
 
-Writes docs/sampling.md.
+Writes docs/results/sampling.md.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ Where the branches soon part, as CartPole's, common random numbers have nothing 
 
 ## Learning
 
-Mean return of the last 20 episodes of the trajectories, by `examples/vine.py`, vine and single
-path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMMER` in
+Mean return of the last 20 episodes of the trajectories, by `examples/advanced/vine.py`, vine and
+single path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMMER` in
 `benchmarks/sampling.py`:
 
 {schemes}
@@ -233,7 +233,7 @@ and 327.
 
 ## The largest KL
 
-`examples/train.py` on CartPole-v1, 100 000 steps, by what is held to `max_kl`:
+`examples/advanced/train.py` on CartPole-v1, 100 000 steps, by what is held to `max_kl`:
 
 {constraints}
 
@@ -241,7 +241,10 @@ and 327.
 
 
 def main(
-    rounds: int = 9, repeats: int = 40, workers: int = 2, path: Path = Path("docs/sampling.md")
+    rounds: int = 9,
+    repeats: int = 40,
+    workers: int = 2,
+    path: Path = Path("docs/results/sampling.md"),
 ) -> None:
     """Measure, and write the page.
 

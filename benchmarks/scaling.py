@@ -2,8 +2,8 @@
 
     make bench-scaling
 
-Writes docs/scaling.md. Processes of one thread each, joined by gloo; those that a round does not
-need wait for it, asleep.
+Writes docs/results/scaling.md. Processes of one thread each are joined by gloo. Those that a round
+does not need sleep.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings:
 
     rounds: int = 7
     """timed rounds"""
-    folder: Path = Path("docs")
+    folder: Path = Path("docs/results")
     """where scaling.md goes"""
 
 

@@ -1,11 +1,11 @@
 """What a step costs, in gradients of the loss and beside other libraries.
 
     make bench
-    PYTHONPATH=examples python benchmarks/speed.py --device cuda
+    PYTHONPATH=examples/advanced python benchmarks/speed.py --device cuda
 
-Writes docs/speed.md and docs/speed.png, or speed-cuda.md and its picture. All take the same step,
-as far as they can: radius and damping are of the joint KL, ten iterations of conjugate gradient, no
-critic.
+Writes docs/results/speed.md and speed.png, or speed-cuda.md and its picture. All take the same
+step, as far as they can: radius and damping are of the joint KL, ten iterations of conjugate
+gradient, no critic.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Settings:
     """samples at the end of the sweep over batch sizes"""
     largest_hidden: int = 3_150
     """hidden units at the end of the sweep over parameters; 3150 make ten million"""
-    folder: Path = Path("docs")
+    folder: Path = Path("docs/results")
     """where the page and its picture go"""
     pools: Path = Path("runs/pools")
     """where real batches are kept; missing ones are made"""

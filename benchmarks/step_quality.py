@@ -1,9 +1,9 @@
 """What buys surrogate gain at the radius, on the step's own batch and on a held-out one.
 
-    PYTHONPATH=examples python benchmarks/step_quality.py
+    PYTHONPATH=examples/advanced python benchmarks/step_quality.py
 
-Prints the tables of docs/step-quality.md and draws docs/step-quality.png. Every direction is scaled
-to the same measured KL on its own batch, so that only where it points is compared.
+Prints the tables of docs/results/step-quality.md and draws step-quality.png beside it. Every
+direction is scaled to the same measured KL on its own batch, so that only directions differ.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main(folder: Path = Path("runs/pools"), splits: int = 2, threads: int = 2) -
             here = gains[row[0]]
             row += [f"{here.held_out / best:.3f}", f"{here.own / best:.2f}"]
     print(table(*rows))
-    draw(sums, Path("docs/step-quality.png"))
+    draw(sums, Path("docs/results/step-quality.png"))
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def test_the_sdist_has_what_its_tests_and_the_makefile_read(built: Path) -> None
         "README.md",
         "constraints-floor.txt",
         "constraints.txt",
-        "docs/policies.md",
-        "examples/train.py",
+        "docs/results/policies.md",
+        "examples/advanced/train.py",
         "pyproject.toml",
         "tests/test_package.py",
     }

@@ -1,4 +1,4 @@
-"""Products of every network with every family are exact; docs/policies.md says by which engines."""
+"""Products of every network with every family are exact; a page says by which engines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import EngineChoice, nothing_learned
 from trpo_optim.curvature.local_model import LocalModel
 
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "policies.md"
 
 ENGINES = {
     "G": "Gauss-Newton",
@@ -215,7 +215,7 @@ def without_reentrance(body: nn.Module) -> Iterator[None]:
 
 
 def page() -> str:
-    """Return docs/policies.md."""
+    """Return docs/results/policies.md."""
     heads = ["", *(name.replace(", ", ",<br>") for name in FAMILIES)]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     lines += [

@@ -64,7 +64,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         mode: The row of the table: ``"trpo"``, ``"natural"`` or ``"vanilla"``.
         max_kl: δ, the radius of the trust region in nats, above 0: the limit for the batch mean of
             the joint KL(old ‖ new). None: no radius, ``lr`` is the fixed rate (mode ``"natural"``
-            only).
+            only). Start with 0.01 for discrete actions, and with 0.007 per dimension of a
+            continuous action (found on nine MuJoCo tasks).
         constraint: Which KL the line search of mode ``"trpo"`` holds to ``max_kl``. ``"mean"``: the
             batch mean (the paper's equation 12). ``"max"``: the largest KL of a sample (equation
             11); the closure then returns ``joint_kl(old, new)``. Direction and length use the mean

@@ -18,7 +18,7 @@ assert not [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in
 UPDATES = 6
 """Of the page's 20: enough to see it learn."""
 
-PAGE = Path(__file__).parents[2] / "docs" / "ranks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "many-processes.md"
 
 
 @pytest.mark.ranks

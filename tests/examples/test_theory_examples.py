@@ -14,7 +14,7 @@ import trpo_optim
 from trpo_optim.theory import random_mdp
 
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "docs" / "theory.md"
+PAGE = TESTS.parent / "docs" / "concepts" / "theory.md"
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""Every broken policy and closure is found by the check meant for it; docs/testing.md says so."""
+"""Every broken policy and closure is found by the check meant for it; a page says so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trpo_optim.testing import (
     check_closure,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "test-your-policy.md"
 
 
 def closure_report(name: str, *, skip: set[str] | None = None) -> ClosureReport:
@@ -94,7 +94,7 @@ def found(heading: str, name: str) -> str:
 
 
 def page(said: Callable[[str, str], str]) -> str:
-    """Return docs/testing.md, with what is said of each fault."""
+    """Return docs/how-to/test-your-policy.md, with what is said of each fault."""
     sections = []
     for heading, names in SECTIONS.items():
         sections.append(f"## {heading}\n")

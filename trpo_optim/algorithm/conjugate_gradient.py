@@ -49,7 +49,7 @@ class Solution:
 
 
 RELATIVE_DAMPING = 0.04
-"""λ over the mean of qᵀFq, where λ is left to the solve; chosen in docs/step-quality.md."""
+"""λ over the mean of qᵀFq, where λ is left to the solve; chosen in docs/results/step-quality.md."""
 
 
 def conjugate_gradient(

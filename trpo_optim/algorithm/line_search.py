@@ -13,7 +13,7 @@ __all__ = ["Prediction", "Search", "Trial", "backtrack", "whole_step"]
 
 _FIRST, _TARGET, _ENOUGH = 0.97, 0.98, 0.9
 """Shares of the radius: where the first trial aims by the model, where a further one aims by what
-was measured, and from where on no other is made. See docs/step-quality.md."""
+was measured, and from where on no other is made. See docs/results/step-quality.md."""
 
 _MOST_GROWTH = 2.0
 """How many times the first trial may be lengthened."""

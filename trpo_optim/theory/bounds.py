@@ -39,7 +39,7 @@ def max_total_variation(old: Tensor, new: Tensor) -> float:
 
 
 def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
-    """Return ``KL(π_old(·|s) ‖ π_new(·|s))`` in nats, (…, S), for policies (…, S, A).
+    """Return ``KL(π_old(·|s) ‖ π_new(·|s))`` in nats, shape (…, S), for policies (…, S, A).
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def penalty_coefficient(advantage: float, gamma: float) -> float:
     """Return C = 4εγ/(1 − γ)².
 
     Args:
-        advantage: ε = ``max |A_π(s, a)|``.
+        advantage: ``ε = max |A_π(s, a)|``.
         gamma: Discount factor γ, in [0, 1).
 
     Returns:
@@ -150,8 +150,8 @@ def lower_bound(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
 def conservative_lower_bound(mdp: TabularMDP, old: Tensor, other: Tensor, share: float) -> float:
     """Return a lower bound of η(new) for the mixture new = (1 − α) π_old + α π_other.
 
-    The bound is L_old(new) − 2εγα²/(1 − γ)², where ε is the largest
-    ``|Σ π_other(a|s) A_old(s, a)|`` of a state.
+    The bound is L_old(new) − 2εγα²/(1 − γ)², with ε = max over s of
+    ``|Σ π_other(a|s) A_old(s, a)|``.
 
     Args:
         mdp: The process.
@@ -221,7 +221,7 @@ def improvement_bound(report: StepReport, *, advantage: float, gamma: float) -> 
 
     Args:
         report: The report of an accepted step whose loss is the surrogate, in units of advantages.
-        advantage: ε = ``max |A|``, in the same units.
+        advantage: ``ε = max |A|``, in the same units.
         gamma: Discount factor γ, in [0, 1).
 
     Returns:

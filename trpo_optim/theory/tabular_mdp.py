@@ -16,8 +16,8 @@ __all__ = ["TabularMDP", "random_mdp", "require_probabilities"]
 class TabularMDP:
     """A finite, discounted Markov decision process, in double precision.
 
-    A policy is a tensor π(a|s) of shape (S, A) whose rows sum to one. Model the end of an episode
-    as an absorbing state without reward.
+    A policy is a tensor ``π(a|s)`` of shape (S, A) whose rows sum to one. Model the end of an
+    episode as an absorbing state without reward.
 
     Attributes:
         transitions: ``P(s'|s, a)``, shape (S, A, S).
@@ -105,7 +105,7 @@ class TabularMDP:
         return float(self.start @ self.state_values(policy))
 
     def surrogate(self, old: Tensor, new: Tensor) -> float:
-        """Return L_old(new) = η(old) + Σ ρ_old(s) Σ π_new(a|s) A_old(s, a).
+        """Return ``L_old(new) = η(old) + Σ ρ_old(s) Σ π_new(a|s) A_old(s, a)``.
 
         Args:
             old: The policy that gives states and advantages.
@@ -120,7 +120,7 @@ class TabularMDP:
         return self.expected_return(old) + float(self.visitation(old) @ self._gained(old, new))
 
     def return_by_advantages(self, old: Tensor, new: Tensor) -> float:
-        """Return η(old) + Σ ρ_new(s) Σ π_new(a|s) A_old(s, a), which is η(new).
+        """Return ``η(old) + Σ ρ_new(s) Σ π_new(a|s) A_old(s, a)``, which is η(new).
 
         Args:
             old: The policy that gives advantages.

@@ -1,9 +1,9 @@
 """Compare the three modes on CartPole-v1: a table, and a picture.
 
-    python examples/demo.py
-    python examples/demo.py --picture docs/demo.png  # the one that README shows
+    python examples/advanced/demo.py
+    python examples/advanced/demo.py --picture docs/demo.png  # the one that README shows
 
-Runs examples/train.py once per mode and seed, on all cores; runs and picture stay in runs/.
+Runs train.py, beside it, once per mode and seed, on all cores; runs and picture stay in runs/.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train by vine, the paper's second sampling scheme, or by single path at equal simulator steps.
 
-    python examples/vine.py --env-id CartPole-v1
-    python examples/vine.py --env-id Swimmer-v5 --sampling single-path
-    python examples/vine.py --env-id ALE/Pong-v5 --total-steps 200000 --checkpoint pong.pt
+    python examples/advanced/vine.py --env-id CartPole-v1
+    python examples/advanced/vine.py --env-id Swimmer-v5 --sampling single-path
+    python examples/advanced/vine.py --env-id ALE/Pong-v5 --total-steps 200000 --checkpoint pong.pt
 
 Vine returns to states of its trajectories and tries several actions from each, all branches of a
 state with the same random numbers: all actions where they are few (equation 15), else some that the

@@ -1,8 +1,8 @@
 """Train a Gymnasium agent with a handwritten loop around TrustRegionOptimizer.
 
-    python examples/train.py --env-id Hopper-v5 --mode trpo --total-steps 200000 --seed 0
+    python examples/advanced/train.py --env-id Hopper-v5 --mode trpo --total-steps 200000 --seed 0
 
-    torchrun --nproc-per-node 2 examples/train.py --env-id CartPole-v1
+    torchrun --nproc-per-node 2 examples/advanced/train.py --env-id CartPole-v1
 
 Box and Discrete actions; vector environments; GAE; observation and reward scaling; the critic by
 Adam. By torchrun every process collects from its share of the environments, and all learn as one;

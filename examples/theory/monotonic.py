@@ -1,6 +1,6 @@
-"""Algorithm 1 of the paper beside what is used in practice: a table, and docs/monotonic.png.
+"""Algorithm 1 of the paper beside what is used in practice: a table and a picture.
 
-    python examples/monotonic.py
+    python examples/theory/monotonic.py
 
 Every expectation is enumerated. The fixed rates are such that the first KL is about the radius.
 """
@@ -130,7 +130,9 @@ def draw(runs: list[Run], optimum: float, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(iterations: int = 200, seed: int = 1, picture: Path = Path("docs/monotonic.png")) -> None:
+def main(
+    iterations: int = 200, seed: int = 1, picture: Path = Path("docs/concepts/monotonic.png")
+) -> None:
     """Run every algorithm, print the table, draw the picture.
 
     Args:

@@ -1,6 +1,6 @@
 """The paper's derivation in numbers: every statement with both its sides, each of them checked.
 
-    python examples/theory_walk.py
+    python examples/theory/theory_walk.py
 
 Equation numbers are those of Schulman et al. (2015), arXiv 1502.05477v5. One random process with
 four states and three actions; π is the old policy and π̃ the new one; nothing is sampled but for

@@ -1,0 +1,120 @@
+"""Learn a MuJoCo task with TRPO, on rollouts of trpo_optim.rollouts: copy this file and change it.
+
+    python examples/continuous.py --env-id Hopper-v5 --mode trpo --seed 0 --total-steps 200000
+
+The settings come from docs/results.md: one set that served nine MuJoCo tasks, a million steps each.
+"""
+
+import math
+from functools import partial
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.wrappers import RescaleAction
+from gymnasium.wrappers.vector import NormalizeObservation
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from tqdm import trange
+
+from trpo_optim import TrustRegionOptimizer
+from trpo_optim.rollouts import fit_value, gae, policy_closure, single_path
+
+Mode = Literal["trpo", "natural", "vanilla"]
+ENVS, STEPS = 4, 512  # 4 environments side by side, 512 steps of each per update
+GAMMA, LAMBDA = 0.99, 0.95
+KL_PER_DIMENSION = 0.007  # in nats; the radius grows with the action's dimensions ("Radius" there)
+STD = math.exp(0.8)  # first standard deviation, shared by the dimensions of an action ("Noise")
+LR = {"trpo": 1.0, "natural": 1.0, "vanilla": 0.1}  # 1.0: steps as long as the radius allows
+
+
+def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """Return two hidden layers of 64 units; ``gain`` scales the first outputs."""
+    first, second, last = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)
+    for layer, scale in ((first, math.sqrt(2)), (second, math.sqrt(2)), (last, gain)):
+        nn.init.orthogonal_(layer.weight, scale)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+
+
+class Policy(nn.Module):
+    """A Gaussian policy whose standard deviation does not depend on the observation."""
+
+    def __init__(self, observations: int, actions: int) -> None:
+        super().__init__()
+        self.mean = network(observations, actions, gain=0.01)  # first means near 0
+        self.log_std = nn.Parameter(torch.full((actions,), math.log(min(STD / actions, 1.0))))
+
+    def forward(self, observations: Tensor) -> Distribution:
+        """Return the distribution; Independent makes its last dimension one action."""
+        return Independent(Normal(self.mean(observations), self.log_std.exp()), 1)
+
+
+def draw(episodes: list[tuple[int, float]], kls: list[tuple[float, float]], title: str) -> None:
+    """Draw the return of every episode, and the KL of every update beside the radius."""
+    plt.rcParams["font.size"] = 15  # readable on a phone
+    _, (top, bottom) = plt.subplots(2, 1, figsize=(6, 7), layout="constrained")
+    steps, returns = np.array(episodes or [(0, np.nan)]).T
+    means = [returns[max(0, end - 20) : end].mean() for end in range(1, len(returns) + 1)]
+    top.plot(steps / 1000, returns, ".", color="#999999", markersize=3, label="episode")
+    top.plot(steps / 1000, means, color="#0072B2", linewidth=2.5, label="mean of 20")
+    top.set(title=title, xlabel="environment steps (thousands)", ylabel="return")
+    measured, radii = np.array(kls).T
+    bottom.plot(measured, "o", color="#0072B2", markersize=4, label="update")
+    bottom.plot(radii, color="#D55E00", linestyle="--", label="radius (max_kl)")
+    scale = "log" if measured.max() > 3 * radii.max() else "linear"
+    bottom.set(xlabel="updates", ylabel="KL (nats)", yscale=scale)
+    for axes in (top, bottom):
+        axes.legend()
+
+
+def train(
+    env_id: str = "Hopper-v5",
+    mode: Mode = "trpo",
+    seed: int = 0,
+    total_steps: int = 200_000,
+    picture: str = "continuous.png",
+) -> float:
+    """Train one agent, draw the picture, return the mean return of the last 20 episodes."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # more threads slow down networks this small
+    # Observations with mean 0 and variance 1, and actions from -1 to 1, suit one set of settings.
+    rescale = partial(RescaleAction, min_action=np.float32(-1), max_action=np.float32(1))
+    envs = NormalizeObservation(gym.make_vec(env_id, ENVS, "sync", wrappers=[rescale]))
+    observations = math.prod(envs.single_observation_space.shape or ())
+    actions = math.prod(envs.single_action_space.shape or ())
+    policy, critic = Policy(observations, actions), network(observations, 1, gain=1.0)
+    max_kl = KL_PER_DIMENSION * actions
+    policy_opt = TrustRegionOptimizer(policy.parameters(), mode=mode, max_kl=max_kl, lr=LR[mode])
+    critic_opt = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    episodes, kls, fitted, batch = [], [], [], None
+    updates = max(1, total_steps // (ENVS * STEPS))
+    for update in (progress := trange(updates)):
+        batch = single_path(envs, policy, steps=STEPS, after=batch, seed=None if batch else seed)
+        rewards = (1 - GAMMA) * batch.rewards  # values near 1, which the critic learns faster
+        values, next_values = batch.values(critic)
+        advantages = gae(rewards, values, next_values, batch.ends, gamma=GAMMA, gae_lambda=LAMBDA)
+        length = min(1.0, 2 - 2 * update / updates)  # full at first, then shorter ("Annealing")
+        policy_opt.param_groups[0]["lr"] = length * LR[mode]
+        report = policy_opt.step(policy_closure(policy, batch, advantages, standardise=True))
+        fitted.append(batch.flat((batch.observations, values + advantages)))
+        del fitted[:-4]  # a critic fitted to four batches predicts the next one better ("Critic")
+        seen, targets = map(torch.cat, zip(*fitted, strict=True))
+        fit_value(critic, seen, targets, critic_opt, epochs=5, minibatch=128)
+        ends = (batch.terminated | batch.truncated).nonzero()[:, 0].tolist()
+        for step, value in zip(ends, batch.episode_returns, strict=True):
+            episodes.append(((update * STEPS + step + 1) * ENVS, value))
+        kls.append((report.kl, max_kl * length**2))  # the KL grows with the square of the length
+        recent = float(np.mean([value for _, value in episodes[-20:]] or [np.nan]))
+        progress.set_postfix_str(f"return {recent:.0f}, KL {report.kl:.4f}")
+    envs.close()
+    draw(episodes, kls, f"{env_id}, {mode}, seed {seed}")
+    plt.savefig(picture, dpi=120)
+    return recent
+
+
+if __name__ == "__main__":
+    print(f"mean return of the last 20 episodes: {tyro.cli(train):.1f}")
