@@ -1,6 +1,6 @@
 """skrl's PPO agent whose policy takes one trust-region step per rollout.
 
-Run `python examples/recipes/skrl_agent.py`. After 61_440 steps of CartPole-v1, the mean return
+Run `python examples/recipes/skrl_agent.py`. After 61 440 steps of CartPole-v1, the mean return
 was 473, 500 and 440 with seeds 0, 1 and 2 (last 50 training episodes).
 """
 

@@ -1,6 +1,6 @@
 """TorchRL's collector, actor and GAE, with one trust-region step for each batch.
 
-Run `python examples/recipes/torchrl_loop.py`. After 51_200 steps of CartPole-v1, the mean return
+Run `python examples/recipes/torchrl_loop.py`. After 51 200 steps of CartPole-v1, the mean return
 was 500, 500 and 477 with seeds 0, 1 and 2 (training episodes of the last three batches).
 """
 
