@@ -187,7 +187,12 @@ def main(seed: int = 0, updates: int = 30) -> float:
             "experiment": {"write_interval": 0, "checkpoint_interval": 0},
         },
     )
-    settings = {"timesteps": 256 * updates, "headless": True, "disable_progressbar": True}
+    settings = {
+        "timesteps": 256 * updates,
+        "headless": True,
+        "disable_progressbar": True,
+        "close_environment_at_exit": False,
+    }
     SequentialTrainer(cfg=settings, env=env, agents=agent).train()
     return float(sum(recorded.return_queue) / len(recorded.return_queue))
 
