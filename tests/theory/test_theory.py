@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: TabularMDP(torch.zeros(0, 3, 0), torch.zeros(0, 3), torch.zeros(0), 0.9),
         "at least one of each",
     ),
-    "a negative KL": (lambda: state_distribution_bound(2, -0.1), "largest_kl -0.1"),
+    "a negative KL": (lambda: state_distribution_bound(2, -0.1), "largest_kl is -0.1"),
     "a negative radius": (lambda: constrained_step(GOOD, UNIFORM, -1.0), "radius is -1.0"),
     "a negative price": (lambda: penalised_step(GOOD, UNIFORM, -1.0), "coefficient is -1.0"),
     "a deterministic policy": (

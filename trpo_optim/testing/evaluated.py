@@ -70,8 +70,8 @@ class Evaluated:
         shape = leaves(self.dist())[0].batch_shape
         if not shape or shape[0] < 2:
             raise TrustRegionError(
-                f"The policy has batch shape {tuple(shape)} at these observations. Pass some for "
-                "which it has at least two rows, the batch first."
+                f"The policy has batch shape {tuple(shape)} at these observations. Pass "
+                "observations that give at least two rows, batch first."
             )
         return shape[0]
 
