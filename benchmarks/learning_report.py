@@ -67,7 +67,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
         "IQM",
         "mean, sampled",
     ]
-    rows = [[*head, "to reach"]]
+    rows = [[*head, "target"]]
     for env_id in env_ids:
         for algorithm in ALGORITHMS:
             scores = runs.final(env_id, algorithm)
@@ -94,7 +94,7 @@ def per_task(runs: Runs, env_ids: list[str], reps: int) -> str:
 
 def across(runs: Runs, reps: int) -> str:
     """Return the tables over all tasks that two algorithms share."""
-    head = ["", "actions", "tasks", "runs of each", "IQM of normalised scores", "the other's"]
+    head = ["", "actions", "tasks", "runs of each", "IQM of normalised scores", "IQM of the other"]
     rows = [[*head, "probability of improvement"]]
     for kind in ("deterministic", "sampled"):
         for other, pair in runs.pairs(kind).items():
@@ -113,7 +113,7 @@ def across(runs: Runs, reps: int) -> str:
 
 def shortfalls(runs: Runs) -> str:
     """Return the table of the tasks on which trpo's mean is below what is to be reached."""
-    rows = [["task", "trpo, mean", "to reach", "sb3-contrib, mean", "what was tried"]]
+    rows = [["task", "trpo, mean", "target", "sb3-contrib, mean", "what was tried"]]
     for env_id, (own, peer) in runs.missed().items():
         theirs = "–" if peer is None else f"{peer:.4g}"
         tried = TRIED.get(env_id, "–")

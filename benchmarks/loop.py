@@ -89,7 +89,7 @@ def loop_table(rounds: int) -> str:
     torch.set_num_threads(1)
     head = ["task", "environments", "simulator (ms)"]
     head += ["collect (ms)", "policy (ms)", "critic and scaling (ms)"]
-    head += ["sb3-contrib: collect (ms)", "policy and critic (ms)"]
+    head += ["sb3-contrib: collect (ms)", "sb3-contrib: policy and critic (ms)"]
     rows = [[*head, "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]]
     for env_id in ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1"):
         for count in (2, 8):

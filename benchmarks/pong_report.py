@@ -20,37 +20,48 @@ WINDOW = 20
 
 PART = """## Pong
 
-From frames, with a network of the paper's shape, {weights} parameters, by both of its sampling
-schemes: `examples/advanced/vine.py` with {path.num_envs} environments, each scheme by settings of
-its own. Single path takes {path.trunk_steps} steps of each environment an update, within max_kl
-{path.max_kl}, products on {path.curvature:.0%} of them, and {path.critic_epochs} passes of the
-critic; vine takes {vine.trunk_steps}, within {vine.max_kl}, products on all and
-{vine.critic_epochs} passes, and tries all six actions in {vine.states} of the states, for
-{vine.horizon} steps each. A simulator step is four frames, in which one action is held,
-with probability 0.25 that of the step before; steps of branches count. Returns of the final policy,
-sampled and likeliest actions, in {episodes} episodes on separate environments, with their standard
-errors; the picture has the episodes of training (vine's are those of its trunks), means of
-{window}. The minutes are those of the machines that made the run: {machines}.
+Pong was run from frames with both sampling schemes of the paper, by `examples/advanced/vine.py`
+with {path.num_envs} environments. The network has the paper's shape and {weights} parameters. Each
+scheme has its own settings:
+
+| | single path | vine |
+| --- | --- | --- |
+| steps of each environment per update | {path.trunk_steps} | {vine.trunk_steps} |
+| max_kl | {path.max_kl} | {vine.max_kl} |
+| share of the samples for the products | {path.curvature:.0%} | all |
+| passes of the critic | {path.critic_epochs} | {vine.critic_epochs} |
+| states in which all six actions are tried | – | {vine.states} |
+| steps of a branch | – | {vine.horizon} |
+
+A simulator step is four frames, in which one action is held. With probability 0.25, it is the
+action of the previous step. Steps of branches count. The returns are those of the final policy over
+{episodes} episodes in separate environments, with their standard errors. One column has sampled
+actions, the other the likeliest actions. The picture shows the episodes of training, as running
+means of {window}. For vine, these are the episodes of its trunks. {machines}
 
 {table}
 
 ![Pong](pong.png)
 
-Vine pays for the value of an action with a branch, and is far behind single path at equal simulator
-steps. By these settings one seed learns as single path does, at a third of its pace; the other is
-at −19.6 after 700 000 steps and −16.7 at the end, in the picture's means. Others did no better;
-means of the last ten to twenty episodes of training, one seed unless two are given:
+Vine pays for the value of each action with a branch. At equal simulator steps, it is far behind
+single path. With these settings, one seed learns as single path does, at a third of its pace. The
+other seed is at −19.6 after 700 000 steps and at −16.7 at the end, by the means of the picture.
+Other settings were not better. The following figures are means of the last ten to twenty episodes
+of training. They have one seed each, unless two seeds are named.
 
-- max_kl 0.02, 128 states, branches of 5 steps: −18.7 and −20.8 after 700 000 simulator steps. The
-  second seed's policy stands still (it has 73 % on the two actions that do not move the paddle). A
-  critic whose outputs begin near zero changed nothing: −21.0 after 63 000, and 78 %.
-- The same with 192 states and branches of one and two steps: −20.8 and −20.7 within 100 000.
-- 64 states and branches of ten steps: −21.0 and −20.5 after 675 000 and 611 000, two seeds.
-- No critic, 40 states and branches of 30 steps, 80 and 15, 24 and 15: −20.5 and −20.3 after
-  300 000, −20.3 after 140 000.
+- With max_kl 0.02, 128 states and branches of 5 steps, two seeds had −18.7 and −20.8 after 700 000
+  simulator steps. The policy of the second seed stands still: it has 73 % on the two actions that
+  do not move the paddle. A critic whose outputs begin near zero changed nothing: −21.0 after 63 000
+  steps, and 78 %.
+- The same with 192 states and branches of one and two steps had −20.8 and −20.7 within 100 000
+  steps.
+- With 64 states and branches of ten steps, two seeds had −21.0 and −20.5 after 675 000 and 611 000
+  steps.
+- Without a critic, 40 states with branches of 30 steps had −20.5 after 300 000 steps, and 80 states
+  with branches of 15 steps had −20.3. 24 states with branches of 15 steps had −20.3 after 140 000.
 
-Not run here: commands for budgets of the size of the paper's, 500 updates of 100 000 simulator
-steps by single path and of 390 000 by vine:
+The following commands use budgets of the size of the paper's: 500 updates of 100 000 simulator
+steps by single path and of 390 000 by vine. They were not run here.
 
     python examples/advanced/vine.py --env-id ALE/Pong-v5 --sampling single-path --num-envs 64 \\
         --trunk-steps 1563 --max-kl 0.01 --curvature 0.1 --critic-epochs 3 --total-steps 50000000 \\
@@ -61,8 +72,8 @@ steps by single path and of 390 000 by vine:
 """
 
 MACHINES = (
-    "single path's to beyond 660 000 steps an H200; from there, and vine's, a core of a small "
-    "server, which other runs had a part of"
+    "Single path ran on an H200 until beyond 660 000 steps. Its later steps, and vine, ran on a "
+    "core of a small server, which other runs shared."
 )
 """What the archived runs were made on, kept by hand."""
 

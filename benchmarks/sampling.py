@@ -61,7 +61,7 @@ def collecting(rounds: int) -> str:
     """Return the table of environment steps a second on one core."""
     torch.set_num_threads(1)
     rows = [
-        ["environment", "side by side", "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]
+        ["environment", "environments", "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]
     ]
     for env_id in ("Hopper-v5", "CartPole-v1"):
         for count in (1, 4, 16):
@@ -82,9 +82,9 @@ def gradient(agent: vine_agent.Agent, closure: Callable[[], Any]) -> Tensor:
 
 def variances(repeats: int) -> str:
     """Return the table of variances: of differences of Q, and of gradients."""
-    head = ["environment", "differences of Q: apart", "common random numbers", "ratio"]
-    head += ["gradient: single path", "with a critic as baseline", "vine", "ratio"]
-    head += ["simulator steps: single path", "vine"]
+    head = ["environment", "Q: independent random numbers", "Q: common random numbers", "ratio"]
+    head += ["gradient: single path", "gradient: single path with a critic as baseline"]
+    head += ["gradient: vine", "ratio", "simulator steps: single path", "simulator steps: vine"]
     rows = [head]
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
         torch.manual_seed(0)
@@ -195,45 +195,50 @@ def learning(workers: int, folder: Path) -> tuple[str, str]:
 
 PAGE = """# What sampling costs and gives
 
-Written by `make bench-sampling` on {cores} CPU cores ({machine}), torch {torch}, sb3-contrib
-{sb3}.
+`make bench-sampling` wrote this page on {cores} CPU cores ({machine}), with torch {torch} and
+sb3-contrib {sb3}.
 
 ## Collecting
 
-Environment steps a second on one core: batches of {steps} steps, with normalised observations and
-scaled rewards, values and GAE's advantages, policy and critic of two hidden layers of 64 tanh
-units. The libraries take turns; the ratio is of the medians of {rounds} rounds, in brackets the
-quartiles of the rounds' own ratios.
+The table shows environment steps per second on one core, for batches of {steps} steps. The time
+includes normalised observations, scaled rewards, values and the advantages of GAE. Policy and
+critic have two hidden layers of 64 tanh units. The libraries run in turns. The ratio is the ratio
+of the medians of {rounds} rounds. The quartiles of the rounds' own ratios are in brackets.
 
 {collecting}
 
 ## Variance
 
-Untrained policies. Left: the variance of Q(s, a) − Q(s, b) of two actions tried from one state
-(all of CartPole's, two of the policy's elsewhere), with independent and with common random
-numbers. Right: the trace of the covariance of the surrogate's gradient, {samples} values of Q in
-each, over {repeats} repeats, and the simulator steps that these take: the paper's claim is per
-value of Q, and vine pays for its values with steps.
+The policies are untrained. The left part of the table shows the variance of Q(s, a) − Q(s, b) for
+two actions tried from the same state, with independent and with common random numbers. On CartPole,
+vine tries all actions. In the other environments, the policy draws the two actions.
+
+The middle part shows the variance of the gradient of the surrogate: the trace of its covariance
+over {repeats} repeats. Each gradient uses {samples} values of Q. The right part counts the
+simulator steps that these values take. The paper compares the variance for the same number of
+values of Q. Vine needs more simulator steps for them.
 
 {variances}
 
-Where the branches soon part, as CartPole's, common random numbers have nothing to hold on to.
+On CartPole, the branches of a state soon differ, so common random numbers help little.
 
 ## Learning
 
-Mean return of the last 20 episodes of the trajectories, by `examples/advanced/vine.py`, vine and
-single path (with GAE) at equal simulator steps, the settings of `CARTPOLE` and `SWIMMER` in
-`benchmarks/sampling.py`:
+The table shows the mean return of the last 20 episodes of the trajectories.
+`examples/advanced/vine.py` ran vine and single path (with GAE) for the same number of simulator
+steps. The settings are `CARTPOLE` and `SWIMMER` in `benchmarks/sampling.py`.
 
 {schemes}
 
-On Swimmer single path is ahead in every run of the table, and vine's runs differ: its seed 3 ends
-at 244. An earlier version, from other starts, had vine at 287, 241 and 289, single path at 332, 99
-and 327.
+On Swimmer, single path is ahead in every run of the table. The runs of vine differ: its seed 3
+ends at 244. In an earlier version, from other starts, vine ended at 287, 241 and 289, and single
+path ended at 332, 99 and 327.
 
 ## The largest KL
 
-`examples/advanced/train.py` on CartPole-v1, 100 000 steps, by what is held to `max_kl`:
+The table shows the same mean return for `examples/advanced/train.py` on CartPole-v1, after 100 000
+steps. The runs differ in the KL that is held to `max_kl`: the mean of the batch, or the largest of
+a sample.
 
 {constraints}
 

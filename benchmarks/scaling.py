@@ -160,11 +160,11 @@ def spawned(function: Callable[..., None], size: int, name: str, *args: Any) -> 
 
 def scaling_table(times: dict[str, Times]) -> str:
     """Return the table of weak and strong scaling."""
-    rows = [["network", "", "1 rank (ms)", "2 ranks (ms)", "2 ranks over 1"]]
+    rows = [["network", "", "1 rank (ms)", "2 ranks (ms)", "ratio of 2 ranks to 1"]]
     for hidden in (64, 256):
         for name, meaning in (
-            ("strong", f"{SAMPLES} samples in all"),
-            ("weak", f"{SAMPLES} samples a rank"),
+            ("strong", f"{SAMPLES} samples in total"),
+            ("weak", f"{SAMPLES} samples per rank"),
         ):
             one, two = (times[f"{hidden} {name} {ranks}"] for ranks in (1, 2))
             rows.append(
@@ -188,7 +188,7 @@ def traffic_table(rows: list[tuple[int, dict[str, Any], int, int]], ranks: int) 
         model = (products + 1) * 4 * (count + ranks)
         name = "vanilla" if how.get("mode") else f"trpo, {products} products"
         found.append(
-            [str(count), name, f"{products + 1} + {small}", f"{size:,}", f"{model:,} + rows"]
+            [str(count), name, f"{products + 1} + {small}", f"{size:,}", f"{model:,} + tables"]
         )
     return table(*found)
 
@@ -212,50 +212,50 @@ Written by `make bench-scaling` on {cores} CPU cores ({machine}), torch {torch},
 
 ## What is sent
 
-A step sums one vector a product and one for the gradient, in float32 at least, and {rows} small
-tables: whether all ranks stand at one place, the values at the start and at each trial, and whether
-all have come to the same end. Counted on two ranks:
+A step performs one all-reduce of parameter size for the gradient and one per product, in float32 or
+higher precision. It also sends {rows} small tables: the state of all ranks before the step, the
+values at the start and at the trial, and the result of all ranks. Each further trial sends one more
+table. The figures were counted on two ranks. Collectives are vectors plus tables.
 
 {traffic}
 
-Every vector ends with one number a rank, by which a rank says that it has failed; every table has
-7 numbers a rank at most. Nothing else is sent, unless something is wrong, a rank has no samples, or
-ranks differentiate by different engines: then short texts follow.
+Every vector ends with one number per rank, which reports a failure. Every table has at most 7
+numbers per rank. Short texts follow if something is wrong, if a rank has no samples, or if ranks
+use different engines.
 
 ## Two ranks on two cores
 
-Medians over {rounds} rounds in which the jobs take turns; in brackets the quartiles of the rounds'
-own ratios. One thread a rank, ten products, with the third value.
+The times are medians over {rounds} rounds. The jobs run in turns. Brackets hold the quartiles of
+the rounds' own ratios. Each rank has one thread. Steps have ten products, with the third value.
 
 {scaling}
 
-One all-reduce of 4 kB takes {small:.2f} ms here, of 4 MB {middle:.1f} ms, of 40 MB {large:.0f} ms.
+An all-reduce takes {small:.2f} ms for 4 kB, {middle:.1f} ms for 4 MB, {large:.0f} ms for 40 MB.
 
 ## What the model says
 
-An all-reduce of B bytes over P ranks takes 2 ⌈log₂ P⌉ α + 2 (P − 1)/P · B/β, a tree's latency and a
-ring's bandwidth. With nominal figures (α of 30, 5 and 3 µs, β as named), none of them measured
-here, a step of ten products waits for the network
+An all-reduce of B bytes over P ranks takes 2 ⌈log₂ P⌉ α + 2 (P − 1)/P · B/β: the latency of a tree
+and the bandwidth of a ring. The table shows how long a step of ten products waits for the network.
+The figures are nominal, not measured here. The latency α is 30 µs for the Ethernet, 5 µs for
+InfiniBand and 3 µs for NVLink. The bandwidth β is named in the table.
 
 {model}
 
-That time does not depend on the batch: the ranks' own work has to outweigh it. A product on N
-samples of a network with n weights takes about 8 N n floating-point operations, so that beyond some
-samples a rank the network no longer counts, whatever n: at 10¹³ operations a second, with 8 bytes a
-weight to be sent, {over_ethernet:.0f} of them on the Ethernet and {over_infiniband:.0f} on the
-InfiniBand named above.
+This time does not depend on the batch. With enough samples per rank, the computation takes longer
+than the communication. A product on N samples of a network with n weights takes about 8 N n
+floating-point operations, and sends 8 bytes per weight. Both grow with n, so the number of samples
+that is enough does not depend on n. At 10¹³ operations per second, it is {over_ethernet:.0f} on the
+Ethernet and {over_infiniband:.0f} on the InfiniBand of the table.
 
-The limit is the memory. A solve of ten products keeps ten directions, and a rank holds about
-sixteen vectors of the parameters' length, so that 10⁹ parameters fill a card of 80 GB. Tensor
-parallelism shards weights and activations, not these vectors. Beyond that lie fewer directions, or
-another solver.
+Memory is the limit. A solve of ten products keeps ten directions, and a rank holds about sixteen
+vectors of parameter size. So 10⁹ parameters fill a card of 80 GB. Tensor parallelism shards weights
+and activations, but not these vectors. A larger policy needs fewer directions or another solver.
 
 ## More curvature per byte
 
-A product costs the same traffic whatever it is taken on: products on a tenth of the batch
-(`curvature=`) save work, not bytes. Fewer products save both: five send a little more than half of
-what ten do, for a held-out gain of 1.000 and 1.002 (2048 and 8192 samples) where ten have 1.018 and
-1.032 ([step quality](step-quality.md)).
+A product sends the same bytes for any number of samples. So products on a tenth of the batch
+(`curvature=`) save computation, but no bytes. Fewer products save both. Five products send a little
+more than half of the bytes of ten, and gain almost as much ([step quality](step-quality.md)).
 """
 
 

@@ -131,7 +131,7 @@ def memory(settings: Settings) -> str:
     jobs["update with it, 8 micro-batches"] = scene.update(third=True, micro_batches=8)
     jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
     times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
-    rows = [["", "peak (MiB)", "in one gradient's", "time, in one gradient's"]]
+    rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients"]]
     unit = 0
     for name, job in jobs.items():
         job.prepare()
@@ -222,10 +222,13 @@ def main(settings: Settings) -> None:
 
 PAGE = """# What a step costs
 
-Written by {where}, {versions}. Every figure is a ratio of medians over
-{rounds} rounds in which the jobs take turns within one process; in brackets the quartiles of the
-rounds' own ratios. The policy is a Gaussian MLP of two hidden tanh layers, 17 observations and 6
-actions; the third value is the closure's distribution.
+This page was written by {where}, with {versions}. Figures
+without a unit are ratios of medians over {rounds} rounds. The jobs run in turns within one process.
+The quartiles of the rounds' own ratios are in brackets.
+
+The policy is a Gaussian MLP with two hidden tanh layers, 17 observations and 6 actions. A network
+17–64–64–6 has two hidden layers of 64 units. The third value is the distribution that a closure may
+return. *With it* means with the third value.
 
 ## In gradients
 
@@ -235,27 +238,30 @@ The unit is one evaluation of the closure with the gradient of its loss.
 
 ## By engine
 
-A closure of two values is differentiated by `torch.func`, and by double backward where `torch.func`
-refuses it. With the third value, products are Gauss–Newton. The unit is one update of ten products
-by double backward; 17–64–64–6.
+`torch.func` differentiates a closure of two values. If `torch.func` refuses a closure, double
+backward differentiates it. With the third value, products are Gauss–Newton. The unit is one update
+of ten products by double backward. The network is 17–64–64–6.
 
 {engines}
 
 ## Beside other libraries
 
-How many times faster an update of ten products is, critics switched off, all with the same radius
-and damping in joint KL (a peer that averages the KL over action dimensions is given a sixth of
-each). Policy (17–64–64–6) and batch are HalfCheetah-v5's after 100 updates.
+The table shows how many times faster an update of ten products is than the peer's. Critics are
+switched off. All libraries use the same radius and damping, for the joint KL. A peer that averages
+the KL over action dimensions gets a sixth of each. The policy (17–64–64–6) and the batch come from
+HalfCheetah-v5 after 100 updates.
 
 {beside_peers}
 
-At both sides' defaults (sb3-contrib: 15 iterations, its damping 0.1), the radius the same:
+The next table uses the defaults of both libraries, with the same radius. The defaults of
+sb3-contrib are 15 iterations and its damping of 0.1.
 
 {at_defaults}
 
 ## Memory
 
-What one update of ten products allocates at its peak, 17–64–64–6, 20 480 samples.
+The table shows the peak memory that one update of ten products allocates. The network is
+17–64–64–6, with 20 480 samples.
 
 {memory}
 
@@ -263,7 +269,8 @@ What one update of ten products allocates at its peak, 17–64–64–6, 20 480 
 
 ![Seconds per update against samples, parameters and iterations]({picture})
 
-The power of each size with which the time grows, fitted over the picture's points (1 is linear):
+The time grows as a power of each size. The table shows the exponents, fitted over the points of the
+picture. An exponent of 1 means linear growth.
 
 {slopes}
 """

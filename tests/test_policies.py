@@ -228,55 +228,55 @@ def page() -> str:
     refusals = "\n".join(f"| {name} | {reason} |" for name, reason in reasons)
     return f"""# Policies
 
-Networks down, distributions across. Each letter is an engine whose Fisher-vector products equalled,
-to 10⁻⁶ in float64, central differences of the KL's gradient (for the sampled KL, the mean of
-∇ln π ∇ln πᵀ; for Laplace, whose KL has a kink, those of a smooth function with the same Fisher
-matrix).
+The [table](#every-network-with-every-family) has a row for each network and a column for each
+family of distributions. Each letter is an engine whose Fisher-vector products were correct:
 
 - **G**, Gauss–Newton. The closure returns the distribution as its third value (for the sampled KL,
   the new log-probabilities).
 - **F**, `torch.func`. The closure returns two values.
-- **D**, double backward. It serves two-valued closures that `torch.func` refuses.
-- **N**, finite differences of the KL's gradient. They serve closures that torch cannot
-  differentiate twice. Their bound is 2·10⁻³, in float64 and in float32. (In float32 dropout,
-  sampled KLs, Laplace, weight norm on CUDA and the Atari CNN are not measured.)
+- **D**, double backward. A step uses it if the closure returns two values and `torch.func` refuses.
+- **N**, finite differences of the KL's gradient. A step uses them if torch cannot differentiate the
+  closure twice.
 
-`report.engine` says which engine a step used, and `report.fallback` why it was not a faster one.
-The optimizer chooses the kernels of attention, recurrence and weight norm. It runs compiled modules
-uncompiled, holds the dropout mask and puts buffers back. You need not do any of this. Under
-autocast, a step of the MLP equals the step in single precision except for rounding.
+The products were compared with central differences of the KL's gradient. They agree to 10⁻⁶ in
+float64 (N: to 2·10⁻³, in float64 and in float32). Two families need another reference. For the
+sampled KL, it is the mean of ∇ln π ∇ln πᵀ. The KL of Laplace has a kink, so its reference is a
+smooth function with the same Fisher matrix. N was not measured in float32 for dropout, sampled KLs,
+Laplace, weight norm on CUDA and the Atari CNN.
+
+The optimizer selects the kernels of attention, recurrence and weight norm. It runs compiled modules
+uncompiled, uses one dropout mask and restores buffers. You need not do any of this. Under autocast,
+a step of the MLP equals the step in single precision except for rounding.
 
 ## What torch differentiates once
 
-Some operations have a first derivative alone: `nn.EmbeddingBag`, `torch.cdist` up to torch 2.13,
-flash attention that the closure asks for, checkpoints with `use_reentrant=True`, and functions of
-yours whose backward is marked `once_differentiable`. A step then uses finite differences:
-Fv = (∇KL(θ + εv) − ∇KL(θ)) / ε.
-A product costs one evaluation and one gradient. The displacement is the one that makes a KL of
-10⁻⁸ nats in single precision, and of 10⁻¹⁵ in double.
+Some operations have only a first derivative: `nn.EmbeddingBag`, `torch.cdist` up to torch 2.13,
+flash attention that the closure asks for, checkpoints with `use_reentrant=True`, and your own
+functions whose backward is marked `once_differentiable`. A step then uses finite differences: Fv =
+(∇KL(θ + εv) − ∇KL(θ)) / ε. A product costs one evaluation and one gradient. The displacement has a
+KL of 10⁻⁸ nats in single precision, and of 10⁻¹⁵ nats in double precision.
 
-A backward may also leave torch unmarked (NumPy, C++, a Triton kernel). Torch then takes the second
-derivative for zero and says nothing. So an optimizer's first step compares the product along the
-gradient with a finite difference. If they differ by more than both can err, this step and all
-further ones use finite differences, and `report.fallback` says so. The comparison costs three to
-five evaluations, once in the optimizer's life; `state_dict` remembers its result.
+A backward may also leave torch without a mark (NumPy, C++, a Triton kernel). Torch then uses zero
+as the second derivative, without an error. [The first step of an optimizer checks
+this](../concepts/curvature.md#the-check-of-the-first-step), with the product along the gradient.
+The check costs three to five evaluations. `state_dict` saves its result, so it is not repeated.
 
-Finite differences end where rounding hides them: in half precision, and in single precision at a
-kink, such as a rectifier's, that many samples are close to. In half precision the step raises an
-error with the way out. Straight-through estimators keep their engine, since their gradients are not
-those of their values.
+Rounding makes finite differences useless in two cases: in half precision, and in single precision
+if many samples are close to a kink, such as that of a rectifier. In half precision, the step raises
+an error that says what to do. Straight-through estimators keep their engine, because their
+gradients are not those of their values.
 
 ## What torch.func refuses
 
-Where `torch.func` refuses a network, or would be wrong, double backward takes over. The optimizer
-tries it once and remembers the refusal.
+If `torch.func` refuses a network or would be wrong, the optimizer uses double backward. It does not
+try `torch.func` again.
 
 {refusals}
 
 ## Every network with every family
 
-`tests/test_policies.py` fails where this table is wrong. `make test` tries a third of its entries,
-`make test-thorough` all of them.
+`tests/test_policies.py` fails if this table is wrong. `make test` tests a third of its entries.
+`make test-thorough` tests all of them.
 
 {table}
 """

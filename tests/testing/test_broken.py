@@ -103,10 +103,9 @@ def page(said: Callable[[str, str], str]) -> str:
     return INTRODUCTION + "\n".join(sections)
 
 
-INTRODUCTION = """# Testing a policy
+INTRODUCTION = """# Test your policy
 
-`check_policy` finds out whether a policy is sound; `check_closure` does the same for a handwritten
-closure.
+`check_policy` checks a policy for faults. `check_closure` checks a handwritten closure.
 
 ```python
 import torch
@@ -116,18 +115,18 @@ print(check_policy(policy, observations))  # a table: what was checked, measured
 assert_policy(policy, observations)  # raises with that table
 
 
-class TestMyPolicy(PolicyTests):  # in pytest, which this needs: one test per check
+class TestMyPolicy(PolicyTests):  # needs pytest; makes one test per check
     policy = MyPolicy()
     observations = torch.randn(256, 17)
 
 
-print(  # where step() would be called
+print(  # in place of step()
     check_closure(
         closure,
         policy.parameters(),
         log_prob=lambda: log_prob(policy(observations), actions),
         advantages=advantages,
-        mask=None,  # of padded sequences, what counts
+        mask=None,  # for padded sequences, true where a token counts
     )
 )
 ```
@@ -136,50 +135,66 @@ print(  # where step() would be called
 python -m trpo_optim.testing package.module:make_policy --observation-space 17
 ```
 
-A policy is a module, a method of one (`agent.dist`) or, with `parameters=`, any function from
-observations to a distribution, or a tuple or dict of them; observations are a tensor, or a tuple or
-dict of them. Pass real ones where you have them. An object that holds tensors, such as a batch of
-graphs, is checked as a whole: `rows` and `finite` are then undecided. A sequence of tokens, a
-`Categorical` of shape (N, T, V), counts as one action per row. Findings come in the order in which
-a fault is best read: what fails first explains what fails after it. `kl=` takes a KL of your own;
-without it, that of policies that have none in closed form is estimated. `skip=` leaves checks out.
-Where part of a policy computes in lower precision than its parameters have, it is checked in single
-precision, and `score` is undecided if differences are rounding (autocast).
+Read the report from the top. The first fault often explains the faults after it.
 
-`check_closure` takes `maximize=True` where the optimizer has it. With `mask=`, it finds a loss or a
-KL that is averaged over prompt or padding, too. The KL is compared with that of the third value, or
-else of the distributions that the closure makes: it must be their mean over the batch, not their
-sum. A closure that makes none is compared with its `log_prob`, on 32 actions or more. A closure's
-`sampled_kl` passes with `low_variance=True`; the plain one has a slope on any one sample.
+## What `check_policy` takes
+
+- **Policy.** Pass a module or a method of a module (`agent.dist`). With `parameters=`, you can pass
+  any function. It maps observations to a distribution, or to a tuple or dict of distributions.
+- **Observations.** Pass a tensor, or a tuple or dict of tensors. Real observations are best. You
+  can also pass another object that holds tensors, such as a batch of graphs. It is checked as a
+  whole, so `rows` and `finite` are undecided.
+- **Tokens.** A sequence of tokens, a `Categorical` of shape (N, T, V), counts as one action per
+  row.
+- **KL.** `kl=` takes your own KL. Without it, the KL is estimated if it has no closed form.
+- **Checks.** `skip=` leaves checks out.
+- **Precision.** Part of a policy may compute in lower precision than its parameters have
+  (autocast). Such a policy is checked in single precision. `score` is undecided if the differences
+  are rounding.
+
+## What `check_closure` takes
+
+Pass `maximize=True` if the optimizer has it. With `mask=`, `check_closure` also finds a loss or a
+KL that is averaged over prompt or padding.
+
+The KL of the closure must be the mean over the batch, not the sum. It is compared with the KL of
+the third value. Without a third value, it is compared with the KL of the distributions that the
+closure makes. If the closure makes no distribution, it is compared with its `log_prob`, on 32
+actions or more. `sampled_kl` passes with `low_variance=True`. The plain estimator has a slope on
+any one sample.
+
+## The checks
 
 | check | finds |
 | --- | --- |
-| `state` | what an evaluation moves or keeps: parameters, buffers, flags, features, statistics |
+| `state` | an evaluation that changes or keeps parameters, buffers, flags, features or statistics |
 | `one action per row` | log_prob that is not one number per observation |
 | `deterministic` | dropout, noise |
 | `rows` | batch normalisation and reductions across the batch |
-| `parameters` | what is detached on the way; it names what the policy does not use |
-| `arguments` | a scale that may become negative or is clamped away, probabilities as logits |
+| `parameters` | parameters that are detached on the way, and parameters that are not used |
+| `arguments` | a scale that may become negative or is clamped, probabilities given as logits |
 | `finite` | NaN and infinity at zeros and at the corners of the observations' range |
 | `density` | log_prob that does not normalise |
 | `sampler` | samples that do not follow log_prob |
 | `entropy` | entropy() that is not the mean of −log_prob |
 | `score` | a gradient of log_prob that is not its slope |
-| `zero kl` | a KL that is not zero, least and smooth where both policies are one |
+| `zero kl` | a KL that is not zero, minimal and smooth if both policies are the same |
 | `kl` | a KL that is not the mean of ln(old/new), such as one averaged over dimensions |
-| `second order` | no Fisher-vector products; a loss on parameters that the KL does not reach |
-| `fisher` | Fisher-vector products that are not the KL's curvature and the scores' spread |
-| `step` | a step that fails, or does not do what the local model says as the radius shrinks |
+| `second order` | no Fisher-vector products; a loss on parameters that the KL does not depend on |
+| `fisher` | Fisher-vector products that differ from the KL's curvature or the scores' spread |
+| `step` | a step that fails, or does not follow the local model as the radius shrinks |
 
-Averages over drawn actions are compared within what noise explains: each comparison finds a sound
-policy at fault once in ten million. `undecided` is a check that does not apply, such as the entropy
-of a family that states none, or whose averages would be noise, such as those over fifty dimensions.
+Averages over sampled actions have noise. The tolerance of each comparison includes this noise: a
+sound policy fails once in ten million. A check is `undecided` if it does not apply, for example the
+entropy of a family that has none. It is also `undecided` if its averages would be noise, for
+example over fifty dimensions.
 
-`trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies;
-`trpo_optim.testing.plugin` the fixture `assert_sound` (`pytest_plugins = [...]` in conftest.py).
+`trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies.
+`trpo_optim.testing.plugin` has the fixture `assert_sound`. To use it, add the module to
+`pytest_plugins` in conftest.py.
 
-What follows is what the kit says of policies and closures with one fault each, written by
-`UPDATE_DOCS=1 pytest tests/testing/test_broken.py`.
+The rest of this page shows the messages for policies and closures with one fault each.
+`UPDATE_DOCS=1 pytest tests/testing/test_broken.py` writes these messages.
 
 """
 
