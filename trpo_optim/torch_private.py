@@ -69,6 +69,7 @@ _PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", 
 """Functions that call others which draw, and have no tag."""
 
 copy_each = torch._foreach_copy_
+fix_weakref: Callable[[Tensor], None] = torch.Tensor._fix_weakref  # type: ignore[attr-defined]  # not in its stubs
 norm_of_each = torch._foreach_norm
 weight_norm = torch._weight_norm
 
@@ -110,7 +111,7 @@ def own_again(tensor: Tensor) -> None:
     Args:
         tensor: What the reference gave.
     """
-    tensor._fix_weakref()
+    fix_weakref(tensor)
 
 
 def mps_generator() -> torch.Generator:

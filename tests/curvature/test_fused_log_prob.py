@@ -35,6 +35,9 @@ class FusedLogProb(Function):
         return of_hidden, of_weight, None
 
 
+fused_log_prob: Any = FusedLogProb.apply
+
+
 def step(fused: bool) -> tuple[StepReport, Tensor]:
     """Take one step on sampled tokens; return its report and the parameters."""
     torch.manual_seed(0)
@@ -46,9 +49,10 @@ def step(fused: bool) -> tuple[StepReport, Tensor]:
     def log_prob() -> Tensor:
         hidden = body(observations).tanh()
         if fused:
-            result: Tensor = FusedLogProb.apply(hidden, weight, tokens)
+            result: Tensor = fused_log_prob(hidden, weight, tokens)
             return result
-        return (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        logs: Tensor = (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[:, None])
+        return logs.squeeze(-1)
 
     with torch.no_grad():
         old = log_prob()

@@ -23,6 +23,7 @@ from trpo_optim import (
     joint_kl,
     log_prob,
     mean_kl,
+    sample,
     sampled_kl,
 )
 
@@ -117,12 +118,10 @@ def test_the_kl_of_padded_sequences_leaves_padding_out() -> None:
 )
 def test_a_mask_of_whole_sequences_is_refused(dist: td.Distribution) -> None:
     mask = torch.ones(4, dtype=torch.bool)
-    for called in (
-        lambda: mean_kl(frozen(dist), dist, mask),
-        lambda: log_prob(dist, dist.sample(), mask),
-    ):
-        with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
-            called()
+    with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
+        mean_kl(frozen(dist), dist, mask)
+    with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
+        log_prob(dist, sample(dist), mask)
 
 
 def test_a_mean_is_over_tokens_or_sequences() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
+from torch.distributions import Categorical, Distribution, Independent
 
 from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import frozen, log_prob, sample
@@ -17,7 +17,7 @@ from trpo_optim.distributions.parts import leaves, tensors
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.observations import changed, require_observations
 
-__all__ = ["Evaluated", "every_row", "module_of"]
+__all__ = ["Evaluated", "every_row", "module_of", "per_row"]
 
 _SEED = 20150707
 
@@ -91,7 +91,7 @@ class Evaluated:
         A sequence of tokens is one action.
         """
         chosen = self.actions if actions is None else actions
-        return log_prob(dist, chosen, every_row(dist))
+        return log_prob(per_row(dist), chosen, every_row(dist))
 
     def dist(self, observations: Any = None) -> Any:
         """Evaluate the policy, with its graph, as ``steady`` does."""
@@ -147,6 +147,19 @@ def module_of(policy: Any) -> nn.Module | None:
     """Return the module that a policy is, or is a method of."""
     owner = getattr(policy, "__self__", policy)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def per_row(dist: Any) -> Any:
+    """Return a policy whose sequences are one action per row each."""
+    if isinstance(dist, Distribution) and isinstance(dist, Mapping):
+        return dist  # it has a form of its own
+    if isinstance(dist, Distribution):
+        further = len(dist.batch_shape) - 1
+        whole = bool(dist.event_shape) or isinstance(dist, Categorical)
+        return Independent(dist, further) if whole and further > 0 else dist
+    if isinstance(dist, Mapping):
+        return {name: per_row(part) for name, part in dist.items()}
+    return tuple(per_row(part) for part in dist)
 
 
 def every_row(dist: Any) -> Tensor:

@@ -22,7 +22,7 @@ from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributions import mean_kl
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.averages import average
-from trpo_optim.testing.evaluated import Evaluated, every_row
+from trpo_optim.testing.evaluated import Evaluated, every_row, per_row
 from trpo_optim.testing.observations import changed
 from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
 
@@ -55,7 +55,7 @@ class Subject(Evaluated):
             stated: Tensor = self._kl(self.old, new)
             return stated
         if self._closed_form:
-            return mean_kl(self.old, new, every_row(new))
+            return mean_kl(per_row(self.old), per_row(new), every_row(new))
         logs = self.joint_log_prob(new)
         change, weights = logs - self.old_joint_log_prob, self._weights
         excess = torch.where(weights > 0, torch.expm1(change) - change, 0.0)
@@ -66,7 +66,7 @@ class Subject(Evaluated):
         """Whether ``mean_kl`` knows the policy's families."""
         try:
             new = self.dist()
-            mean_kl(self.old, new, every_row(new))
+            mean_kl(per_row(self.old), per_row(new), every_row(new))
         except NoClosedFormError:
             return False
         except TrustRegionError:
