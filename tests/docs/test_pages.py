@@ -23,6 +23,7 @@ RUN_BY_OTHERS = {
     "docs/how-to/test-your-policy.md": "tests/testing/test_broken.py, which writes the page",
 }
 
+NOT_RUN = re.compile(r"<!-- not run: .+? -->\n\n?```python\n.*?^```", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 PACKAGES = ["", ".rollouts", ".snapshots", ".testing", ".theory"]
@@ -34,8 +35,11 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str]]:
-    """Yield the Python blocks of a page, each with the number of lines above it."""
-    text = page.read_text("utf-8")
+    """Yield the Python blocks of a page, each with the number of lines above it.
+
+    Blocks that say why they are not run are left out.
+    """
+    text = NOT_RUN.sub(lambda block: "\n" * block[0].count("\n"), page.read_text("utf-8"))
     for found in BLOCK.finditer(text):
         code = re.sub(r"^:.*$", "", found[1], flags=re.MULTILINE)  # options of a cell
         yield text[: found.start(1)].count("\n"), code
