@@ -43,7 +43,6 @@ autosummary_ignore_module_all = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"show-inheritance": True}
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
 toc_object_entries_show_parents = "hide"
