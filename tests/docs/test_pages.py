@@ -20,7 +20,6 @@ PAGES = [
 ]
 RUN_BY_OTHERS = {
     "docs/how-to/many-processes.md": "tests/distributed/test_ranks_page.py, under torchrun",
-    "docs/how-to/test-your-policy.md": "tests/testing/test_broken.py, which writes the page",
 }
 
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\n\n?```python\n.*?^```", re.DOTALL | re.MULTILINE)

@@ -109,8 +109,23 @@ INTRODUCTION = """# Test your policy
 
 ```python
 import torch
+from torch import nn
+from torch.distributions import Independent, Normal
+
+from trpo_optim import frozen, log_prob, mean_kl
 from trpo_optim.testing import PolicyTests, assert_policy, check_closure, check_policy
 
+
+class MyPolicy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(17, 6), nn.Parameter(torch.zeros(6))
+
+    def forward(self, observations):
+        return Independent(Normal(self.mean(observations), self.log_std.exp()), 1)
+
+
+policy, observations, advantages = MyPolicy(), torch.randn(256, 17), torch.randn(256)
 print(check_policy(policy, observations))  # a table: what was checked, measured, found
 assert_policy(policy, observations)  # raises with that table
 
@@ -118,6 +133,17 @@ assert_policy(policy, observations)  # raises with that table
 class TestMyPolicy(PolicyTests):  # needs pytest; makes one test per check
     policy = MyPolicy()
     observations = torch.randn(256, 17)
+
+
+with torch.no_grad():
+    old_dist = frozen(policy(observations))
+    actions = old_dist.sample()
+
+
+def closure():
+    dist = policy(observations)
+    ratio = (log_prob(dist, actions) - log_prob(old_dist, actions)).exp()
+    return -(ratio * advantages).mean(), mean_kl(old_dist, dist), dist
 
 
 print(  # in place of step()
