@@ -46,9 +46,10 @@ def under_assignments() -> dict[str, str]:
 def documented(name: str) -> dict[str, str]:
     """The docstrings of a public name: its own, and those of its public members."""
     value = PUBLIC[name]
-    if not (inspect.isclass(value) or inspect.isfunction(value)):
+    is_class = issubclass(type(value), type)  # Python 3.10 takes an alias of types for a class, too
+    if not (is_class or inspect.isfunction(value)):
         return {name: under_assignments().get(name, "")}
-    members = vars(value).items() if inspect.isclass(value) else ()
+    members = vars(value).items() if is_class else ()
     return {name: value.__doc__ or ""} | {
         f"{name}.{each}": member.__doc__ or ""
         for each, member in members

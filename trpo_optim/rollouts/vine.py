@@ -50,7 +50,7 @@ class VineBatch:
         >>> import gymnasium as gym, torch
         >>> from torch.distributions import Categorical
         >>> from trpo_optim.rollouts import vine
-        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
         >>> policy = lambda seen: Categorical(logits=torch.zeros(len(seen), 2))
         >>> batch = vine(envs, policy, steps=4, states=3, horizon=2, gamma=0.5)
         >>> batch.q  # two steps with the reward 1, for three states and two actions
@@ -128,7 +128,7 @@ def vine(
         >>> import gymnasium as gym, torch
         >>> from torch.distributions import Categorical
         >>> from trpo_optim.rollouts import vine
-        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
         >>> network = torch.nn.Linear(4, 2)
         >>> policy = lambda observations: Categorical(logits=network(observations))
         >>> batch = vine(envs, policy, steps=8, states=4, horizon=3, gamma=0.99)

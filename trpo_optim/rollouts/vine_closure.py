@@ -61,7 +61,7 @@ def vine_closure(
         >>> from torch.distributions import Categorical
         >>> from trpo_optim import TrustRegionOptimizer
         >>> from trpo_optim.rollouts import vine, vine_closure
-        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
         >>> network = torch.nn.Linear(4, 2)
         >>> policy = lambda observations: Categorical(logits=network(observations))
         >>> batch = vine(envs, policy, steps=32, states=8, horizon=32, gamma=0.99)
