@@ -48,16 +48,8 @@ napoleon_custom_sections = ["Source"]
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 80
 
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-REPOSITORY = "https://github.com/trpo-optim/trpo_optim/blob/main/"
-myst_url_schemes = {
-    "http": None,
-    "https": None,
-    "mailto": None,
-    "repo": {"url": REPOSITORY + "{{path}}", "title": "{{path}}"},
-}
-mathjax_path = "mathjax/tex-svg.js"
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True

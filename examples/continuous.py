@@ -2,7 +2,7 @@
 
     python examples/continuous.py --env-id Hopper-v5 --mode trpo --seed 0 --total-steps 200000
 
-The settings come from docs/results.md: one set that served nine MuJoCo tasks, a million steps each.
+The settings come from docs/results/learning.md, where one set served nine MuJoCo tasks.
 """
 
 import math

@@ -93,7 +93,7 @@ class Hyperparameters:
             name, example = ("max_norm", 0.1) if self.mode == "vanilla" else ("max_kl", 0.01)
             raise TrustRegionError(
                 f"lr was not given with mode={self.mode!r} and {name}=None, where it is the fixed "
-                f"rate of the step. No rate fits all losses. Pass lr, for example lr=0.01, or "
+                f"rate of the step. No rate fits all losses. Pass lr, for example lr=1.0, or "
                 f"{name}, for example {name}={example}."
             )
 

@@ -39,7 +39,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     The closure returns ``(loss, kl)``, two scalar tensors: the surrogate loss and the batch mean of
     KL(old ‖ new). The KL may also have shape (N,), one KL per sample; then its mean is used. The
     third value is optional: the new policy's distribution, or the tensors that parametrise it.
-    Returning it does not change the result, but makes a step almost twice as fast. (Laplace
+    Returning it does not change the result, but makes a step up to 1.8 times as fast. (Laplace
     policies require it.) The closure never calls ``backward()``.
 
     =========== ================== ================================== ============================

@@ -22,6 +22,7 @@ RUN_BY_OTHERS = {
     "docs/how-to/many-processes.md": "tests/distributed/test_ranks_page.py, under torchrun",
 }
 
+REPOSITORY = "https://github.com/trpo-optim/trpo_optim/blob/main/"
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\n\n?```python\n.*?^```", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
@@ -67,8 +68,8 @@ def test_every_block_of_a_page_runs_in_its_order(
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text("utf-8")):
-        if target.startswith("repo:"):
-            assert (ROOT / target.removeprefix("repo:")).exists(), target
+        if target.startswith(REPOSITORY):
+            assert (ROOT / target.removeprefix(REPOSITORY)).exists(), target
         elif not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), target
 
