@@ -216,3 +216,29 @@ def test_a_mask_that_does_not_fit_is_named() -> None:
     closure = tokens.closure(tokens.of_tokens, tokens.of_tokens)
     report = check_closure(closure, tokens.model.parameters(), **options)
     assert "log_prob has shape (12, 9) and the mask (12, 4)" in report["loss"].cause
+
+
+@pytest.mark.parametrize("third", [True, False])
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_kl_averaged_over_the_dimensions_of_an_action_is_found(joint: bool, third: bool) -> None:
+    torch.manual_seed(0)
+    policy, observations, advantages = nn.Linear(4, 3), torch.randn(64, 4), torch.randn(64)
+    with torch.no_grad():
+        old = frozen(Normal(policy(observations), 1.0))
+    actions = old.sample()
+
+    def log_prob() -> Tensor:
+        logs: Tensor = Normal(policy(observations), 1.0).log_prob(actions).sum(-1)
+        return logs
+
+    def closure() -> Any:
+        new = Normal(policy(observations), 1.0)
+        kl = kl_divergence(old, new)
+        change = (new.log_prob(actions) - old.log_prob(actions)).sum(-1)
+        loss = -(change.exp() * advantages).mean()
+        kl = kl.sum(-1).mean() if joint else kl.mean()
+        return (loss, kl, new) if third else (loss, kl)
+
+    report = check_closure(closure, policy.parameters(), log_prob=log_prob, advantages=advantages)
+    assert report["kl scale"].verdict is (Verdict.PASSED if joint else Verdict.FAILED), str(report)
+    assert joint or "averaged over the 3 numbers of each action" in report["kl scale"].cause
