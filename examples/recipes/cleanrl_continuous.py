@@ -28,7 +28,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 1_000_000
     num_envs: int = 1
-    num_steps: int = 2048  # of each environment per update
+    num_steps: int = 1024  # of each environment per update
     gamma: float = 0.99
     gae_lambda: float = 0.95
     max_kl: float = 0.007  # nats per action dimension

@@ -81,11 +81,10 @@ def test_the_recurrent_recipe_balances_a_pole_without_seeing_velocities(tmp_path
 
 
 def test_the_continuous_recipe_runs_forwards(tmp_path: Path) -> None:
-    returns = cleanrl_continuous.train(cleanrl_continuous.Args(seed=0, total_timesteps=16_384))
+    returns = cleanrl_continuous.train(cleanrl_continuous.Args(seed=0, total_timesteps=12_288))
 
-    assert len(returns) == 16
-    assert np.mean(returns[:3]) < -50
-    assert np.mean(returns[-5:]) > 50
+    assert len(returns) == 12
+    assert np.mean(returns[-4:]) > np.mean(returns[:4]) + 100
     require_log(tmp_path, 6 * 0.007)
 
 
