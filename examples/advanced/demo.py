@@ -24,6 +24,9 @@ from tqdm import tqdm
 from train import Args, train
 
 MODES: tuple[Literal["trpo", "natural", "vanilla"], ...] = ("trpo", "natural", "vanilla")
+COLORS = ("#0072B2", "#D55E00", "#009E73")
+"""Blue, vermilion and green of Okabe and Ito, which colour-blind people can tell apart."""
+
 WINDOW = 20
 SOLVED = 475.0
 VANILLA_LR = 1.0
@@ -60,23 +63,27 @@ def measure(args: Args) -> Curves:
 
 def draw(curves: list[Curves], path: Path) -> None:
     """Draw return and KL against environment steps: mean over the seeds, and their range."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for color, mode in enumerate(MODES):
+    figure = Figure(figsize=(7.5, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for mode, color in zip(MODES, COLORS, strict=True):
         runs = [each for each in curves if each.mode == mode]
-        grid = runs[0].kl_steps
-        returns = np.stack([np.interp(grid, each.steps, each.returns) for each in runs])
+        grid = runs[0].kl_steps / 1000
+        returns = np.stack([np.interp(runs[0].kl_steps, each.steps, each.returns) for each in runs])
         kls = np.stack([each.kls for each in runs])
-        for axes, values in ((left, returns), (right, np.maximum(kls, 1e-6))):
-            axes.plot(grid, values.mean(0), color=f"C{color}", label=mode)
-            axes.fill_between(grid, values.min(0), values.max(0), color=f"C{color}", alpha=0.2)
-    right.axhline(Args().max_kl, color="black", linewidth=0.8, linestyle="--", label="max_kl")
-    left.set(xlabel="environment steps", ylabel=f"mean return of {WINDOW} episodes")
-    right.set(xlabel="environment steps", ylabel="KL of an update (nats)", yscale="log")
-    right.legend()
-    figure.suptitle(f"CartPole-v1, {len(curves) // len(MODES)} seeds: mean and range")
+        for axes, values in ((top, returns), (bottom, np.maximum(kls, 1e-6))):
+            axes.plot(grid, values.mean(0), color=color, linewidth=2, label=mode)
+            axes.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+    bottom.axhline(Args().max_kl, color="black", linewidth=1, linestyle="--", label="max_kl")
+    top.set_title(f"CartPole-v1, {len(curves) // len(MODES)} seeds: mean and range", fontsize=14)
+    top.set_ylabel(f"mean return of {WINDOW} episodes", fontsize=14)
+    bottom.set_ylabel("KL of an update (nats)", fontsize=14)
+    bottom.set_xlabel("environment steps (thousands)", fontsize=14)
+    bottom.set_yscale("log")
+    bottom.legend(fontsize=13, ncols=2)
+    for axes in (top, bottom):
+        axes.tick_params(labelsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main(seeds: int = 3, total_steps: int = 100_000, picture: Path = Path("runs/demo.png")) -> None:
