@@ -225,3 +225,11 @@ def test_parameters_that_are_all_frozen_are_refused_at_the_step() -> None:
     optimizer = TrustRegionOptimizer([weight])
     with pytest.raises(TrustRegionError, match=r"requires_grad_\(True\)"):
         optimizer.step(quadratic(weight))
+
+
+def test_a_group_without_parameters_takes_part_in_no_step() -> None:
+    weight = torch.zeros(2, requires_grad=True)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [weight]}]
+    optimizer = TrustRegionOptimizer(groups)
+    report = optimizer.step(lambda: (-weight.sum(), weight.square().sum() / 2))
+    assert report.accepted

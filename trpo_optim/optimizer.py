@@ -220,7 +220,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             return Ready.of(self.param_groups, settings, closures)
 
         with torch.inference_mode(False), torch.no_grad():
-            ready, batch = prepared(prepare, group, self.param_groups[0]["params"][0])
+            ready, batch = prepared(prepare, group, self.param_groups)
             figures: dict[str, Any] = {}
             with ready.transaction as transaction, unwrapped(group, ready.vector):
                 transaction.begin()

@@ -98,3 +98,20 @@ def test_what_holds_a_parameter_is_found_wherever_the_closure_keeps_it(
     }
     assert TrustRegionOptimizer(parameters_of(policy)).step(closures[hidden]).accepted
     assert policy.seen == 0
+
+
+def test_the_policy_of_very_many_closures_is_found() -> None:
+    class Policy:
+        def __init__(self) -> None:
+            self.weight = torch.zeros(2, requires_grad=True)
+            self.calls = torch.zeros(())
+
+        def __call__(self) -> tuple[Tensor, Tensor]:
+            self.calls = self.calls + 1
+            raise RuntimeError("injected")
+
+    policy = Policy()
+    closures = [lambda: policy() for _ in range(2500)]
+    with pytest.raises(RuntimeError, match="injected"):
+        TrustRegionOptimizer([policy.weight]).step(closures)
+    assert policy.calls == 0

@@ -118,9 +118,9 @@ def test_the_kl_of_padded_sequences_leaves_padding_out() -> None:
 )
 def test_a_mask_of_whole_sequences_is_refused(dist: td.Distribution) -> None:
     mask = torch.ones(4, dtype=torch.bool)
-    with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
+    with pytest.raises(TrustRegionError, match=r"mask is 1-dimensional.*per='sequence'"):
         mean_kl(frozen(dist), dist, mask)
-    with pytest.raises(TrustRegionError, match=r"mask has 1 dimensions.*per='sequence'"):
+    with pytest.raises(TrustRegionError, match=r"mask is 1-dimensional.*per='sequence'"):
         log_prob(dist, sample(dist), mask)
 
 

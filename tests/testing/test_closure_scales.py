@@ -11,7 +11,7 @@ from broken_closures import with_loss_inputs
 from problems import Problem, categorical, gaussian
 from token_closures import ROWS, STEPS, Tokens
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from trpo_optim import frozen, joint_kl, log_prob, mean_kl, sampled_kl
 from trpo_optim.testing import ClosureReport, Verdict, assert_closure, check_closure
@@ -242,3 +242,30 @@ def test_a_kl_averaged_over_the_dimensions_of_an_action_is_found(joint: bool, th
     report = check_closure(closure, policy.parameters(), log_prob=log_prob, advantages=advantages)
     assert report["kl scale"].verdict is (Verdict.PASSED if joint else Verdict.FAILED), str(report)
     assert joint or "averaged over the 3 numbers of each action" in report["kl scale"].cause
+
+
+def test_a_mean_over_the_vectors_of_a_trajectory_passes() -> None:
+    torch.manual_seed(0)
+    policy, observations, advantages = nn.Linear(4, 3), torch.randn(40, 5, 4), torch.randn(40)
+
+    def dist() -> Distribution:
+        return Independent(Normal(policy(observations), 1.0), 1)
+
+    with torch.no_grad():
+        old = frozen(dist())
+    actions = old.sample()
+
+    def logs(new: Distribution) -> Tensor:
+        result: Tensor = new.log_prob(actions).sum(1)
+        return result
+
+    def closure() -> Any:
+        new = dist()
+        ratio = (logs(new) - logs(old)).exp()
+        every = torch.ones(40, 5, dtype=torch.bool)
+        return -(ratio * advantages).mean(), mean_kl(old, new, every), new
+
+    report = check_closure(
+        closure, policy.parameters(), log_prob=lambda: logs(dist()), advantages=advantages
+    )
+    assert report["kl scale"].verdict is Verdict.PASSED, str(report)

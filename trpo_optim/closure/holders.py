@@ -18,7 +18,7 @@ LONGEST = 1000
 """Lists and dicts with more entries hold data, not a policy."""
 
 _MOST = 2000
-"""How many objects are looked at; the nearest come first."""
+"""How many objects beside the closures are looked at; the nearest come first."""
 
 _FOREIGN = ("builtins", "gymnasium", "logging", "mujoco", "numpy", "torch")
 """Packages whose functions and objects hold nobody's policy."""
@@ -51,8 +51,9 @@ def reached(
         those that hold one.
     """
     queue = deque[Any](closures)
+    most = len(queue) + _MOST
     seen: dict[int, Any] = {}
-    while queue and len(seen) < _MOST:
+    while queue and len(seen) < most:
         here = queue.popleft()
         if id(here) in seen or isinstance(here, _VALUES):
             continue

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,14 +30,14 @@ _UNKNOWN = -math.inf
 
 
 def prepared(
-    prepare: Callable[[], Ready], group: ProcessGroup | None, like: Tensor
+    prepare: Callable[[], Ready], group: ProcessGroup | None, param_groups: list[dict[str, Any]]
 ) -> tuple[Ready, Batch | SharedBatch]:
     """Return what this process steps with, and the batch of all processes that step with it.
 
     Args:
         prepare: Makes this process ready. It may raise.
         group: The processes that step together. None: this process alone.
-        like: A tensor on the device of the parameters.
+        param_groups: The optimizer's, with the parameters on one device.
 
     Raises:
         RankError: If the ranks may not take one step together.
@@ -46,7 +46,8 @@ def prepared(
         ready = prepare()
         assert ready.batch is not None  # as collected requires
         return ready, ready.batch
-    reduction = Reduction(group, like.device)
+    first = next(each for group in param_groups for each in group["params"])
+    reduction = Reduction(group, first.device)
     ready, weights = agreed(reduction, prepare)
     return ready, SharedBatch(ready.batch, weights, ready.vector, reduction)
 

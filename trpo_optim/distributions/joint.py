@@ -56,7 +56,7 @@ def _require_one_action(values: Tensor, dist: Distribution, batch_dims: int, pla
     if not (dist.event_shape or isinstance(dist, Categorical)):
         return
     raise TrustRegionError(
-        f"The mask has {batch_dims} dimensions, and {name_of(dist)}{place} has batch shape "
+        f"The mask is {batch_dims}-dimensional, and {name_of(dist)}{place} has batch shape "
         f"{tuple(values.shape)}. If it holds sequences, give the mask the batch's shape, true "
         "where there is no padding, and pass per='sequence' for the KL of whole sequences. If "
         f"the further dimensions are one action, wrap it in Independent(dist, "

@@ -91,7 +91,7 @@ def _over_dimensions(found: list[Measured], subject: ClosureSubject) -> str:
     shape = subject.log_prob().shape
     parts = rows[(0,) * len(shape)].numel() if shape == rows.shape[: len(shape)] else 1
     _, new, _ = evaluated(subject)
-    of_tokens = any(isinstance(each, Categorical) for each in new)
+    of_tokens = any(each.event_shape or isinstance(each, Categorical) for each in new)
     if parts == 1 or of_tokens or not _is(found, [each.rows.mean() for each in found]):
         return ""
     return (
