@@ -185,7 +185,9 @@ def test_a_parameter_in_the_loss_but_not_in_the_kl_is_an_error(mode: Any, third:
 
     before = problem.vector()
     optimizer = TrustRegionOptimizer([*problem.parameters(), *critic.parameters()], mode=mode)
-    with pytest.raises(TrustRegionError, match=r"5 \(shape \(1, 4\)\), 6 .*critic with its own opti"):
+    with pytest.raises(
+        TrustRegionError, match=r"5 \(shape \(1, 4\)\), 6 .*critic with its own opti"
+    ):
         optimizer.step(closure)
     assert torch.equal(problem.vector(), before)
 
