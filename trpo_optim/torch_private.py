@@ -69,7 +69,6 @@ _PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", 
 """Functions that call others which draw, and have no tag."""
 
 copy_each = torch._foreach_copy_
-fix_weakref: Callable[[Tensor], None] = torch.Tensor._fix_weakref  # type: ignore[attr-defined]  # not in its stubs
 norm_of_each = torch._foreach_norm
 weight_norm = torch._weight_norm
 
@@ -102,16 +101,12 @@ def untransformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def own_again(tensor: Tensor) -> None:
-    """Have Python own a tensor that a weak reference gave back.
+own_again: Callable[[Tensor], None] = Tensor._fix_weakref  # type: ignore[attr-defined]  # no stub
+"""Has Python own a tensor that a weak reference gave back.
 
-    If only a graph held the tensor, C++ owns its Python object. Up to torch 2.9, whoever reads a
-    weak reference must take it back, or the memory may be freed twice.
-
-    Args:
-        tensor: What the reference gave.
-    """
-    fix_weakref(tensor)
+If only a graph held the tensor, C++ owns its Python object. Up to torch 2.9, whoever reads a weak
+reference must take the object back, or the memory may be freed twice.
+"""
 
 
 def mps_generator() -> torch.Generator:

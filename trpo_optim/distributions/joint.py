@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Distribution
 from trpo_optim.distributions.parts import name_of
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["batch_dims_within", "over_action", "require_plain", "summed"]
+__all__ = ["batch_dims_within", "draws_whole_actions", "over_action", "require_plain", "summed"]
 
 
 def over_action(values: Tensor, dist: Distribution, batch_dims: int | None, place: str) -> Tensor:
@@ -53,7 +53,7 @@ def _require_one_action(values: Tensor, dist: Distribution, batch_dims: int, pla
     Raises:
         TrustRegionError: If each of its draws is a whole action: a vector, or a token.
     """
-    if not (dist.event_shape or isinstance(dist, Categorical)):
+    if not draws_whole_actions(dist):
         return
     raise TrustRegionError(
         f"The mask is {batch_dims}-dimensional, and {name_of(dist)}{place} has batch shape "
@@ -62,6 +62,11 @@ def _require_one_action(values: Tensor, dist: Distribution, batch_dims: int, pla
         f"the further dimensions are one action, wrap it in Independent(dist, "
         f"{values.dim() - batch_dims})."
     )
+
+
+def draws_whole_actions(dist: Distribution) -> bool:
+    """Return whether each draw of a distribution is a whole action: a vector, or a token."""
+    return bool(dist.event_shape) or isinstance(dist, Categorical)
 
 
 def require_plain(batch_shape: torch.Size, dist: Distribution, place: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent
+from torch.distributions import Distribution, Independent
 
 from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import frozen, log_prob, sample
+from trpo_optim.distributions.joint import draws_whole_actions
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.parts import leaves, tensors
 from trpo_optim.errors import TrustRegionError
@@ -155,8 +156,7 @@ def per_row(dist: Any) -> Any:
         return dist  # it has a form of its own
     if isinstance(dist, Distribution):
         further = len(dist.batch_shape) - 1
-        whole = bool(dist.event_shape) or isinstance(dist, Categorical)
-        return Independent(dist, further) if whole and further > 0 else dist
+        return Independent(dist, further) if further > 0 and draws_whole_actions(dist) else dist
     if isinstance(dist, Mapping):
         return {name: per_row(part) for name, part in dist.items()}
     return tuple(per_row(part) for part in dist)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
 
+from trpo_optim.distributions.joint import draws_whole_actions
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.findings import Finding, Verdict
@@ -91,8 +91,8 @@ def _over_dimensions(found: list[Measured], subject: ClosureSubject) -> str:
     shape = subject.log_prob().shape
     parts = rows[(0,) * len(shape)].numel() if shape == rows.shape[: len(shape)] else 1
     _, new, _ = evaluated(subject)
-    of_tokens = any(each.event_shape or isinstance(each, Categorical) for each in new)
-    if parts == 1 or of_tokens or not _is(found, [each.rows.mean() for each in found]):
+    whole = any(map(draws_whole_actions, new))
+    if parts == 1 or whole or not _is(found, [each.rows.mean() for each in found]):
         return ""
     return (
         f"The closure's KL is averaged over the {parts} numbers of each action, not summed: the "
