@@ -18,7 +18,7 @@ from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.engine_choice import learned
-from trpo_optim.curvature.local_model import second_order
+from trpo_optim.curvature.second_order import second_order
 
 OBSERVATIONS, ACTIONS = 17, 6  # HalfCheetah's
 RADIUS, DAMPING, ITERATIONS = 0.01, 0.1, 10

@@ -19,7 +19,7 @@ from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.local_model import second_order
+from trpo_optim.curvature.second_order import second_order
 
 RADIUS = 0.01
 

@@ -15,7 +15,8 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.engine_choice import nothing_learned
-from trpo_optim.curvature.local_model import LocalModel, second_order
+from trpo_optim.curvature.local_model import LocalModel
+from trpo_optim.curvature.second_order import second_order
 
 
 def double_backward(objective: Objective) -> LocalModel:

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "max_backtracks": 3,
     "improvement_ratio": 0.2,
     "maximize": True,
+    "engine": "finite differences",
 }
 
 

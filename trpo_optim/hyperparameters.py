@@ -12,13 +12,16 @@ from typing import Any, Literal, get_args
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Constraint", "Hyperparameters", "ModeName"]
+__all__ = ["Constraint", "EngineName", "Hyperparameters", "ModeName"]
 
 ModeName = Literal["trpo", "natural", "vanilla"]
 """The names of the modes, the rows of the table in ``trpo_optim.algorithm.modes``."""
 
 Constraint = Literal["mean", "max"]
 """Which KL of the batch the line search of mode ``"trpo"`` holds to ``max_kl``."""
+
+EngineName = Literal["auto", "Gauss-Newton", "torch.func", "double backward", "finite differences"]
+"""What makes Fisher-vector products; ``"auto"`` leaves the choice to the step."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Hyperparameters:
     max_backtracks: int = 10
     improvement_ratio: float = 0.1
     maximize: bool = False
+    engine: EngineName = "auto"
     scheduled: InitVar[bool] = False
 
     def __post_init__(self, scheduled: bool) -> None:
         """Check every value, alone and together."""
-        for name, choices in (("mode", get_args(ModeName)), ("constraint", get_args(Constraint))):
-            value = getattr(self, name)
+        for name, type_of_names in _NAMES.items():
+            choices, value = get_args(type_of_names), getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 *others, last = map(repr, choices)
                 raise TrustRegionError(
@@ -170,6 +174,9 @@ class Hyperparameters:
         """Return the names of all hyperparameters, as in ``param_groups``."""
         return tuple(entry.name for entry in fields(cls))
 
+
+_NAMES = {"mode": ModeName, "constraint": Constraint, "engine": EngineName}
+"""The hyperparameters that are one of several names."""
 
 _ROUNDING = 1e-12
 """How far below 0 rounding may leave a schedule that ends at 0."""

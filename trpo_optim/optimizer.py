@@ -19,7 +19,7 @@ from trpo_optim.distributed.consistency import Ready
 from trpo_optim.distributed.ddp import require_all_parameters, unwrapped
 from trpo_optim.distributed.rank_batch import prepared
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.hyperparameters import Constraint, Hyperparameters, ModeName
+from trpo_optim.hyperparameters import Constraint, EngineName, Hyperparameters, ModeName
 from trpo_optim.report import Outcome, StepReport
 from trpo_optim.torch_private import never_compiled
 
@@ -74,9 +74,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             fixed rate.
         lr: Scales the step, at least 0; the KL scales with ``lr²``. Leave it at 1 unless you use a
             scheduler. Do not copy Adam's 3e-4: the policy would hardly move. Mode ``"trpo"`` scales
-            the step that its line search found, which takes one more trial if ``lr`` is below 1. A
-            value above 1 changes nothing there. None: 1.0. You must give a number where ``lr`` is
-            the fixed rate.
+            the step that its line search found, with one more trial if ``lr`` is below 1. There, a
+            value above 1 changes nothing. None: 1.0, except where ``lr`` is the fixed rate.
         damping: λ, at least 0. None: 4 % of the mean curvature qᵀFq over an orthonormal basis q of
             the directions that the solve goes through. This follows the scale of F.
         cg_iterations: The most Fisher-vector products in one solve, at least 1.
@@ -88,6 +87,9 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         improvement_ratio: The least share of the predicted improvement that a trial must deliver;
             in [0, 1).
         maximize: Whether the closure's first value is an objective to be raised.
+        engine: What makes Fisher-vector products. ``"auto"``: Gauss–Newton with the third value,
+            ``torch.func`` without it, and finite differences for micro-batches, recurrence,
+            convolutions, attention and checkpoints. A step raises if a named engine cannot serve.
         process_group: The processes that take every step together, each with its own samples.
             ``torch.distributed.group.WORLD`` holds all processes. Means are over the samples of all
             ranks, and all ranks return the same report. The group is not saved and not in
@@ -135,6 +137,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         max_backtracks: int = 10,
         improvement_ratio: float = 0.1,
         maximize: bool = False,
+        engine: EngineName = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
         require_all_parameters()
@@ -153,6 +156,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             max_backtracks=max_backtracks,
             improvement_ratio=improvement_ratio,
             maximize=maximize,
+            engine=engine,
         )
         super().__init__(params, asdict(defaults))
 
@@ -165,10 +169,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         Raises:
             TrustRegionError: If the group was destroyed.
         """
-        if self._process_group is None:
-            return None
-        group = self._process_group()
-        if group is None:
+        group = None if self._process_group is None else self._process_group()
+        if self._process_group is not None and group is None:
             raise TrustRegionError(GROUP_DESTROYED)
         return group
 
@@ -237,7 +239,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         """Add a group of parameters with the same hyperparameters as the other groups.
 
         Args:
-            param_group: ``params``, and any hyperparameters. Those left out take their defaults.
+            param_group: ``params``, and any hyperparameters; the others take their defaults.
 
         Raises:
             TrustRegionError: If a parameter is not real, or a hyperparameter is not valid or

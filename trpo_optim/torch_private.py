@@ -59,6 +59,7 @@ __all__ = [
     "outside_transforms",
     "own_again",
     "pop_mode",
+    "saves_by_hooks",
     "swap_contents",
     "transforms_undone",
     "untransformed",
@@ -67,6 +68,10 @@ __all__ = [
 
 _PYTHON_THAT_DRAWS = {"multi_head_attention_forward", "gumbel_softmax", "lstm", "gru"}
 """Functions that call others which draw, and have no tag."""
+
+_hooks: Callable[[bool], Any] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
 
 copy_each = torch._foreach_copy_
 norm_of_each = torch._foreach_norm
@@ -127,6 +132,14 @@ def transforms_undone() -> Iterator[None]:
     finally:
         while (_maybe_current_level() or 0) > before:
             _grad_decrement_nesting()
+
+
+def saves_by_hooks() -> bool:
+    """Return whether autograd saves its tensors by hooks now, as inside ``checkpoint()``.
+
+    Torch up to 2.6 does not say.
+    """
+    return _hooks is not None and _hooks(False) is not None
 
 
 def compiler_is_imported() -> bool:

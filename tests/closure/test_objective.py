@@ -10,7 +10,7 @@ import torch
 from problems import MODES, PROBLEMS, Problem, gaussian
 from torch import Tensor
 
-from trpo_optim.curvature.local_model import NO_THIRD_VALUE
+from trpo_optim.curvature.second_order import NO_THIRD_VALUE
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -108,14 +108,15 @@ class Attended(nn.Module):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("third", [False, True])
 @pytest.mark.parametrize(
-    ("reentrant", "engines"),
+    ("reentrant", "engine", "engines"),
     [
-        (False, {"Gauss-Newton", "double backward"}),
-        (True, {"finite differences"}),
+        (False, "auto", {"finite differences"}),
+        (False, "double backward", {"double backward"}),
+        (True, "auto", {"finite differences"}),
     ],
 )
 def test_attention_in_a_checkpoint_is_differentiated(
-    reentrant: bool, engines: set[str], third: bool
+    reentrant: bool, engine: Any, engines: set[str], third: bool
 ) -> None:
     torch.manual_seed(0)
     policy, observations = Attended(reentrant=reentrant), torch.randn(20, 5, 3)
@@ -130,7 +131,7 @@ def test_attention_in_a_checkpoint_is_differentiated(
         values = -(ratio * advantages).mean(), mean_kl(old, dist)
         return (*values, dist) if third else values
 
-    report = TrustRegionOptimizer(policy.parameters()).step(closure)
+    report = TrustRegionOptimizer(policy.parameters(), engine=engine).step(closure)
     assert report.accepted
     assert report.engine in engines
     assert 0.008 < report.kl <= 0.01

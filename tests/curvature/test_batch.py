@@ -17,7 +17,15 @@ from problems import MODES, PROBLEMS, Problem, Snapshot, gaussian
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from trpo_optim import TrustRegionError
+from trpo_optim import TrustRegionError, TrustRegionOptimizer
+from trpo_optim.curvature.engine_choice import learned
+
+
+def exact(problem: Problem, **settings: Any) -> TrustRegionOptimizer:
+    """Return an optimizer that knows that finite differences do not serve."""
+    optimizer = problem.proven_optimizer(**settings)
+    learned(optimizer.param_groups[0])["parts"]["smooth"] = False
+    return optimizer
 
 
 @pytest.mark.parametrize("third", [False, True], ids=["hessian", "gauss-newton"])
@@ -27,7 +35,8 @@ def test_micro_batches_take_the_step_of_the_whole_batch(
     make: Callable[[], Problem], mode: str, third: bool
 ) -> None:
     whole, parts = make(), make()
-    settings = {"mode": mode, "cg_iterations": 4}
+    engine = "Gauss-Newton" if third else "torch.func"
+    settings = {"mode": mode, "cg_iterations": 4, "engine": engine}
     expected = whole.optimizer(**settings).step(on_rows(whole, slice(0, 64), third=third))
     closures = [on_rows(parts, chunk, third=third) for chunk in UNEVEN]
     report = parts.optimizer(**settings).step(closures, weights=lengths(UNEVEN))
@@ -44,7 +53,7 @@ def test_micro_batches_without_weights_count_alike() -> None:
     whole, parts = gaussian(), gaussian()
     whole.optimizer().step(whole.closure)
     quarters = [slice(16 * index, 16 * index + 16) for index in range(4)]
-    parts.optimizer().step([on_rows(parts, chunk) for chunk in quarters])
+    parts.optimizer(engine="torch.func").step([on_rows(parts, chunk) for chunk in quarters])
     torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
 
 
@@ -52,7 +61,8 @@ def test_eight_micro_batches_in_single_precision_stay_within_rounding() -> None:
     whole, parts = (gaussian(dtype=torch.float32, samples=512) for _ in range(2))
     chunks = [slice(64 * index, 64 * index + 64) for index in range(8)]
     whole.optimizer().step(whole.closure)
-    parts.optimizer().step([on_rows(parts, chunk) for chunk in chunks], weights=[64] * 8)
+    optimizer = parts.optimizer(engine="torch.func")
+    optimizer.step([on_rows(parts, chunk) for chunk in chunks], weights=[64] * 8)
     torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-5)
 
 
@@ -198,7 +208,8 @@ def test_weights_may_be_a_tensor_and_closures_come_from_a_generator() -> None:
     whole, parts = gaussian(), gaussian()
     whole.optimizer().step(whole.closure)
     closures = (on_rows(parts, chunk) for chunk in UNEVEN)
-    parts.optimizer().step(closures, weights=torch.tensor(lengths(UNEVEN)))
+    optimizer = parts.optimizer(engine="torch.func")
+    optimizer.step(closures, weights=torch.tensor(lengths(UNEVEN)))
     torch.testing.assert_close(parts.vector(), whole.vector(), rtol=0, atol=1e-12)
 
 
@@ -239,7 +250,7 @@ def test_the_report_tells_of_every_engine_and_of_a_third_value_that_did_not_serv
         return *other(), problem.parameters()[0]
 
     for closures in ([good, unfit], [unfit, good]):
-        report = problem.optimizer(lr=0.0).step(closures)
+        report = exact(problem, lr=0.0).step(closures)
         assert report.engine == "double backward"
         assert "other than through" in report.fallback
 
@@ -251,7 +262,7 @@ def test_unlike_parts_are_each_evaluated_once_a_product() -> None:
         on_rows(problem, slice(0, 32), third=True),
         on_rows(problem, slice(32, 64)),
     ]
-    optimizer = problem.proven_optimizer(cg_tolerance=0.0, cg_iterations=3)
+    optimizer = exact(problem, cg_tolerance=0.0, cg_iterations=3)
     report = optimizer.step(parts)
     assert (report.engine, report.fisher_products) == ("torch.func", 3)
     once = 2 * (1 + 3 + 1 + report.backtracks)

@@ -28,7 +28,7 @@ from trpo_optim import TrustRegionOptimizer
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.local_model import second_order
+from trpo_optim.curvature.second_order import second_order
 
 pytestmark = pytest.mark.no_cover
 

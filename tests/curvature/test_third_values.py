@@ -24,7 +24,7 @@ from torch.distributions import Distribution, kl_divergence
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.local_model import second_order
+from trpo_optim.curvature.second_order import second_order
 
 TENSORS: dict[str, tuple[str, Third]] = {
     "location and scale": (

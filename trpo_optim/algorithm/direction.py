@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Solution
-from trpo_optim.algorithm.finite_differences import FiniteDifferences, Slope, disagreement
+from trpo_optim.algorithm.finite_differences import (
+    EVEN,
+    FiniteDifferences,
+    Slope,
+    UnresolvedError,
+    disagreement,
+    resolves,
+)
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
 from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
@@ -29,7 +36,7 @@ class Direction:
         image: The product with the gradient's unit vector, shape (n,); None if it is to be taken on
             trust.
         safe: Whether the closure gave numbers wherever it was evaluated.
-        sound: Whether the product is what a finite difference says.
+        settled: Whether the step may go on. If not, it begins anew, with another engine.
     """
 
     solution: Solution
@@ -37,7 +44,7 @@ class Direction:
     fallback: str
     image: Tensor | None = None
     safe: bool = True
-    sound: bool = True
+    settled: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,19 +75,21 @@ class DirectionSolver:
             The direction.
         """
         if model.engine == _FINITE_DIFFERENCES:
-            return self._by_finite_differences(model, model.fallback)
+            return self._by_finite_differences(model)
+        unproven = self.mode.curved and self.batch.is_unproven()
+        if unproven and self._differences_are_next(model):
+            image = model.product(self.uphill)
+            return Direction(Solution(self.uphill), model.engine, model.fallback, image)
         images: list[Tensor] = []
 
         def product(vector: Tensor) -> Tensor:
             image = model.product(vector)
-            if not images:
+            if unproven and not images:
                 images.append(image)
             return image
 
         solution = self.mode.direction(product, self.uphill, self.settings)
-        unproven = self.mode.curved and self.batch.is_unproven()
-        image = images[0] if images and unproven else None
-        return Direction(solution, model.engine, model.fallback, image)
+        return Direction(solution, model.engine, model.fallback, images[0] if images else None)
 
     def prove(self, direction: Direction, model: LocalModel) -> Direction:
         """Compare the product along the gradient with a finite difference.
@@ -93,12 +102,12 @@ class DirectionSolver:
                 graph.
 
         Returns:
-            The direction. If it is not sound, the step is to be taken from its beginning: the
-            engine's gradient may be wrong, too.
+            The direction. If it is not settled, another engine is to serve: the gradient may be
+            wrong, too, or finite differences are known to serve from now on.
         """
         if direction.image is None:
             if direction.engine == _FINITE_DIFFERENCES and self.batch.is_unproven():
-                self.batch.prove("")
+                self.batch.prove("", smooth=None)
             return direction
         apart = disagreement(
             _slope_of(self.batch, self.parameters),
@@ -117,34 +126,65 @@ class DirectionSolver:
                 f"difference by {apart:.0%}: an operation has second derivatives that are not "
                 "those of its first ones"
             )
-        self.batch.prove(flaw)
-        return replace(direction, sound=not flaw)
+        following = self._differences_are_next(model)
+        smooth = False if self.batch.prefers_differences() else None
+        if following and not flaw:
+            smooth = self._differences_serve(direction.image, model)
+        self.parameters.move(self.uphill, 0.0)
+        self.batch.prove(flaw, smooth=smooth)
+        return replace(direction, settled=not (flaw or following))
 
-    def _by_finite_differences(self, model: LocalModel, reason: str) -> Direction:
-        product = differences_of(self.batch, self.parameters, model).product
-        solution = self.mode.direction(product, self.uphill, self.settings)
-        return Direction(solution, _FINITE_DIFFERENCES, reason)
+    def _differences_serve(self, image: Tensor, model: LocalModel) -> bool:
+        """Return whether finite differences give the product with the gradient's unit vector."""
+        try:
+            made = differences_of(self.batch, self.parameters, model, preferred=True)
+            apart = made.product(self.uphill) - image
+        except UnresolvedError:
+            return False
+        return bool(apart.norm() <= EVEN * image.norm())
+
+    def _differences_are_next(self, model: LocalModel) -> bool:
+        """Return whether finite differences are to serve if they agree with the product."""
+        return self.batch.prefers_differences() and resolves(model.precision)
+
+    def _by_finite_differences(self, model: LocalModel) -> Direction:
+        preferred = self.batch.prefers_differences()
+        try:
+            made = differences_of(self.batch, self.parameters, model, preferred=preferred)
+            solution = self.mode.direction(made.product, self.uphill, self.settings)
+        except UnresolvedError:
+            if not preferred:
+                raise
+            self.batch.prove("", smooth=False)
+            return Direction(Solution(self.uphill), model.engine, model.fallback, settled=False)
+        finally:
+            self.parameters.move(self.uphill, 0.0)
+        return Direction(solution, model.engine, model.fallback)
 
 
-def differences_of(batch: Batch, parameters: Parameters, model: LocalModel) -> FiniteDifferences:
+def differences_of(
+    batch: Batch, parameters: Parameters, model: LocalModel, *, preferred: bool = False
+) -> FiniteDifferences:
     """Return what makes products for a model that has none.
 
     Args:
         batch: The closures.
-        parameters: What the closures depend on. They are where they were after every product.
+        parameters: What the closures depend on. Every product displaces them.
         model: The closures near the current parameters.
+        preferred: Whether another engine serves where the KL is not smooth.
 
     Returns:
         The finite differences.
     """
-    return FiniteDifferences(_slope_of(batch, parameters), model.precision)
+    slope = _slope_of(batch, parameters)
+    if preferred:
+        return FiniteDifferences(slope, model.precision, most_uneven=EVEN)
+    return FiniteDifferences(slope, model.precision)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:
     def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
         parameters.move(vector, length)
-        found = batch.slope()
-        parameters.move(vector, 0.0)
-        return found
+        return batch.slope()
 
     return slope

@@ -14,13 +14,21 @@ from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["FiniteDifferences", "Slope", "disagreement"]
+__all__ = [
+    "EVEN",
+    "FiniteDifferences",
+    "Slope",
+    "UnresolvedError",
+    "disagreement",
+    "resolves",
+]
 
 _COARSEST = 1e-5
 """The unit of rounding above which gradients are too coarse to be subtracted."""
 
-_EVEN = 0.05
-"""By how much the differences on both sides may be apart, relative to their sum."""
+EVEN, _MOST_UNEVEN = 0.05, 0.5
+"""By how much the differences on both sides may be apart, relative to their sum: in a policy that
+is smooth here, and at most."""
 
 _MOST_TRIES = 6
 """How often a displacement is changed until the KL that it makes is the wanted one."""
@@ -31,34 +39,41 @@ Slope = Callable[[Tensor, float], tuple[float, Tensor]]
 gradient there, shape (n,)."""
 
 
+class UnresolvedError(TrustRegionError):
+    """Finite differences do not resolve the curvature."""
+
+
 class FiniteDifferences:
     """v ↦ Fv by forward differences of the KL's gradient.
 
     The displacement is chosen by the KL that it makes: large against what rounding adds to the
     gradient, and small against where the KL stops to be quadratic. In single precision that KL is
-    1e-8 nats, and products are then within 2e-3 of the exact ones for smooth policies. In double
+    3e-8 nats, and products are then within 2e-3 of the exact ones for smooth policies. In double
     precision it is 1e-15 nats, or 1e-12 where part of the policy computes in single precision.
 
     Args:
         slope: The KL and its gradient at displaced parameters.
         precision: The unit of rounding of the coarsest parameter and of the KL.
+        most_uneven: By how much the differences on both sides may be apart, relative to their sum.
 
     Raises:
-        TrustRegionError: If that is half precision.
+        UnresolvedError: If that is half precision.
     """
 
-    def __init__(self, slope: Slope, precision: float) -> None:
-        if precision > _COARSEST:
-            raise TrustRegionError(_TOO_COARSE)
+    def __init__(self, slope: Slope, precision: float, most_uneven: float = _MOST_UNEVEN) -> None:
+        if not resolves(precision):
+            raise UnresolvedError(_TOO_COARSE)
         self._slope = slope
-        self._targets = (1e-15, 1e-12) if precision < 1e-10 else (1e-8, 1e-6)
+        self._most_uneven = most_uneven
+        self._targets = (1e-15, 1e-12) if precision < 1e-10 else (3e-8, 1e-6)
         self._target = self._length = math.nan  # until the first product
         self._origin: Tensor | None = None
 
     def product(self, direction: Tensor) -> Tensor:
         """Return Fv.
 
-        The first product is by central differences, which show whether the KL is smooth here.
+        The first product is by central differences, which show whether the KL is smooth here. The
+        mean of both sides is then taken for the gradient at the current parameters.
 
         Args:
             direction: v, shape (n,).
@@ -67,7 +82,7 @@ class FiniteDifferences:
             Fv, shape (n,).
 
         Raises:
-            TrustRegionError: If the differences on both sides do not agree.
+            UnresolvedError: If the differences on both sides do not agree.
         """
         norm = float(direction.norm())
         if norm == 0:
@@ -82,31 +97,53 @@ class FiniteDifferences:
 
     def _first(self, unit: Tensor) -> Tensor:
         """Return a product by central differences, with whose displacement the others begin."""
-        _, self._origin = self._slope(unit, 0.0)
         best, product = math.inf, torch.zeros_like(unit)
         self._target, self._length = self._targets[-1], math.sqrt(2 * self._targets[-1])
+        self._origin = zero = torch.zeros_like(unit)
+        origin = zero
         for target in self._targets:
-            length, _, there = _displaced(
-                self._slope,
-                self._origin,
-                unit,
-                math.sqrt(2 * target),
-                target,
-                window=(1 / 3, 3),
-            )
-            if 0.5 * length * float(unit @ (there - self._origin)) < 1e-3 * target:
+            length, ahead, behind = self._both_sides(unit, target, origin)
+            if origin is zero and _unevenness(ahead, behind, origin) > EVEN:
+                _, origin = self._slope(unit, 0.0)  # a kink, or a gradient that is not zero here
+                length, ahead, behind = self._both_sides(unit, target, origin)
+            made = 0.5 * length * float(unit @ (ahead - origin))
+            if made < 1e-3 * target:
                 continue  # the KL is flat however far one goes
-            ahead, behind = there - self._origin, self._origin - self._slope(unit, -length)[1]
-            size, apart = float((ahead + behind).norm()), float((ahead - behind).norm())
-            uneven = apart / max(size, 1e-300) if apart else 0.0
+            uneven = _unevenness(ahead, behind, origin)
             if not uneven >= best:
-                best, self._target, self._length = uneven, target, length
-                product = (ahead + behind) / (2 * length)
-            if not uneven > _EVEN:
+                best, self._target = uneven, target
+                self._length = length * math.sqrt(target / made)
+                self._origin = (ahead + behind) / 2 if origin is zero else origin
+                product = (ahead - behind) / (2 * length)
+            if not uneven > EVEN:
                 break
-        if 0.5 < best < math.inf:
-            raise TrustRegionError(_TOO_COARSE)
+        if self._most_uneven < best < math.inf:
+            raise UnresolvedError(_TOO_COARSE)
         return product
+
+    def _both_sides(
+        self, unit: Tensor, target: float, origin: Tensor
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return a displacement that makes about the wanted KL, and the slopes on both sides."""
+        length, _, ahead = _displaced(
+            self._slope, origin, unit, math.sqrt(2 * target), target, window=(1 / 3, 30)
+        )
+        return length, ahead, self._slope(unit, -length)[1]
+
+
+def _unevenness(ahead: Tensor, behind: Tensor, origin: Tensor) -> float:
+    """Return how far two one-sided differences are apart, relative to their sum."""
+    apart = float((ahead + behind - 2 * origin).norm())
+    return apart / max(float((ahead - behind).norm()), 1e-300) if apart else 0.0
+
+
+def resolves(precision: float) -> bool:
+    """Return whether gradients of a precision can be subtracted.
+
+    Args:
+        precision: The unit of rounding of the coarsest parameter and of the KL.
+    """
+    return precision <= _COARSEST
 
 
 _TOO_COARSE = (
@@ -144,7 +181,7 @@ def disagreement(
         The difference, relative to the product by finite differences. 0: there is none, or none
         that can be trusted. NaN: the closure gave no number at a point near by.
     """
-    if precision > _COARSEST:
+    if not resolves(precision):
         return 0.0
     target = 1e-6 if precision < 1e-10 else 1e-4
     if max_kl is not None:

@@ -75,11 +75,15 @@ class Batch(Protocol):
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
 
-    def prove(self, flaw: str) -> None:
+    def prefers_differences(self) -> bool:
+        """Return whether finite differences are to serve where the KL is smooth."""
+
+    def prove(self, flaw: str, *, smooth: bool | None) -> None:
         """Note that products have been compared with finite differences.
 
         Args:
             flaw: Why finite differences are to serve in all further steps, or empty.
+            smooth: Whether finite differences agreed, where they are preferred; else None.
         """
 
     def doubt(self) -> None:

@@ -68,7 +68,7 @@ def take_step(
     solved = solver.solve(model)
     model = model.released()  # neither the trials nor a finite difference need the graph
     solved = solver.prove(solved, model)
-    if not solved.sound:
+    if not solved.settled:
         return take_step(batch, parameters, settings, figures)
     direction = solved.solution
     figures |= {

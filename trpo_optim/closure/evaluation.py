@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
-from types import CodeType
 
 import torch
-import torch.distributions
 from torch import Tensor
 from torch.distributions import Distribution
 
 from trpo_optim.closure.checks import BACKWARD_CALLED, Numbers, Values, checked_values
+from trpo_optim.closure.failures import (
+    is_overflow,
+    is_refusal,
+    needs_graph,
+    passed_through_backward,
+)
 from trpo_optim.closure.interception import RefusedError, Watch
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.torch_switches import without_cudnn
@@ -45,21 +48,6 @@ Example:
     [1.0, 0.0]
 """
 
-_OF_TRANSFORMS = (
-    "functorch",
-    "torch.func",
-    "(vjp, jvp, grad, etc)",
-    "saved tensor hooks",
-    "setup_context",
-    "data pointer",
-    "TensorWrapper",
-)
-"""Words in torch's errors that show that a transform of torch.func is the reason."""
-
-
-_NO_GRAPH = "does not require grad"
-"""Words in torch's error when a closure differentiates inside itself while gradients are off."""
-
 
 class Objective:
     """A closure that can be evaluated at stand-ins for the parameters, with a graph, or displaced.
@@ -77,6 +65,7 @@ class Objective:
         third: Whether it returns a third value; None until that is known.
         drew: Whether the evaluation by torch.func drew random numbers, even if the random state is
             as before.
+        dear: What makes second derivatives dear, or empty. Known after an evaluation.
 
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
@@ -99,10 +88,12 @@ class Objective:
         self.evaluations = 0
         self.third: bool | None = None
         self.drew = False
+        self.dear = ""
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
         self._recurrent = self._random = self._differentiates = False
+        self._interfered = False
         self._precision = 0.0
 
     def at(self, *twins: Tensor) -> Values:
@@ -135,28 +126,32 @@ class Objective:
         except (RefusedError, TrustRegionError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if _is_refusal(error, watch.failure):
+            if is_refusal(error, watch.failure):
                 raise RefusedError(str(error)) from error
             raise
         finally:
             watch.failure = None  # its traceback leads back here
 
-    def with_graph_elsewhere(self) -> Values | None:
-        """Evaluate at displaced parameters, recording the graph; None at an overflow there."""
-        try:
-            return self.with_graph()
-        except Exception as error:
-            if not _is_overflow(error):
-                raise
-            return None
-
     def with_graph(self) -> Values:
-        """Evaluate at the parameters themselves, recording the graph."""
+        """Evaluate at the parameters themselves, recording the graph and checking what is used."""
         self.rewind()
         with torch.enable_grad():
             values = self._watched(self._watch({}))
         self._random |= self.drew_random_numbers()
         return values
+
+    def again(self) -> Values:
+        """Evaluate with a graph where the parameters now are, after an evaluation that checked."""
+        return self.with_graph() if self._interfered else self._plain(graph=True)
+
+    def with_graph_elsewhere(self) -> Values | None:
+        """Evaluate as ``again`` does; None at an overflow."""
+        try:
+            return self.again()
+        except Exception as error:
+            if not is_overflow(error):
+                raise
+            return None
 
     @property
     def precision(self) -> float:
@@ -194,13 +189,14 @@ class Objective:
             ValueError: Whatever else the closure raises.
         """
         try:
-            return self._without_graph()
+            return self._plain(graph=False).numbers()
         except Exception as error:
-            if not _is_overflow(error):
+            if not is_overflow(error):
                 raise
             return Numbers(math.nan, math.nan)
 
-    def _without_graph(self) -> Numbers:
+    def _plain(self, *, graph: bool) -> Values:
+        """Evaluate unwatched, so that compiled modules run compiled."""
         contexts: list[AbstractContextManager[object]] = []
         if self._recurrent:
             contexts.append(without_cudnn())
@@ -208,14 +204,15 @@ class Objective:
             contexts.append(torch.enable_grad())
         self._transaction.run_compiled(not self._random)
         self.rewind()
+        self._transaction.unwatched = graph
         try:
-            values = self._evaluate(*contexts)
+            with torch.set_grad_enabled(graph):
+                return self._evaluate(*contexts)
         except RuntimeError as error:
-            if self._differentiates or _NO_GRAPH not in str(error):
+            if graph or self._differentiates or not needs_graph(error):
                 raise
             self._differentiates = True
-            return self._without_graph()
-        return values.numbers()
+            return self._plain(graph=graph)
 
     def _watch(self, twins: dict[int, Tensor]) -> Watch:
         return Watch(self._transaction, self.vector.parameters, twins)
@@ -229,6 +226,8 @@ class Objective:
             watch.remove()
             self._recurrent |= watch.recurrent
             self._differentiates |= watch.differentiates
+            self._interfered |= watch.interfered
+            self.dear = self.dear or watch.dear
             self._precision = max(self._precision, watch.precision)
 
     def _evaluate(self, *contexts: AbstractContextManager[object]) -> Values:
@@ -243,55 +242,9 @@ class Objective:
                 returned = self.closure()
             values = checked_values(returned)
         except RuntimeError as error:
-            if _passed_through_backward(error):
+            if passed_through_backward(error):
                 raise TrustRegionError(BACKWARD_CALLED) from error
             raise
         if any(parameter.grad is not None for parameter in self.vector.parameters):
             raise TrustRegionError(BACKWARD_CALLED)
         return values
-
-
-def _is_refusal(error: BaseException, failure: BaseException | None) -> bool:
-    """Whether an exception is, or follows from, a refusal by torch.
-
-    Args:
-        error: What came out of the closure.
-        failure: What a call of torch has raised in this evaluation, or None.
-
-    Returns:
-        Whether it is.
-    """
-    each: BaseException | None = error
-    while each is not None:
-        if each is failure:
-            return True
-        if isinstance(each, RuntimeError) and any(words in str(each) for words in _OF_TRANSFORMS):
-            return True
-        # An error's context may be one that somebody handled long before this evaluation.
-        each = each.__cause__ or (each.__context__ if failure is not None else None)
-    return False
-
-
-def _is_overflow(error: Exception) -> bool:
-    """Whether an exception is what an overflow looks like to torch's distributions and solvers."""
-    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # documented, not in __all__
-        return True
-    return isinstance(error, ValueError) and _raised_in(error, torch.distributions.__file__)
-
-
-def _passed_through_backward(error: BaseException) -> bool:
-    """Whether an exception came out of a call of backward()."""
-    return any(frame is torch.autograd.backward.__code__ for frame in _code_of(error))
-
-
-def _raised_in(error: BaseException, init_file: str) -> bool:
-    """Whether an exception was raised by code in the folder of ``init_file``."""
-    *_, innermost = _code_of(error)
-    return Path(init_file).parent in Path(innermost.co_filename).parents
-
-
-def _code_of(error: BaseException) -> Iterator[CodeType]:
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame.f_code
-        trace = trace.tb_next

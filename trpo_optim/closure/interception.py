@@ -23,6 +23,7 @@ from trpo_optim.torch_private import (
     is_transformed,
     may_draw,
     pop_mode,
+    saves_by_hooks,
 )
 
 __all__ = ["RefusedError", "Watch"]
@@ -77,6 +78,8 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         recurrent: Whether a recurrence was run.
+        interfered: Whether a call did other than what the closure asked for.
+        dear: What makes second derivatives dear, as far as calls show it, or empty.
         precision: The unit of rounding of half-precision results, if there were any.
         differentiates: Whether the closure took a gradient itself.
         failure: What a torch call raised last, or None.
@@ -90,7 +93,8 @@ class Watch(TorchFunctionMode):
         twins: Mapping[int, Tensor],
     ) -> None:
         super().__init__()
-        self.recurrent = False
+        self.recurrent = self.interfered = False
+        self.dear = ""
         self.differentiates = False
         self.precision = 0.0
         self.failure: Exception | None = None
@@ -145,6 +149,7 @@ class Watch(TorchFunctionMode):
         if func == _SET_DATA and self._twins:
             raise RefusedError("the closure assigns to the .data of a tensor")
         if func in _HOOKS:
+            self.interfered = True
             return _not_registered()
         if self._twins and func == _DATA:
             # A transform of torch.func cuts .data at its own level, and detach() at all of them.
@@ -158,6 +163,10 @@ class Watch(TorchFunctionMode):
             func = weight_norm
         recurrent = is_recurrence(func)
         self.recurrent |= recurrent
+        if not self.dear and (recurrent or saves_by_hooks()):
+            self.dear = (
+                "recurrence" if recurrent else "checkpoints and other hooks on saved tensors"
+            )
         arguments = [self._replaced(value) for value in args]
         named = {name: self._replaced(value) for name, value in keywords.items()}
         state = self._transaction.random_states() if self._twins and may_draw(func) else None
@@ -172,6 +181,7 @@ class Watch(TorchFunctionMode):
         ):
             self.drew = True
         if func == _GRAD_FN:
+            self.interfered |= result is not None
             return result if result is None else _NodeWithoutHooks(result)
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor):

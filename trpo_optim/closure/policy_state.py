@@ -100,6 +100,13 @@ class PolicyState:
         tensors = [each.tensor for each in self._contents.values() if hasattr(each, "tensor")]
         return [each for each in tensors if each.requires_grad and each.is_leaf]
 
+    def held_tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that are now attributes, or lie in containers and objects there."""
+        for held in self._active.values():
+            found = held.found
+            plain = isinstance(found, CONTAINERS)
+            yield from _tensors_in(found if plain else attributes(found), _DEEPEST)
+
     def rewind(self, *, final: bool) -> None:
         """Put everything back, as far as each can be.
 
@@ -224,6 +231,19 @@ class _Held:
         self.contents += contents
         if bound and not isinstance(entries, tuple):
             self.places.append(Place(entries, before, contents))
+
+
+def _tensors_in(entries: Any, depth: int) -> Iterator[Tensor]:
+    """Yield the tensors among attributes or items, and inside of these."""
+    if len(entries) > LONGEST:
+        return
+    for value in remembered(entries).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif depth > 0 and isinstance(value, CONTAINERS):
+            yield from _tensors_in(value, depth - 1)
+        elif depth > 0 and is_plain_object(value):
+            yield from _tensors_in(attributes(value), depth - 1)
 
 
 @contextmanager

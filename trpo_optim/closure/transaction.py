@@ -58,6 +58,7 @@ class Transaction:
     Attributes:
         origin: The parameters before the step, shape (n,).
         kept: Tensors of the evaluations, made plain when the step ends.
+        unwatched: Whether the last evaluation made tensors with a graph that are not in ``kept``.
     """
 
     def __init__(self, vector: ParameterVector) -> None:
@@ -76,7 +77,7 @@ class Transaction:
         self._replaced: dict[tuple[int, str], _Replaced] = {}
         self._thread = threading.get_ident()
         self._ended = False
-        self._uncompiled = False
+        self._uncompiled = self.unwatched = False
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Transaction:
@@ -256,6 +257,9 @@ class Transaction:
             self.rewind(final=True)
         finally:
             try:
+                if self.unwatched:
+                    for tensor in self._policy.held_tensors():
+                        self.kept.add(tensor)
                 self.kept.make_plain(self._vector.parameters)
             finally:
                 for parameter, name, value in self._hidden:

@@ -38,6 +38,15 @@ _ONCE_DIFFERENTIABLE = _mark(lambda: None).__code__
 
 _WITHOUT_SECOND_DERIVATIVES = {"CompiledFunctionBackward", "torch::autograd::Error"}
 
+_DEAR = {
+    "convolutions": ({"ConvolutionBackward0"},),
+    "attention": (
+        {"BmmBackward0", "BaddbmmBackward0"},
+        {"SoftmaxBackward0", "SafeSoftmaxBackward0"},
+    ),
+}
+"""What second derivatives are dear through: of each of these sets, the graph holds a node."""
+
 Edge = tuple[Any, int]
 """A tensor's place in the graph: the node that made it, and which of its outputs it is."""
 
@@ -163,11 +172,13 @@ class GraphSummary:
             or empty. Torch raises no error there: it takes the second derivative for zero.
         calls_python: Whether there is an ``autograd.Function``. Its backward may reach parameters
             that the graph does not show, as a reentrant checkpoint does.
+        dear: What makes second derivatives dear, or empty.
     """
 
     leaves: frozenset[int]
     once_differentiable: str
     calls_python: bool
+    dear: str
 
 
 def summary(value: Tensor) -> GraphSummary:
@@ -176,8 +187,9 @@ def summary(value: Tensor) -> GraphSummary:
     Args:
         value: With its graph, plain or of a transform of torch.func's.
     """
-    leaves, once, python = set[int](), "", False
+    leaves, once, python, names = set[int](), "", False, set[str]()
     for node, _ in _nodes([value]):
+        names.add(node.name())
         if isinstance(variable := getattr(node, "variable", None), Tensor):
             leaves.add(id(variable))
         elif isinstance(node, BackwardCFunction):
@@ -185,7 +197,8 @@ def summary(value: Tensor) -> GraphSummary:
             function = _function_of(node)
             if getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
                 once = str(function.__name__)
-    return GraphSummary(frozenset(leaves), once, python)
+    held = (name for name, sets in _DEAR.items() if not any(map(names.isdisjoint, sets)))
+    return GraphSummary(frozenset(leaves), once, python, next(held, ""))
 
 
 def calls_python(value: Tensor) -> bool:

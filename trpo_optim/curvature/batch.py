@@ -17,8 +17,10 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.engine_choice import EngineChoice
-from trpo_optim.curvature.local_model import LocalModel, first_order, second_order, slope
+from trpo_optim.curvature.local_model import LocalModel, first_order, slope, without_products
+from trpo_optim.curvature.second_order import product_again, refuse, second_order
 from trpo_optim.errors import blaming
+from trpo_optim.hyperparameters import EngineName
 from trpo_optim.report import Engine, StepReport
 
 __all__ = ["Batch", "largest_of", "least_of", "weighted_mean"]
@@ -39,6 +41,7 @@ class Batch:
         vector: The parameters.
         transaction: What holds the state that an evaluation may move.
         choices: What earlier steps have learned of the parts and of the curvature's closure.
+        engine: What is to make the products.
 
     Raises:
         TrustRegionError: If a closure cannot be called.
@@ -50,8 +53,11 @@ class Batch:
         vector: ParameterVector,
         transaction: Transaction,
         choices: Mapping[str, EngineChoice],
+        engine: EngineName = "auto",
     ) -> None:
         self._choices = choices
+        self._engine = engine
+        self._part_engines: list[Engine] = []
         parts = closures.parts
         self._weights = shares(closures.weights or [1.0] * len(parts))
         self._parts: list[Objective] = []
@@ -109,22 +115,40 @@ class Batch:
 
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
-        return not self._choice["proven"]
+        choice = self._choice
+        return not choice["proven"] or (choice["smooth"] is None and self.prefers_differences())
 
-    def prove(self, flaw: str) -> None:
+    def prefers_differences(self) -> bool:
+        """Return whether finite differences are to serve where the KL is smooth."""
+        return self._engine == "auto" and bool(self._dear()) and not self._choice["flaw"]
+
+    def prove(self, flaw: str, *, smooth: bool | None) -> None:
         """Note that products have been compared with finite differences.
 
         Args:
             flaw: Why finite differences are to serve in all further steps, or empty.
+            smooth: Whether finite differences agreed, where they are preferred; else None.
+
+        Raises:
+            TrustRegionError: If there is a flaw in what an engine makes that the user named.
         """
+        if flaw and self._engine != "auto":
+            refuse(self._engine, flaw)
         self._choice["proven"] = True
+        self._choice["smooth"] = self._choice["smooth"] if smooth is None else smooth
         self._choice["flaw"] = flaw or self._choice["flaw"]
+
+    def _dear(self) -> str:
+        """Return what makes exact products dear, or empty."""
+        if self._curvature is None and len(self._parts) > 1:
+            return "micro-batches"
+        return self._choice["dear"]
 
     def doubt(self) -> None:
         """Have the next step compare products with finite differences, a few times in all."""
         if self._choice["doubts"] < _MOST_DOUBTS:
             self._choice["doubts"] += 1
-            self._choice["proven"] = False
+            self._choice["proven"], self._choice["smooth"] = False, None
 
     @property
     def _choice(self) -> EngineChoice:
@@ -140,7 +164,7 @@ class Batch:
         if self._curvature is not None:
             model = self._linearized(functools.partial(first_order, curved=True))
             with blaming("curvature"):
-                other = second_order(self._curvature, self._choices["curvature"], gradient=False)
+                other = self._modelled(self._curvature, gradient=False)
             return replace(
                 model,
                 product=other.product,
@@ -151,9 +175,19 @@ class Batch:
             )
         if len(self._parts) == 1:
             with blaming(self._parts[0].name):
-                return second_order(self._parts[0], self._choices["parts"])
-        order = functools.partial(second_order, choice=self._choices["parts"])
-        return replace(self._linearized(order), product=self._remade_product)
+                return self._modelled(self._parts[0])
+        self._part_engines = []
+        return replace(self._linearized(self._modelled), product=self._remade_product)
+
+    def _modelled(self, objective: Objective, *, gradient: bool = True) -> LocalModel:
+        """Return the model of a closure that gives the curvature."""
+        choice = self._choice
+        if choice["smooth"] and self.prefers_differences():
+            reason = f"finite differences are cheaper than exact products for {self._dear()}"
+            return without_products(objective, reason, gradient=gradient)
+        model = second_order(objective, choice, engine=self._engine, gradient=gradient)
+        self._part_engines.append(model.engine)
+        return model
 
     def _linearized(self, order: Callable[[Objective], LocalModel]) -> LocalModel:
         """Return the mean of the parts' models, without products."""
@@ -189,13 +223,11 @@ class Batch:
     def _remade_product(self, direction: Tensor) -> Tensor:
         """Return Fv, the graph of each part made for it and dropped again."""
         total = torch.zeros_like(direction)
-        for part, weight in zip(self._parts, self._weights, strict=True):
+        parts = zip(self._parts, self._weights, self._part_engines, strict=True)
+        for part, weight, engine in parts:
             with blaming(part.name):
-                total.add_(self._remade(part).product(direction), alpha=weight)
+                total.add_(product_again(part, engine)(direction), alpha=weight)
         return total
-
-    def _remade(self, part: Objective) -> LocalModel:
-        return second_order(part, self._choices["parts"], gradient=False, trial=False)
 
     def _mean(self, values: Sequence[float]) -> float:
         return weighted_mean(self._weights, values)

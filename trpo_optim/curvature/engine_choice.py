@@ -29,7 +29,9 @@ class EngineChoice(TypedDict):
         third: Whether the last closure returned a third value; None until one was evaluated.
         refusal: Why ``torch.func`` does not serve, or empty.
         flaw: Why no engine but finite differences serves, or empty.
+        dear: What makes exact products dear in the last closure, or empty.
         proven: Whether products have been compared with finite differences.
+        smooth: Whether they agreed, where finite differences are preferred; None until compared.
         doubts: How often a step's KL was so far from the predicted one that they were compared
             once more.
     """
@@ -37,13 +39,23 @@ class EngineChoice(TypedDict):
     third: bool | None
     refusal: str
     flaw: str
+    dear: str
     proven: bool
+    smooth: bool | None
     doubts: int
 
 
 def nothing_learned() -> EngineChoice:
     """Return what is known of closures that were never evaluated."""
-    return {"third": None, "refusal": "", "flaw": "", "proven": False, "doubts": 0}
+    return {
+        "third": None,
+        "refusal": "",
+        "flaw": "",
+        "dear": "",
+        "proven": False,
+        "smooth": None,
+        "doubts": 0,
+    }
 
 
 def learned(group: dict[str, Any]) -> dict[str, EngineChoice]:
@@ -52,9 +64,11 @@ def learned(group: dict[str, Any]) -> dict[str, EngineChoice]:
     Args:
         group: One of ``param_groups``, in which it is kept as ``"engines"``.
     """
-    known: dict[str, EngineChoice] = group.setdefault(
-        "engines", {"parts": nothing_learned(), "curvature": nothing_learned()}
-    )
+    known: dict[str, EngineChoice] = group.setdefault("engines", {})
+    for name in ("parts", "curvature"):
+        choice = known.setdefault(name, nothing_learned())
+        for key, value in nothing_learned().items():
+            choice.setdefault(key, value)  # type: ignore[misc]  # an older version saved fewer
     return known
 
 
@@ -82,6 +96,7 @@ def learn(choice: EngineChoice, objective: Objective, *, third: bool, refusal: s
     """
     objective.third = choice["third"] = third
     choice["refusal"] = refusal
+    choice["dear"] = objective.dear
 
 
 def seems_to_return_three(closure: Callable[[], Any]) -> bool:

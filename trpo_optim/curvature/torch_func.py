@@ -38,7 +38,7 @@ def obstacle(parameters: Sequence[Tensor]) -> str:
 
 
 def by_torch_func(
-    objective: Objective, *, gradient: bool
+    objective: Objective, *, gradient: bool, without_third: bool = False
 ) -> tuple[Values, Tensor | None, Callable[[Tensor], Tensor]]:
     """Return a closure's values, the gradient of its loss, and v ↦ Fv; one evaluation.
 
@@ -49,6 +49,7 @@ def by_torch_func(
     Args:
         objective: The closure.
         gradient: Whether the gradient of the loss is wanted.
+        without_third: Whether a third value is ignored.
 
     Returns:
         The values without a graph, the gradient, shape (n,), or None, and the product.
@@ -69,9 +70,10 @@ def by_torch_func(
         in_closure = True
         values = objective.at(*inputs)
         in_closure = False
-        if values.third is not None:
+        if values.third is not None and not without_third:
             raise ThirdValueError
         behind = summary(values.kl)
+        objective.dear = objective.dear or behind.dear
         if behind.once_differentiable:
             raise RefusedError(f"{behind.once_differentiable} is marked once_differentiable")
         attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)

@@ -60,7 +60,9 @@ class Ready:
         vector = ParameterVector(trainable(groups))
         transaction = Transaction(vector)
         choices = learned(groups[0])
-        batch = Batch(closures, vector, transaction, choices) if closures.parts else None
+        batch = None
+        if closures.parts:
+            batch = Batch(closures, vector, transaction, choices, settings.engine)
         transaction.hold(closures.every)
         return cls(settings, vector, transaction, closures, batch)
 

@@ -77,7 +77,7 @@ class SharedBatch:
         self._own = own
         self._vector = vector
         self._reduction = reduction
-        self._unproven = False
+        self._unproven = self._prefers_differences = False
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
@@ -121,14 +121,19 @@ class SharedBatch:
         """Return whether products are yet to be compared with finite differences."""
         return self._unproven
 
-    def prove(self, flaw: str) -> None:
+    def prefers_differences(self) -> bool:
+        """Return whether finite differences are to serve where the KL is smooth."""
+        return self._prefers_differences
+
+    def prove(self, flaw: str, *, smooth: bool | None) -> None:
         """Note that products have been compared with finite differences.
 
         Args:
             flaw: Why finite differences are to serve in all further steps, or empty.
+            smooth: Whether finite differences agreed, where they are preferred; else None.
         """
         if self._own is not None:
-            self._own.prove(flaw)
+            self._own.prove(flaw, smooth=smooth)
 
     def doubt(self) -> None:
         """Have the next step compare products with finite differences."""
@@ -176,18 +181,19 @@ class SharedBatch:
         def work() -> list[float]:
             nonlocal own
             if self._own is None:
-                return [0.0] * 8
+                return [0.0] * 9
             own = order(self._own)
             said = checksum(f"{own.engine}: {own.fallback}")
             values = Numbers(own.loss, own.kl, own.largest_kl)
-            flags = [own.kl_resolution, own.precision, said, self._own.is_unproven()]
-            return [*_row(values), _furthest(own.kls.values()), *flags]
+            numbers = [own.kl_resolution, own.precision, said]
+            flags = [self._own.is_unproven(), self._own.prefers_differences()]
+            return [*_row(values), _furthest(own.kls.values()), *numbers, *flags]
 
-        rows = self._reduction.rows(work, 8)
+        rows = self._reduction.rows(work, 9)
         present = [rows[rank] for rank in self._present]
         columns = zip(*present, strict=True)
-        losses, kls, largest, furthest, resolutions, precisions, said, unproven = columns
-        self._unproven = any(unproven)
+        losses, kls, largest, furthest, resolutions, precisions, said, unproven, prefers = columns
+        self._unproven, self._prefers_differences = any(unproven), any(prefers)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(

@@ -125,7 +125,7 @@ def _second_order(subject: ClosureSubject) -> Finding:
         solver = DirectionSolver(
             batch, subject.transaction, uphill / uphill.norm(), MODES["trpo"], settings
         )
-        if not solver.prove(solver.solve(model), model.released()).sound:
+        if not solver.prove(solver.solve(model), model.released()).settled:
             model = batch.second_order()
     note = model.fallback and f"{model.engine}: {model.fallback}."
     return Finding("second order", Verdict.PASSED, {}, note)

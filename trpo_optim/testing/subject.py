@@ -176,7 +176,13 @@ class Subject(Evaluated):
             batch = Batch(closures, self.vector, transaction, learned({}))
             model = batch.second_order()
             if model.engine == "finite differences":
-                product = differences_of(batch, transaction, model).product
+                differences = differences_of(batch, transaction, model)
+
+                def product(direction: Tensor) -> Tensor:
+                    image = differences.product(direction)
+                    transaction.move(direction, 0.0)
+                    return image
+
                 model = replace(model, product=product)
             yield model
 

@@ -1,0 +1,216 @@
+"""Fisher-vector products of a closure, by the engine that serves it.
+
+Three engines make the same operator. Where none can, or where they are dear, products are finite
+differences of ``slope``.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.interception import RefusedError
+from trpo_optim.curvature.autograd_graph import now, require_attached, summary
+from trpo_optim.curvature.double_backward import by_double_backward
+from trpo_optim.curvature.engine_choice import (
+    EngineChoice,
+    learn,
+    nothing_learned,
+    torch_func_first,
+)
+from trpo_optim.curvature.gauss_newton import gauss_newton
+from trpo_optim.curvature.local_model import (
+    LocalModel,
+    Product,
+    RefusedProductError,
+    checked,
+    model_of,
+    require_kl_behind,
+    without_products,
+)
+from trpo_optim.curvature.torch_func import ThirdValueError, by_torch_func, obstacle
+from trpo_optim.errors import TrustRegionError
+from trpo_optim.hyperparameters import EngineName
+from trpo_optim.report import Engine
+
+__all__ = ["NO_THIRD_VALUE", "named", "product_again", "refuse", "second_order"]
+
+NO_THIRD_VALUE = (
+    "the closure returned no third value; with (loss, kl, dist) products would be Gauss-Newton, at "
+    "about half the cost"
+)
+
+
+def named(engine: EngineName) -> str:
+    """Return what a report says of an engine that the user named; empty for ``"auto"``.
+
+    Args:
+        engine: The hyperparameter.
+    """
+    return "" if engine == "auto" else f"engine is {engine!r}"
+
+
+def refuse(engine: EngineName, reason: str) -> NoReturn:
+    """Raise the error that a named engine does not serve.
+
+    Args:
+        engine: The hyperparameter.
+        reason: Why it does not.
+
+    Raises:
+        TrustRegionError: Always.
+    """
+    raise TrustRegionError(
+        f"engine is {engine!r}, which does not serve this closure: {reason}. Set engine='auto', "
+        "which chooses an engine that does."
+    )
+
+
+def second_order(
+    objective: Objective,
+    choice: EngineChoice | None = None,
+    *,
+    engine: EngineName = "auto",
+    gradient: bool = True,
+    trial: bool = True,
+) -> LocalModel:
+    """Return the local model; one evaluation of the closure, unless an engine is refused.
+
+    By itself, a closure of two values is differentiated by torch.func, and where torch.func refuses
+    it, by double backward. A closure of three values has Gauss–Newton products, and where its third
+    value does not serve, those of double backward. Where torch cannot differentiate it twice, the
+    model says that finite differences are to serve, and has no products.
+
+    Args:
+        objective: The closure.
+        choice: What earlier steps have learned; updated. None: nothing.
+        engine: What is to make the products.
+        gradient: Whether the gradient of the loss is wanted too.
+        trial: Whether to try a product, should nothing be known of the closure.
+
+    Returns:
+        The model, with the engine that made it.
+
+    Raises:
+        TrustRegionError: If the closure is misused, or the named engine does not serve it.
+        RuntimeError: Whatever the closure itself raises.
+    """
+    choice = nothing_learned() if choice is None else choice
+    if engine == "finite differences":
+        return without_products(objective, named(engine), gradient=gradient)
+    if engine == "auto" and choice["flaw"]:
+        return without_products(objective, choice["flaw"], gradient=gradient)
+    model = _second_order(objective, choice, engine, gradient=gradient)
+    if trial and not (choice["proven"] or model.engine == "finite differences"):
+        try:
+            model.product(torch.ones_like(objective.vector.current()))
+        except RefusedProductError as error:
+            return _flawed(objective, choice, engine, str(error), gradient=gradient)
+    return model
+
+
+def product_again(objective: Objective, engine: Engine) -> Product:
+    """Return the products of a closure that was evaluated and checked before; one evaluation.
+
+    Args:
+        objective: The closure.
+        engine: What made its products then.
+
+    Returns:
+        v ↦ Fv, for vectors of shape (n,).
+
+    Raises:
+        TrustRegionError: If the engine does not serve any more.
+    """
+    if engine == "torch.func":
+        found = by_torch_func(objective, gradient=False, without_third=True)
+        return checked(found[2], objective, engine)
+    values = objective.again()
+    with objective.kernels():
+        if engine == "Gauss-Newton":
+            made = gauss_newton(None, values.kl, values.third, objective.vector)
+        else:
+            made = by_double_backward(None, values.kl, objective)
+    if isinstance(made, str):
+        raise TrustRegionError(f"{engine} served the closure, and does not serve it again: {made}.")
+    return checked(made[1], objective, engine)
+
+
+def _second_order(
+    objective: Objective, choice: EngineChoice, engine: EngineName, *, gradient: bool
+) -> LocalModel:
+    vector = objective.vector
+    hindered = obstacle(vector.parameters)
+    refusal = choice["refusal"]
+    wanted = engine == "torch.func"
+    if wanted and hindered:
+        refuse(engine, hindered)
+    first = not hindered and (wanted or (engine == "auto" and torch_func_first(choice, objective)))
+    if first:
+        try:
+            found = by_torch_func(objective, gradient=gradient, without_third=wanted)
+        except ThirdValueError:
+            pass
+        except RefusedError as error:
+            if wanted:
+                refuse(engine, str(error))
+            refusal = str(error)
+        else:
+            learn(choice, objective, third=False, refusal="")
+            reason = named(engine) or NO_THIRD_VALUE
+            return model_of(objective, *found, "torch.func", reason)
+    started = now()
+    values = objective.with_graph()
+    behind = summary(values.kl)
+    objective.dear = objective.dear or behind.dear
+    # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
+    learn(choice, objective, third=values.third is not None, refusal=refusal)
+    if engine == "auto" and not (first or hindered or refusal or objective.third):
+        return _second_order(objective, choice, engine, gradient=gradient)  # three were expected
+    loss = values.loss if gradient else None
+    wanted_values = [values.kl] if loss is None else [loss, values.kl]
+    if not require_attached(wanted_values, vector.parameters, started):
+        flaw = (
+            "the graph shows none of the parameters: an autograd.Function hides them, as a "
+            "checkpoint with use_reentrant=True does"
+        )
+        return _flawed(objective, choice, engine, flaw, gradient=gradient)
+    if values.third is None:
+        if engine == "Gauss-Newton":
+            refuse(engine, "it returns no third value")
+        refusal = (
+            hindered or refusal or "the closure returns a third value at some evaluations only"
+        )
+        fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
+    elif engine != "double backward":
+        with objective.kernels():
+            made = gauss_newton(loss, values.kl, values.third, vector)
+        if not isinstance(made, str):
+            require_kl_behind(made[0], behind, vector)
+            return model_of(objective, values, *made, "Gauss-Newton", named(engine))
+        if engine == "Gauss-Newton":
+            refuse(engine, made)
+        fallback = made
+    if behind.once_differentiable:
+        made = f"the backward of {behind.once_differentiable} is marked once_differentiable"
+    else:
+        with objective.kernels():
+            made = by_double_backward(loss, values.kl, objective)
+    if isinstance(made, str):
+        flaw = f"torch cannot differentiate the closure twice: {made}"
+        return _flawed(objective, choice, engine, flaw, gradient=gradient)
+    require_kl_behind(made[0], behind, vector)
+    reason = named(engine) or fallback
+    return model_of(objective, values, *made, "double backward", reason)
+
+
+def _flawed(
+    objective: Objective, choice: EngineChoice, engine: EngineName, flaw: str, *, gradient: bool
+) -> LocalModel:
+    """Have finite differences serve from now on, unless the user named an engine."""
+    if engine != "auto":
+        refuse(engine, flaw)
+    choice["flaw"] = flaw
+    return without_products(objective, flaw, gradient=gradient)
