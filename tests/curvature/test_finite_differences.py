@@ -248,7 +248,7 @@ def test_directions_by_finite_differences_gain_what_exact_ones_do(
     for engine in ("Gauss-Newton", "finite differences"):
         torch.manual_seed(0)
         setting = Setting(Policy(NETWORKS[network]().to(device), FAMILIES["Normal"]))
-        report = TrustRegionOptimizer(setting.trained, engine=engine).step(setting.closure)  # type: ignore[arg-type]  # a name
+        report = TrustRegionOptimizer(setting.trained, engine=engine).step(setting.closure)
         assert report.outcome is Outcome.ACCEPTED
         assert report.engine == engine
         gains.append(report.improvement / report.kl**0.5)
