@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peers import PeerBatch, Sb3Contrib, Tianshou
 from real_batches import Pool, RealBatch
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -22,6 +21,7 @@ from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.local_model import second_order
 
 RADIUS = 0.01
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,35 @@ class Case:
         self.policy, self._moved = copy.deepcopy(pool.policy), copy.deepcopy(pool.policy)
         self.vector = ParameterVector(self.policy.parameters())
         self._moved_vector = ParameterVector(self._moved.parameters())
-        self._origin = self.vector.gather([each.detach() for each in self.vector.parameters])
+        self.origin = self.vector.gather([each.detach() for each in self.vector.parameters])
         self.closure = closure(self.policy, self.own)
         model = second_order(Objective(self.closure, self.vector, Transaction(self.vector)))
         self.product = model.product
         self.uphill = -model.gradient / model.gradient.norm()
         self._judges = [closure(self._moved, batch) for batch in (self.own, self.held_out)]
-        self._start = [self._at(torch.zeros_like(self._origin), judge)[0] for judge in self._judges]
+        self._start = [self._at(torch.zeros_like(self.origin), judge)[0] for judge in self._judges]
 
-    def solved(self, damping: float | None, iterations: int) -> Tensor:
-        """Return the package's own solution."""
+    def solved(
+        self, damping: float | None, iterations: int, product: Product | None = None
+    ) -> Tensor:
+        """Return the package's own solution; without a product, with that of all own rows."""
         return conjugate_gradient(
-            self.product, self.uphill, damping=damping, iterations=iterations, tolerance=0.0
+            product or self.product,
+            self.uphill,
+            damping=damping,
+            iterations=iterations,
+            tolerance=0.0,
         ).x
+
+    def product_on(self, rows: Tensor) -> Product:
+        """Return the Fisher-vector product of some rows of the own batch."""
+        part = closure(self.policy, self.own[rows])
+        objective = Objective(part, self.vector, Transaction(self.vector))
+        return second_order(objective, gradient=False).product
+
+    def kl(self, step: Tensor) -> float:
+        """Return the KL of a step on the own batch."""
+        return self._at(step, self._judges[0])[1]
 
     def gains(self, direction: Tensor) -> Gains:
         """Scale a direction until the KL on its own batch is the radius; return the gains there."""
@@ -62,7 +78,7 @@ class Case:
         low, high = 0.0, math.inf
         scale = math.sqrt(2 * RADIUS / curvature)
         for _ in range(40):
-            kl = self._at(scale * direction, self._judges[0])[1]
+            kl = self.kl(scale * direction)
             if abs(kl / RADIUS - 1) < 1e-3:
                 break
             low, high = (low, scale) if kl > RADIUS else (scale, high)
@@ -76,18 +92,9 @@ class Case:
 
     @torch.no_grad()
     def _at(self, step: Tensor, judge: Callable[[], Any]) -> tuple[float, float]:
-        self._moved_vector.write(self.vector.scatter(self._origin + step))
+        self._moved_vector.write(self.vector.scatter(self.origin + step))
         loss, kl, _ = judge()
         return loss.item(), kl.item()
-
-    def peer(self, kind: type[Sb3Contrib | Tianshou]) -> Tensor:
-        """Return the step that another library takes at its defaults."""
-        with torch.no_grad():
-            old = self.policy(self.own.observations).log_prob(self.own.actions)
-        batch = PeerBatch(self.own.observations, self.own.actions, self.own.advantages, old)
-        peer = kind(self.policy, batch, max_kl=RADIUS, damping=None, cg_iterations=None)
-        peer.update()
-        return self.vector.gather([each.detach() for each in peer.parameters()]) - self._origin
 
 
 def closure(policy: Any, batch: RealBatch) -> Callable[[], Any]:
