@@ -18,6 +18,7 @@ from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sample
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
+from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
@@ -25,7 +26,7 @@ from trpo_optim.rollouts.trajectories import SinglePathBatch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["curvature_rows", "policy_closure"]
+__all__ = ["policy_closure"]
 
 
 def policy_closure(
@@ -39,7 +40,7 @@ def policy_closure(
     sampling_log_prob: Tensor | None = None,
     entropy_bonus: float = 0.0,
     sampled: bool = False,
-    curvature: float | None = None,
+    curvature: CurvatureShare = "auto",
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Closures:
@@ -130,37 +131,13 @@ def policy_closure(
         )
 
     pieces = [select(chosen) for chosen in torch.arange(count).split(micro_batch or count)]
-    chosen = curvature_rows(curvature, count, generator)
+    rows = int(batch.valid.sum())
+    chosen = curvature_rows(curvature, count, generator, rows=rows, most=micro_batch)
     return Closures(
         parts=[closure(piece) for piece in pieces],
         weights=[float(piece.count) for piece in pieces],
         curvature=None if chosen is None else closure(select(chosen)),
     )
-
-
-def curvature_rows(
-    share: float | None, count: int, generator: torch.Generator | None
-) -> Tensor | None:
-    """Draw the rows that Fisher-vector products are taken on.
-
-    Args:
-        share: Of all rows, in (0, 1). None: all.
-        count: How many rows there are.
-        generator: What draws them; None: torch's global one.
-
-    Returns:
-        Their indices, in order, at least one; None for all.
-
-    Raises:
-        TrustRegionError: If the share is outside its range.
-    """
-    if share is None:
-        return None
-    if not 0 < share < 1:
-        raise TrustRegionError(
-            f"curvature is {share!r}; it must be a share in (0, 1), or None for all rows."
-        )
-    return torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
 
 
 @dataclass(frozen=True)

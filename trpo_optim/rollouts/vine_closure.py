@@ -15,7 +15,7 @@ from trpo_optim.distributions import entropy, frozen, joint_kl
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.branch_actions import log_probs
-from trpo_optim.rollouts.policy_closure import curvature_rows
+from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.vine import VineBatch
 
 __all__ = ["vine_closure"]
@@ -26,7 +26,7 @@ def vine_closure(
     batch: VineBatch,
     *,
     entropy_bonus: float = 0.0,
-    curvature: float | None = None,
+    curvature: CurvatureShare = "auto",
     generator: torch.Generator | None = None,
 ) -> Closures:
     """Return the closures for one ``optimizer.step`` on a vine.
@@ -77,7 +77,8 @@ def vine_closure(
             f"vine_closure() got a {type(batch).__name__}; it takes what vine() returned. For "
             "trajectories there is policy_closure()."
         )
-    rows = curvature_rows(curvature, int(batch.trunk.valid.sum()), generator)
+    count = int(batch.trunk.valid.sum())
+    rows = curvature_rows(curvature, count, generator, rows=count)
     if batch.q.numel() == 0:
         raise TrustRegionError("The vine is empty: no state has branches. Collect another one.")
     trunk = batch.trunk.flat((batch.trunk.observations, batch.trunk.info))
