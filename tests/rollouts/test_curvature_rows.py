@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
 from trpo_optim.rollouts import SinglePathBatch, policy_closure, single_path, vine, vine_closure
-from trpo_optim.rollouts.curvature_rows import ENOUGH, curvature_rows, enough_rows
+from trpo_optim.rollouts.curvature_rows import LEAST, curvature_rows, enough_rows
 
 
 def drawn(curvature: Any, pieces: int, rows: int, **options: Any) -> int | None:
@@ -28,15 +28,19 @@ def large() -> tuple[Gaussian, SinglePathBatch, Tensor]:
     torch.manual_seed(0)
     policy = Gaussian()
     batch = single_path(pendulum(), policy, steps=600, seed=0)
-    assert batch.valid.sum() > ENOUGH
+    assert batch.valid.sum() > LEAST
     return policy, batch, torch.randn(600, 4)
 
 
 @pytest.mark.parametrize(
     ("rows", "enough"),
-    [(0, 0), (1, 1), (2047, 2047), (2048, 2048), (2049, 2048), (20_480, 2048), (10**7, 2048)],
+    [
+        *((rows, rows) for rows in (0, 1, 2047, 2048)),
+        *((rows, 2048) for rows in (2049, 8192, 20_480, 20_489)),
+        *((20_490, 2049), (65_536, 6553), (10**6, 10**5)),
+    ],
 )
-def test_enough_rows_are_all_of_a_small_batch_and_a_fixed_number_of_a_large_one(
+def test_enough_rows_are_all_of_a_small_batch_and_then_2048_or_a_tenth(
     rows: int, enough: int
 ) -> None:
     assert enough_rows(rows) == enough
@@ -45,7 +49,7 @@ def test_enough_rows_are_all_of_a_small_batch_and_a_fixed_number_of_a_large_one(
 
 @pytest.mark.parametrize(
     ("environments", "rows", "taken"),
-    [(4, 2048, None), (4, 4096, 2), (4, 4100, 2), (4, 4000, 3), (2, 2100, None), (64, 65_536, 2)],
+    [(4, 2048, None), (4, 4096, 2), (4, 4100, 2), (4, 4000, 3), (2, 2100, None), (64, 65_536, 7)],
 )
 def test_of_environments_as_many_are_taken_as_hold_enough_rows(
     environments: int, rows: int, taken: int | None
@@ -66,15 +70,15 @@ def test_auto_draws_the_same_rows_again_and_from_no_global_state() -> None:
     assert first is not None
     assert second is not None
     assert torch.equal(first, second)
-    assert len(first.unique()) == ENOUGH
+    assert len(first.unique()) == LEAST
     assert len((first % 8).bincount()) == 8  # of eight environments side by side, rows of each
-    assert (first % 8).bincount().min() > 0.8 * ENOUGH / 8
+    assert (first % 8).bincount().min() > 0.8 * LEAST / 8
 
 
 def test_auto_draws_from_the_generator_that_is_given() -> None:
     noise = torch.Generator().manual_seed(3)
     found = curvature_rows("auto", 5000, noise, rows=5000)
-    expected = torch.randperm(5000, generator=torch.Generator().manual_seed(3))[:ENOUGH]
+    expected = torch.randperm(5000, generator=torch.Generator().manual_seed(3))[:LEAST]
     assert found is not None
     assert torch.equal(found, expected.sort().values)
     before = noise.get_state()
@@ -118,7 +122,7 @@ def test_by_default_a_large_batch_gives_products_on_enough_rows(
         assert torch.equal(torch.get_rng_state(), before)
         assert (built.curvature is None) == ("curvature" in options)
         if built.curvature is not None:
-            assert built.curvature()[1].shape == (ENOUGH,)
+            assert built.curvature()[1].shape == (LEAST,)
         report = TrustRegionOptimizer(policy.parameters()).step(built)
         assert report.accepted
         assert report.kl <= 0.01
@@ -135,7 +139,7 @@ def test_by_default_a_recurrent_policys_products_take_whole_environments(
     assert policy_closure(policy, batch, advantages).curvature is None
     rows = int(batch.valid.sum())
     for enough, environments in ((rows // 4, 1), (rows // 4 + 1, 2), (rows // 2, 2)):
-        monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.ENOUGH", enough)
+        monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.LEAST", enough)
         built = policy_closure(policy, batch, advantages)
         assert built.curvature is not None
         kl = built.curvature()[1]
@@ -151,7 +155,7 @@ def test_by_default_a_vines_products_take_enough_states_of_the_trunk(
     policy, envs = Swing(), pendulums()
     batch = vine(envs, policy, steps=25, states=20, branches=4, horizon=10, gamma=0.97, seed=0)
     assert vine_closure(policy, batch).curvature is None
-    monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.ENOUGH", 150)
+    monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.LEAST", 150)
     before = torch.get_rng_state()
     built = vine_closure(policy, batch)
     assert torch.equal(torch.get_rng_state(), before)

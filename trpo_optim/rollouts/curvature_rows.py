@@ -15,16 +15,18 @@ __all__ = ["CurvatureShare", "curvature_rows", "enough_rows"]
 CurvatureShare: TypeAlias = float | Literal["auto"] | None
 """A share of the rows, as many as are enough, or all of them."""
 
-ENOUGH = 2048
+LEAST = 2048
 
 
 def enough_rows(rows: int) -> int:
     """Return how many rows of a batch are enough for Fisher-vector products.
 
+    These are all rows up to 2048, and then 2048 or a tenth, whichever is more.
+
     Args:
         rows: Of the whole batch.
     """
-    return min(rows, ENOUGH)
+    return min(rows, max(LEAST, rows // 10))
 
 
 def curvature_rows(

@@ -64,14 +64,20 @@ def policy_closure(
         entropy_bonus: The weight of the mean entropy, in (standardised) advantages per nat.
         sampled: Whether to estimate the KL on the batch's actions, for policies without a
             closed-form KL. It is then a mean.
-        curvature: The share of the rows (environments, with a recurrent state) for Fisher-vector
-            products, in (0, 1). None: all rows.
-        micro_batch: The most rows (or environments) to evaluate at once. The share for curvature is
-            always evaluated whole. None: all.
-        generator: The generator that draws this share. None: torch's global generator.
+        curvature: Which rows Fisher-vector products are taken on. ``"auto"``: all rows up to 2048;
+            of a larger batch, 2048 random rows or a tenth, whichever is more. A share in (0, 1):
+            this share of the rows. None: all rows. With a recurrent state, whole environments are
+            drawn: for ``"auto"``, as many as hold so many rows on average.
+        micro_batch: The most rows (or environments) to evaluate at once. None: all. Rows that are
+            drawn for curvature are evaluated at once, too. If ``"auto"`` needs more than
+            ``micro_batch``, it takes all rows; a share does not look at ``micro_batch``.
+        generator: The generator that draws these rows. None: for ``"auto"``, a generator with a
+            fixed seed, the same rows in every call with as many; for a share, torch's global
+            generator.
 
     Returns:
-        The closures, weighed by their samples.
+        The closures, weighed by their samples. Every rank of a process group draws its own rows for
+        curvature. Its products weigh as its whole batch.
 
     Raises:
         TrustRegionError: If shapes do not fit, a used advantage or weight is not finite, there are
