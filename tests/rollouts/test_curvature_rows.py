@@ -16,9 +16,9 @@ from trpo_optim.rollouts import SinglePathBatch, policy_closure, single_path, vi
 from trpo_optim.rollouts.curvature_rows import LEAST, curvature_rows, enough_rows
 
 
-def drawn(curvature: Any, pieces: int, rows: int, **options: Any) -> int | None:
-    """How many pieces are taken."""
-    found = curvature_rows(curvature, pieces, None, rows=rows, **options)
+def drawn(curvature: Any, count: int, **options: Any) -> int | None:
+    """How many rows are taken."""
+    found = curvature_rows(curvature, count, None, **options)
     return None if found is None else len(found)
 
 
@@ -44,28 +44,18 @@ def test_enough_rows_are_all_of_a_small_batch_and_then_2048_or_a_tenth(
     rows: int, enough: int
 ) -> None:
     assert enough_rows(rows) == enough
-    assert drawn("auto", rows, rows) == (enough if enough < rows else None)
-
-
-@pytest.mark.parametrize(
-    ("environments", "rows", "taken"),
-    [(4, 2048, None), (4, 4096, 2), (4, 4100, 2), (4, 4000, 3), (2, 2100, None), (64, 65_536, 7)],
-)
-def test_of_environments_as_many_are_taken_as_hold_enough_rows(
-    environments: int, rows: int, taken: int | None
-) -> None:
-    assert drawn("auto", environments, rows) == taken
+    assert drawn("auto", rows) == (enough if enough < rows else None)
 
 
 def test_micro_batches_stay_the_most_that_auto_evaluates_at_once() -> None:
-    assert drawn("auto", 5000, 5000, most=2048) == 2048
-    assert drawn("auto", 5000, 5000, most=2047) is None
-    assert drawn(0.5, 5000, 5000, most=100) == 2500
+    assert drawn("auto", 5000, most=2048) == 2048
+    assert drawn("auto", 5000, most=2047) is None
+    assert drawn(0.5, 5000, most=100) == 2500
 
 
 def test_auto_draws_the_same_rows_again_and_from_no_global_state() -> None:
     before = torch.get_rng_state()
-    first, second = (curvature_rows("auto", 5000, None, rows=5000) for _ in range(2))
+    first, second = (curvature_rows("auto", 5000, None) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first is not None
     assert second is not None
@@ -77,12 +67,12 @@ def test_auto_draws_the_same_rows_again_and_from_no_global_state() -> None:
 
 def test_auto_draws_from_the_generator_that_is_given() -> None:
     noise = torch.Generator().manual_seed(3)
-    found = curvature_rows("auto", 5000, noise, rows=5000)
+    found = curvature_rows("auto", 5000, noise)
     expected = torch.randperm(5000, generator=torch.Generator().manual_seed(3))[:LEAST]
     assert found is not None
     assert torch.equal(found, expected.sort().values)
     before = noise.get_state()
-    assert curvature_rows("auto", 100, noise, rows=100) is None
+    assert curvature_rows("auto", 100, noise) is None
     assert torch.equal(noise.get_state(), before)
 
 
@@ -132,21 +122,14 @@ def test_by_default_a_large_batch_gives_products_on_enough_rows(
     assert torch.cosine_similarity(found[0], found[2], dim=0) > 0.98
 
 
-def test_by_default_a_recurrent_policys_products_take_whole_environments(
+def test_by_default_products_take_all_rows_where_they_need_far_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy, batch, advantages = recurrent()
-    assert policy_closure(policy, batch, advantages).curvature is None
-    rows = int(batch.valid.sum())
-    for enough, environments in ((rows // 4, 1), (rows // 4 + 1, 2), (rows // 2, 2)):
-        monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.LEAST", enough)
-        built = policy_closure(policy, batch, advantages)
-        assert built.curvature is not None
-        kl = built.curvature()[1]
-        assert 0 < len(kl) <= environments * len(batch.valid)
-        assert len(kl) >= 0.8 * rows * environments / 4
-    report = TrustRegionOptimizer(policy.parameters(), cg_iterations=3).step(built)
-    assert report.accepted
+    monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.LEAST", 20)
+    assert policy_closure(*feedforward()).curvature is not None
+    assert policy_closure(*feedforward(), sampled=True).curvature is None
+    assert policy_closure(*recurrent()).curvature is None
+    assert policy_closure(*recurrent(), curvature=0.5).curvature is not None
 
 
 def test_by_default_a_vines_products_take_enough_states_of_the_trunk(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,7 +18,7 @@ LEAST = 2048
 
 
 def enough_rows(rows: int) -> int:
-    """Return how many rows of a batch are enough for Fisher-vector products.
+    """Return how many random rows of a batch are enough for Fisher-vector products.
 
     These are all rows up to 2048, and then 2048 or a tenth, whichever is more.
 
@@ -31,25 +30,22 @@ def enough_rows(rows: int) -> int:
 
 def curvature_rows(
     curvature: CurvatureShare,
-    pieces: int,
+    count: int,
     generator: torch.Generator | None,
     *,
-    rows: int,
     most: int | None = None,
 ) -> Tensor | None:
-    """Draw the pieces of a batch that Fisher-vector products are taken on.
+    """Draw the rows that Fisher-vector products are taken on.
 
     ``"auto"`` never touches torch's global generator. It draws by a generator of a fixed seed if
-    none is given, and draws nothing if it takes all pieces.
+    none is given, and draws nothing if it takes all rows.
 
     Args:
-        curvature: The share of the pieces, in (0, 1). ``"auto"``: as many as hold
-            ``enough_rows(rows)`` rows. None: all.
-        pieces: How many there are.
+        curvature: The share of the rows, in (0, 1). ``"auto"``: ``enough_rows``. None: all.
+        count: How many rows there are.
         generator: The generator that draws. None: torch's global one for a share.
-        rows: How many rows the pieces have together.
-        most: The most pieces that may be evaluated at once. If ``"auto"`` needs more, it takes all,
-            which the caller evaluates one after the other.
+        most: The most rows that may be evaluated at once. If ``"auto"`` needs more, it takes all,
+            which the caller evaluates in pieces.
 
     Returns:
         Their indices, in order, at least one; None for all.
@@ -60,8 +56,8 @@ def curvature_rows(
     if curvature is None:
         return None
     if curvature == "auto":
-        taken = math.ceil(enough_rows(rows) * pieces / max(1, rows))
-        if taken >= min(pieces, (most or pieces) + 1):
+        taken = enough_rows(count)
+        if taken == count or taken > (most or count):
             return None
         generator = generator or torch.Generator().manual_seed(0)
     elif isinstance(curvature, str) or not 0 < curvature < 1:
@@ -70,5 +66,5 @@ def curvature_rows(
             "rows."
         )
     else:
-        taken = max(1, round(curvature * pieces))
-    return torch.randperm(pieces, generator=generator)[:taken].sort().values
+        taken = max(1, round(curvature * count))
+    return torch.randperm(count, generator=generator)[:taken].sort().values

@@ -65,9 +65,10 @@ def policy_closure(
         sampled: Whether to estimate the KL on the batch's actions, for policies without a
             closed-form KL. It is then a mean.
         curvature: Which rows Fisher-vector products are taken on. ``"auto"``: all rows up to 2048;
-            of a larger batch, 2048 random rows or a tenth, whichever is more. A share in (0, 1):
-            this share of the rows. None: all rows. With a recurrent state, whole environments are
-            drawn: for ``"auto"``, as many as hold so many rows on average.
+            of a larger batch, 2048 random rows or a tenth, whichever is more. With a recurrent
+            state or ``sampled=True``, products need far more rows, and ``"auto"`` takes all. A
+            share in (0, 1): this share of the rows (environments, with a recurrent state). None:
+            all rows.
         micro_batch: The most rows (or environments) to evaluate at once. None: all. Rows that are
             drawn for curvature are evaluated at once, too. If ``"auto"`` needs more than
             ``micro_batch``, it takes all rows; a share does not look at ``micro_batch``.
@@ -137,8 +138,9 @@ def policy_closure(
         )
 
     pieces = [select(chosen) for chosen in torch.arange(count).split(micro_batch or count)]
-    rows = int(batch.valid.sum())
-    chosen = curvature_rows(curvature, count, generator, rows=rows, most=micro_batch)
+    if curvature == "auto" and (sampled or batch.state is not None):
+        curvature = None
+    chosen = curvature_rows(curvature, count, generator, most=micro_batch)
     return Closures(
         parts=[closure(piece) for piece in pieces],
         weights=[float(piece.count) for piece in pieces],

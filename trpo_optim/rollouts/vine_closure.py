@@ -80,8 +80,7 @@ def vine_closure(
             f"vine_closure() got a {type(batch).__name__}; it takes what vine() returned. For "
             "trajectories there is policy_closure()."
         )
-    count = int(batch.trunk.valid.sum())
-    rows = curvature_rows(curvature, count, generator, rows=count)
+    rows = curvature_rows(curvature, int(batch.trunk.valid.sum()), generator)
     if batch.q.numel() == 0:
         raise TrustRegionError("The vine is empty: no state has branches. Collect another one.")
     trunk = batch.trunk.flat((batch.trunk.observations, batch.trunk.info))
