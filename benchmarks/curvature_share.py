@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+import train
 import tyro
 from real_batches import Pool, pools
 from step_case import RADIUS, Case, Gains, Product
@@ -28,6 +29,8 @@ SPLITS = {2: 4, 8: 4, 20: 2, 64: 1}  # how often a pool is divided, by the own b
 SHARES = (0.05, 0.1, 0.25, 0.5)
 ROWS = (512, 1024, 2048, 4096, 8192)
 DRAWS = 3
+Kind = Literal["rows", "sequences", "sampled"]
+"""Random rows, all steps of random environments, random rows whose KL is estimated on actions."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Found:
         """Return the standard error of the relative held-out gain, from its spread."""
         whole = statistics.mean(each.held_out for _, each in self.gains)
         losses = [(whole.held_out - part.held_out) for part, whole in self.gains]
-        return statistics.stdev(losses) / math.sqrt(len(losses)) / whole
+        return statistics.pstdev(losses) / math.sqrt(max(1, len(losses) - 1)) / whole
 
 
 def counts(size: int) -> list[int]:
@@ -78,33 +81,40 @@ def shuffled(pool: Pool, rollouts: int, generator: torch.Generator) -> Pool:
     )
 
 
-def measured(case: Case, orders: list[Tensor]) -> Iterator[tuple[int, Gains, float]]:
-    """Yield each part's number of rows, gains, and the first trial's KL over the radius.
+def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
+    """Return an order of the own rows; a part is its beginning.
 
     Args:
-        case: What the step is taken on.
-        orders: Of the own rows; a part is the beginning of one of them.
+        kind: ``"sequences"`` keeps what one environment did in a rollout together.
+        size: How many rows there are.
+        generator: What draws the order.
     """
-
-    def outcome(product: Product) -> tuple[Gains, float]:
-        direction = case.solved(None, 10, product)
-        length = math.sqrt(2 * RADIUS / float(direction.dot(product(direction))))
-        return case.gains(direction), case.kl(length * direction) / RADIUS
-
-    size = len(case.own.advantages)
-    yield size, *outcome(case.product)
-    for count in counts(size):
-        for order in orders:
-            yield count, *outcome(case.product_on(order[:count]))
+    if kind != "sequences":
+        return torch.randperm(size, generator=generator)
+    environments = train.Args.num_envs
+    steps = train.Args.batch_size // environments
+    rows = torch.arange(size).reshape(-1, steps, environments).transpose(1, 2).reshape(-1, steps)
+    return rows[torch.randperm(len(rows), generator=generator)].flatten()
 
 
-def study(all_pools: list[Pool], rollouts: int, splits: int) -> list[list[str]]:
+def outcome(case: Case, product: Product) -> tuple[Gains, float]:
+    """Return what a product's direction gains, and the first trial's KL over the radius."""
+    direction = case.solved(None, 10, product)
+    length = math.sqrt(2 * RADIUS / float(direction.dot(product(direction))))
+    return case.gains(direction), case.kl(length * direction) / RADIUS
+
+
+def study(
+    all_pools: list[Pool], rollouts: int, splits: int, kind: Kind = "rows", only: int | None = None
+) -> list[list[str]]:
     """Return the rows of the table for one size of the own batch.
 
     Args:
         all_pools: The real policies.
         rollouts: Of the own batch.
         splits: Ways to divide each pool.
+        kind: What a part is.
+        only: The one number of rows to take products on. None: all of ``counts``.
     """
     found: dict[int, dict[str, Found]] = {}
     for split in range(splits):
@@ -112,13 +122,18 @@ def study(all_pools: list[Pool], rollouts: int, splits: int) -> list[list[str]]:
         for pool in all_pools:
             case = Case(shuffled(pool, rollouts + HELD_OUT, generator), range(rollouts))
             size = len(case.own.advantages)
-            orders = [torch.randperm(size, generator=generator) for _ in range(DRAWS)]
-            whole: Gains | None = None
-            for count, gains, first_kl in measured(case, orders):
-                whole = whole or gains
+            orders = [order(kind, size, generator) for _ in range(DRAWS)]
+            sampled = kind == "sampled"
+            whole = outcome(case, case.product_on(torch.arange(size), sampled=sampled))
+            outcomes = [(size, whole)]
+            for count in counts(size) if only is None else [only]:
+                for rows in orders:
+                    product = case.product_on(rows[:count], sampled=sampled)
+                    outcomes.append((count, outcome(case, product)))
+            for count, (gains, first_kl) in outcomes:
                 name = f"{pool.env_id}, {pool.updates} updates"
                 here = found.setdefault(count, {}).setdefault(name, Found())
-                here.gains.append((gains, whole))
+                here.gains.append((gains, whole[0]))
                 here.first_kls.append(first_kl)
     return [row(size, count, found[count]) for count in sorted(found)]
 
@@ -151,7 +166,7 @@ def main(
     splits: dict[int, int] = SPLITS,
     threads: int = 2,
 ) -> None:
-    """Print the table, one size of the own batch after the other.
+    """Print a table for every size of the own batch, and one of other parts.
 
     Args:
         folder: Where the pools are kept; missing ones are made.
@@ -162,9 +177,11 @@ def main(
     all_pools = pools(folder, ROLLOUTS)
     head = ["batch", "rows for products", "share", "held out, mean", "held out, worst real batch"]
     head += ["standard error, mean", "own, mean", "KL / δ of the first trial"]
-    print(table(head), flush=True)
     for rollouts, count in splits.items():
-        print("\n".join(table(*[row]) for row in study(all_pools, rollouts, count)), flush=True)
+        print(table(head, *study(all_pools, rollouts, count)), flush=True)
+    kinds: list[Kind] = ["sequences", "sampled"]
+    rows = [[kind, *study(all_pools, 8, splits.get(8, 1), kind, 2048)[0][1:]] for kind in kinds]
+    print(table(["part", *head[1:]], *rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call, jacrev, vmap
 
+from trpo_optim import sampled_kl
 from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
@@ -61,9 +62,9 @@ class Case:
             tolerance=0.0,
         ).x
 
-    def product_on(self, rows: Tensor) -> Product:
+    def product_on(self, rows: Tensor, *, sampled: bool = False) -> Product:
         """Return the Fisher-vector product of some rows of the own batch."""
-        part = closure(self.policy, self.own[rows])
+        part = closure(self.policy, self.own[rows], sampled=sampled)
         objective = Objective(part, self.vector, Transaction(self.vector))
         return second_order(objective, gradient=False).product
 
@@ -97,16 +98,25 @@ class Case:
         return loss.item(), kl.item()
 
 
-def closure(policy: Any, batch: RealBatch) -> Callable[[], Any]:
-    """Return a policy's closure on a batch; its present self is the old policy."""
+def closure(policy: Any, batch: RealBatch, *, sampled: bool = False) -> Callable[[], Any]:
+    """Return a policy's closure on a batch; its present self is the old policy.
+
+    Args:
+        policy: The policy.
+        batch: The batch.
+        sampled: Whether the KL is estimated on the actions.
+    """
     with torch.no_grad():
         old = policy(batch.observations)
         old_log_prob = old.log_prob(batch.actions)
 
     def values() -> Any:
         dist = policy(batch.observations)
-        ratio = (dist.log_prob(batch.actions) - old_log_prob).exp()
-        return -(ratio * batch.advantages).mean(), kl_divergence(old, dist).mean(), dist
+        new_log_prob = dist.log_prob(batch.actions)
+        loss = -((new_log_prob - old_log_prob).exp() * batch.advantages).mean()
+        if sampled:
+            return loss, sampled_kl(old_log_prob, new_log_prob, low_variance=True), new_log_prob
+        return loss, kl_divergence(old, dist).mean(), dist
 
     return values
 
