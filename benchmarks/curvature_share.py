@@ -25,7 +25,7 @@ from torch import Tensor
 
 ROLLOUTS = 128  # of each pool
 HELD_OUT = 64  # rollouts that judge a step
-SPLITS = {2: 4, 8: 4, 20: 2, 64: 1}  # how often a pool is divided, by the own batch's rollouts
+SPLITS = {2: 4, 8: 8, 20: 2, 64: 1}  # how often a pool is divided, by the own batch's rollouts
 SHARES = (0.05, 0.1, 0.25, 0.5)
 ROWS = (512, 1024, 2048, 4096, 8192)
 DRAWS = 3
@@ -148,13 +148,14 @@ def row(size: int, count: int, by_pool: dict[str, Found]) -> list[str]:
     """
     relative = {name: each.relative() for name, each in by_pool.items()}
     worst = min(relative, key=lambda name: relative[name].held_out)
+    gain = relative[worst].held_out
     first_kls = [kl for each in by_pool.values() for kl in each.first_kls]
     return [
         steps_of(size),
         steps_of(count),
         f"{100 * count / size:.0f} %",
         f"{statistics.mean(each.held_out for each in relative.values()):.3f}",
-        f"{relative[worst].held_out:.3f} ± {by_pool[worst].noise():.3f} ({worst})",
+        "" if count == size else f"{gain:.3f} ± {by_pool[worst].noise():.3f} ({worst})",
         f"{statistics.mean(each.noise() for each in by_pool.values()):.3f}",
         f"{statistics.mean(each.own for each in relative.values()):.3f}",
         f"{statistics.mean(first_kls):.2f}",
@@ -180,7 +181,8 @@ def main(
     for rollouts, count in splits.items():
         print(table(head, *study(all_pools, rollouts, count)), flush=True)
     kinds: list[Kind] = ["sequences", "sampled"]
-    rows = [[kind, *study(all_pools, 8, splits.get(8, 1), kind, 2048)[0][1:]] for kind in kinds]
+    count = max(1, splits.get(8, 1) // 2)
+    rows = [[kind, *study(all_pools, 8, count, kind, 2048)[0][1:]] for kind in kinds]
     print(table(["part", *head[1:]], *rows))
 
 

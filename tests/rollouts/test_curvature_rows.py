@@ -122,7 +122,7 @@ def test_by_default_a_large_batch_gives_products_on_enough_rows(
     assert torch.cosine_similarity(found[0], found[2], dim=0) > 0.98
 
 
-def test_by_default_products_take_all_rows_where_they_need_far_more(
+def test_by_default_recurrent_and_sampled_products_take_all_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("trpo_optim.rollouts.curvature_rows.LEAST", 20)

@@ -66,7 +66,7 @@ def policy_closure(
             closed-form KL. It is then a mean.
         curvature: Which rows Fisher-vector products are taken on. ``"auto"``: all rows up to 2048;
             of a larger batch, 2048 random rows or a tenth, whichever is more. With a recurrent
-            state or ``sampled=True``, products need far more rows, and ``"auto"`` takes all. A
+            state or ``sampled=True``, products need more rows, and ``"auto"`` takes all. A
             share in (0, 1): this share of the rows (environments, with a recurrent state). None:
             all rows.
         micro_batch: The most rows (or environments) to evaluate at once. None: all. Rows that are
