@@ -37,6 +37,10 @@ class RealBatch:
     actions: Tensor  # (N,) or (N, A)
     advantages: Tensor  # (N,), of mean 0 and standard deviation 1
 
+    def __getitem__(self, rows: Tensor) -> RealBatch:
+        """Return some of the rows."""
+        return RealBatch(self.observations[rows], self.actions[rows], self.advantages[rows])
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -86,7 +90,7 @@ class Pool:
         )
 
 
-def make(env_id: str, updates: int) -> Pool:
+def make(env_id: str, updates: int, rollouts: int = ROLLOUTS) -> Pool:
     """Train a policy and collect its pool, the same bits each time (torch on one thread).
 
     The first rollout is the very batch that training would have gone on with. Training counts a
@@ -96,6 +100,7 @@ def make(env_id: str, updates: int) -> Pool:
     Args:
         env_id: The Gymnasium environment.
         updates: After how many updates to stop.
+        rollouts: How many to collect. The first ones do not depend on their number.
 
     Returns:
         The pool.
@@ -106,7 +111,7 @@ def make(env_id: str, updates: int) -> Pool:
         run.update += 1
     before = len(run.episodes)
     observations, actions, advantages = [], [], []
-    for number in range(ROLLOUTS):
+    for number in range(rollouts):
         batch = train.collect(run)
         if number == 0:
             train.scaled_rewards(run, batch)
@@ -148,47 +153,50 @@ def load(path: Path, env_id: str, updates: int) -> Pool:
     return Pool(env_id=env_id, updates=updates, policy=policy, **content)
 
 
-def pool(folder: Path, env_id: str, updates: int) -> Pool:
+def pool(folder: Path, env_id: str, updates: int, rollouts: int = ROLLOUTS) -> Pool:
     """Return a pool.
 
     Torch's random state and number of threads are afterwards what they were.
 
     Args:
-        folder: Where pools are kept. One that is missing is made, which can take a minute; one that
+        folder: Where pools are kept. One that is missing is made, which can take minutes; one that
             is there is taken as it is, even if training has changed since.
         env_id: The Gymnasium environment.
         updates: Of the policy.
+        rollouts: Of the pool.
     """
-    path, threads = folder / f"{env_id}__{updates}.pt", torch.get_num_threads()
+    path, threads = folder / f"{env_id}__{updates}__{rollouts}.pt", torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(train.Args.threads)
         try:
             if not path.exists():
-                save(make(env_id, updates), path)
+                save(make(env_id, updates, rollouts), path)
             return load(path, env_id, updates)
         finally:
             torch.set_num_threads(threads)
 
 
-def pools(folder: Path) -> list[Pool]:
+def pools(folder: Path, rollouts: int = ROLLOUTS) -> list[Pool]:
     """Return the pools of all environments and numbers of updates, in this order.
 
     Args:
         folder: Where they are kept; see ``pool``.
+        rollouts: Of each pool.
     """
-    return [pool(folder, *each) for each in product(ENVIRONMENTS, UPDATES)]
+    return [pool(folder, *each, rollouts) for each in product(ENVIRONMENTS, UPDATES)]
 
 
-def main(folder: Path = Path("runs/pools")) -> None:
+def main(folder: Path = Path("runs/pools"), rollouts: int = ROLLOUTS) -> None:
     """Make the pools that are missing and print a table of all.
 
     Args:
         folder: Where the pools are kept.
+        rollouts: Of each pool.
     """
     rows = [["environment", "updates", "samples", "episodes", "mean return"]]
     rows[0] += ["std of advantages", "entropy", "mean log std"]
-    for each in pools(folder):
+    for each in pools(folder, rollouts):
         entropy = each.policy(each.observations.flatten(0, 1)).entropy().mean()
         log_std = "" if each.policy.discrete else f"{each.policy.log_std.mean():.3f}"
         counts = [str(each.updates), str(each.advantages.numel()), str(len(each.returns))]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peers import PeerBatch, Sb3Contrib, Tianshou
 from real_batches import Pool, RealBatch
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call, jacrev, vmap
 
+from trpo_optim import sampled_kl
 from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
@@ -22,6 +22,7 @@ from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.second_order import second_order
 
 RADIUS = 0.01
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,35 @@ class Case:
         self.policy, self._moved = copy.deepcopy(pool.policy), copy.deepcopy(pool.policy)
         self.vector = ParameterVector(self.policy.parameters())
         self._moved_vector = ParameterVector(self._moved.parameters())
-        self._origin = self.vector.gather([each.detach() for each in self.vector.parameters])
+        self.origin = self.vector.gather([each.detach() for each in self.vector.parameters])
         self.closure = closure(self.policy, self.own)
         model = second_order(Objective(self.closure, self.vector, Transaction(self.vector)))
         self.product = model.product
         self.uphill = -model.gradient / model.gradient.norm()
         self._judges = [closure(self._moved, batch) for batch in (self.own, self.held_out)]
-        self._start = [self._at(torch.zeros_like(self._origin), judge)[0] for judge in self._judges]
+        self._start = [self._at(torch.zeros_like(self.origin), judge)[0] for judge in self._judges]
 
-    def solved(self, damping: float | None, iterations: int) -> Tensor:
-        """Return the package's own solution."""
+    def solved(
+        self, damping: float | None, iterations: int, product: Product | None = None
+    ) -> Tensor:
+        """Return the package's own solution; without a product, with that of all own rows."""
         return conjugate_gradient(
-            self.product, self.uphill, damping=damping, iterations=iterations, tolerance=0.0
+            product or self.product,
+            self.uphill,
+            damping=damping,
+            iterations=iterations,
+            tolerance=0.0,
         ).x
+
+    def product_on(self, rows: Tensor, *, sampled: bool = False) -> Product:
+        """Return the Fisher-vector product of some rows of the own batch."""
+        part = closure(self.policy, self.own[rows], sampled=sampled)
+        objective = Objective(part, self.vector, Transaction(self.vector))
+        return second_order(objective, gradient=False).product
+
+    def kl(self, step: Tensor) -> float:
+        """Return the KL of a step on the own batch."""
+        return self._at(step, self._judges[0])[1]
 
     def gains(self, direction: Tensor) -> Gains:
         """Scale a direction until the KL on its own batch is the radius; return the gains there."""
@@ -62,7 +79,7 @@ class Case:
         low, high = 0.0, math.inf
         scale = math.sqrt(2 * RADIUS / curvature)
         for _ in range(40):
-            kl = self._at(scale * direction, self._judges[0])[1]
+            kl = self.kl(scale * direction)
             if abs(kl / RADIUS - 1) < 1e-3:
                 break
             low, high = (low, scale) if kl > RADIUS else (scale, high)
@@ -76,30 +93,30 @@ class Case:
 
     @torch.no_grad()
     def _at(self, step: Tensor, judge: Callable[[], Any]) -> tuple[float, float]:
-        self._moved_vector.write(self.vector.scatter(self._origin + step))
+        self._moved_vector.write(self.vector.scatter(self.origin + step))
         loss, kl, _ = judge()
         return loss.item(), kl.item()
 
-    def peer(self, kind: type[Sb3Contrib | Tianshou]) -> Tensor:
-        """Return the step that another library takes at its defaults."""
-        with torch.no_grad():
-            old = self.policy(self.own.observations).log_prob(self.own.actions)
-        batch = PeerBatch(self.own.observations, self.own.actions, self.own.advantages, old)
-        peer = kind(self.policy, batch, max_kl=RADIUS, damping=None, cg_iterations=None)
-        peer.update()
-        return self.vector.gather([each.detach() for each in peer.parameters()]) - self._origin
 
+def closure(policy: Any, batch: RealBatch, *, sampled: bool = False) -> Callable[[], Any]:
+    """Return a policy's closure on a batch; its present self is the old policy.
 
-def closure(policy: Any, batch: RealBatch) -> Callable[[], Any]:
-    """Return a policy's closure on a batch; its present self is the old policy."""
+    Args:
+        policy: The policy.
+        batch: The batch.
+        sampled: Whether the KL is estimated on the actions.
+    """
     with torch.no_grad():
         old = policy(batch.observations)
         old_log_prob = old.log_prob(batch.actions)
 
     def values() -> Any:
         dist = policy(batch.observations)
-        ratio = (dist.log_prob(batch.actions) - old_log_prob).exp()
-        return -(ratio * batch.advantages).mean(), kl_divergence(old, dist).mean(), dist
+        new_log_prob = dist.log_prob(batch.actions)
+        loss = -((new_log_prob - old_log_prob).exp() * batch.advantages).mean()
+        if sampled:
+            return loss, sampled_kl(old_log_prob, new_log_prob, low_variance=True), new_log_prob
+        return loss, kl_divergence(old, dist).mean(), dist
 
     return values
 

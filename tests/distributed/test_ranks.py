@@ -18,7 +18,7 @@ from ranks import on_ranks, values_of
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
-from trpo_optim import StepReport, TrustRegionOptimizer, joint_kl
+from trpo_optim import Closures, StepReport, TrustRegionOptimizer, joint_kl
 from trpo_optim.rollouts import policy_closure, single_path
 
 pytestmark = [pytest.mark.ranks, pytest.mark.no_cover]
@@ -255,3 +255,39 @@ def test_closures_of_rollouts_weigh_ranks_by_their_samples() -> None:
     for vector, report in values_of(on_ranks(2, on_own_rollout)):
         torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-6)
         assert report.accepted
+
+
+def half_of_the_second(rank: int, policy: nn.Module) -> Closures:
+    """Return a rank's closures, the products of the second rank on a half of its rows."""
+    noise = torch.Generator().manual_seed(0)
+    curvature = 0.5 if rank else None
+    return policy_closure(*collected(rank, policy), curvature=curvature, generator=noise)
+
+
+def on_own_part(rank: int) -> tuple[Tensor, StepReport]:
+    """Step on a batch of this rank's own, which gives the curvature in whole or in part."""
+    policy = network()
+    optimizer = TrustRegionOptimizer(policy.parameters(), process_group=dist.group.WORLD)
+    report = optimizer.step(half_of_the_second(rank, policy))
+    return nn.utils.parameters_to_vector(policy.parameters()).detach(), report
+
+
+def test_the_curvature_of_a_ranks_part_weighs_as_the_ranks_whole_batch() -> None:
+    policy = network()
+    built = [half_of_the_second(rank, policy) for rank in (0, 1)]
+    weights = [float(each.weights[0]) for each in built if each.weights]
+    part = built[1].curvature
+    assert part is not None
+
+    def curvature() -> Any:
+        kls = [closure()[1].mean() for closure in (built[0].parts[0], part)]
+        kl = (weights[0] * kls[0] + weights[1] * kls[1]) / sum(weights)
+        return kl, kl
+
+    start = nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    parts = [each.parts[0] for each in built]
+    TrustRegionOptimizer(policy.parameters()).step(parts, weights=weights, curvature=curvature)
+    expected = nn.utils.parameters_to_vector(policy.parameters()).detach() - start
+    for vector, report in values_of(on_ranks(2, on_own_part)):
+        assert report.accepted
+        torch.testing.assert_close(vector - start, expected, rtol=1e-3, atol=1e-5)

@@ -120,7 +120,9 @@ def test_curvature_is_taken_on_a_share_of_the_trunk() -> None:
         for parameter in policy.parameters():
             parameter.sub_(0.1)
     assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
-    with pytest.raises(TrustRegionError, match=r"curvature is 0; it must be a share in \(0, 1\)"):
+    with pytest.raises(
+        TrustRegionError, match=r"curvature is 0; it must be 'auto', a share in \(0, 1\)"
+    ):
         vine_closure(policy, batch, curvature=0)
 
 

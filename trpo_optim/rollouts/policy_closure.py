@@ -18,6 +18,7 @@ from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sample
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts
+from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
@@ -25,7 +26,7 @@ from trpo_optim.rollouts.trajectories import SinglePathBatch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["curvature_rows", "policy_closure"]
+__all__ = ["policy_closure"]
 
 
 def policy_closure(
@@ -39,7 +40,7 @@ def policy_closure(
     sampling_log_prob: Tensor | None = None,
     entropy_bonus: float = 0.0,
     sampled: bool = False,
-    curvature: float | None = None,
+    curvature: CurvatureShare = "auto",
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Closures:
@@ -63,14 +64,21 @@ def policy_closure(
         entropy_bonus: The weight of the mean entropy, in (standardised) advantages per nat.
         sampled: Whether to estimate the KL on the batch's actions, for policies without a
             closed-form KL. It is then a mean.
-        curvature: The share of the rows (environments, with a recurrent state) for Fisher-vector
-            products, in (0, 1). None: all rows.
-        micro_batch: The most rows (or environments) to evaluate at once. The share for curvature is
-            always evaluated whole. None: all.
-        generator: The generator that draws this share. None: torch's global generator.
+        curvature: Which rows Fisher-vector products are taken on. ``"auto"``: all rows up to 2048;
+            of a larger batch, 2048 random rows or a tenth, whichever is more. With a recurrent
+            state or ``sampled=True``, products need more rows, and ``"auto"`` takes all. A
+            share in (0, 1): this share of the rows (environments, with a recurrent state). None:
+            all rows.
+        micro_batch: The most rows (or environments) to evaluate at once. None: all. Rows that are
+            drawn for curvature are evaluated at once, too. If ``"auto"`` needs more than
+            ``micro_batch``, it takes all rows; a share does not look at ``micro_batch``.
+        generator: The generator that draws these rows. None: for ``"auto"``, a generator with a
+            fixed seed, the same rows in every call with as many; for a share, torch's global
+            generator.
 
     Returns:
-        The closures, weighed by their samples.
+        The closures, weighed by their samples. Every rank of a process group draws its own rows for
+        curvature. Its products weigh as its whole batch.
 
     Raises:
         TrustRegionError: If shapes do not fit, a used advantage or weight is not finite, there are
@@ -130,37 +138,14 @@ def policy_closure(
         )
 
     pieces = [select(chosen) for chosen in torch.arange(count).split(micro_batch or count)]
-    chosen = curvature_rows(curvature, count, generator)
+    if curvature == "auto" and (sampled or batch.state is not None):
+        curvature = None
+    chosen = curvature_rows(curvature, count, generator, most=micro_batch)
     return Closures(
         parts=[closure(piece) for piece in pieces],
         weights=[float(piece.count) for piece in pieces],
         curvature=None if chosen is None else closure(select(chosen)),
     )
-
-
-def curvature_rows(
-    share: float | None, count: int, generator: torch.Generator | None
-) -> Tensor | None:
-    """Draw the rows that Fisher-vector products are taken on.
-
-    Args:
-        share: Of all rows, in (0, 1). None: all.
-        count: How many rows there are.
-        generator: What draws them; None: torch's global one.
-
-    Returns:
-        Their indices, in order, at least one; None for all.
-
-    Raises:
-        TrustRegionError: If the share is outside its range.
-    """
-    if share is None:
-        return None
-    if not 0 < share < 1:
-        raise TrustRegionError(
-            f"curvature is {share!r}; it must be a share in (0, 1), or None for all rows."
-        )
-    return torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
 
 
 @dataclass(frozen=True)

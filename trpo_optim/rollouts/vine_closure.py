@@ -15,7 +15,7 @@ from trpo_optim.distributions import entropy, frozen, joint_kl
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.branch_actions import log_probs
-from trpo_optim.rollouts.policy_closure import curvature_rows
+from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.vine import VineBatch
 
 __all__ = ["vine_closure"]
@@ -26,7 +26,7 @@ def vine_closure(
     batch: VineBatch,
     *,
     entropy_bonus: float = 0.0,
-    curvature: float | None = None,
+    curvature: CurvatureShare = "auto",
     generator: torch.Generator | None = None,
 ) -> Closures:
     """Return the closures for one ``optimizer.step`` on a vine.
@@ -43,9 +43,12 @@ def vine_closure(
         policy: The policy that collected the batch.
         batch: The batch that ``vine`` returned.
         entropy_bonus: The weight of the mean entropy, in units of Q per nat.
-        curvature: The share of the trunk's states for Fisher-vector products, in (0, 1). None: all
-            states.
-        generator: The generator that draws this share. None: torch's global generator.
+        curvature: Which states of the trunk Fisher-vector products are taken on. ``"auto"``: all
+            states up to 2048; of a larger trunk, 2048 random states or a tenth, whichever is more.
+            A share in (0, 1): this share of the states. None: all states.
+        generator: The generator that draws these states. None: for ``"auto"``, a generator with a
+            fixed seed, the same states in every call with as many; for a share, torch's global
+            generator.
 
     Returns:
         The closures. With a process group, the number of states with branches weighs the ranks, for
