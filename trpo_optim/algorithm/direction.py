@@ -70,16 +70,16 @@ class DirectionSolver:
         if model.engine == _FINITE_DIFFERENCES:
             return self._by_finite_differences(model, model.fallback)
         images: list[Tensor] = []
+        unproven = self.mode.curved and self.batch.is_unproven()
 
         def product(vector: Tensor) -> Tensor:
             image = model.product(vector)
-            if not images:
+            if unproven and not images:
                 images.append(image)
             return image
 
         solution = self.mode.direction(product, self.uphill, self.settings)
-        unproven = self.mode.curved and self.batch.is_unproven()
-        image = images[0] if images and unproven else None
+        image = images[0] if images else None
         return Direction(solution, model.engine, model.fallback, image)
 
     def prove(self, direction: Direction, model: LocalModel) -> Direction:
