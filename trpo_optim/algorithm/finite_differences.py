@@ -154,8 +154,8 @@ def disagreement(
     length = math.sqrt(2 * target / bend) if bend > 1e-6 else math.sqrt(2 * target)
     length, kl_ahead, ahead = _displaced(slope, origin, unit, length, target, window=(1 / 10, 10))
     kl_behind, behind = slope(unit, -length)
-    central = (ahead - behind) / (2 * length)
-    uneven = (ahead + behind - 2 * origin) / (2 * length)
+    central = (ahead - behind).div_(2 * length)
+    uneven = ahead.add_(behind).sub_(origin, alpha=2).div_(2 * length)
     size, crooked = float(central.norm()), float(uneven.norm())
     if not math.isfinite(size + crooked):
         return math.nan
