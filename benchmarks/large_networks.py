@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from memory import peak_bytes
 from scene import Scene
 from table import steps_of, table
-
-from trpo_optim import StepReport
 
 WIDTHS = (990, 3_150, 9_990)
 """Hidden units of the networks: one million, ten million and a hundred million parameters."""
@@ -48,28 +47,29 @@ def large_networks(widths: Sequence[int] = WIDTHS, threads: int = 2) -> str:
 
 
 def _row(width: int, threads: int) -> list[str]:
-    """Take two first steps: one that is timed, one whose every allocation is recorded."""
     torch.set_num_threads(threads)
     Scene(64, SAMPLES).update(third=True).run()  # loads the code
     scene = Scene(width, SAMPLES)
-    before, job = _status("VmRSS"), scene.update(third=True)
-    start = time.perf_counter()
-    report = job.run()
-    seconds = time.perf_counter() - start
-    resident = _status("VmHWM") - before
-    job.prepare()
-    allocated = peak_bytes(scene.update(third=True).run)
+    job = scene.update(third=True)
+    found: dict[str, Any] = {}
+
+    def step() -> None:
+        before, start = _status("VmRSS"), time.perf_counter()
+        found["report"] = job.run()
+        found["seconds"] = time.perf_counter() - start
+        found["resident"] = _status("VmHWM") - before
+
+    allocated = peak_bytes(step)
     parameters = sum(each.numel() for each in scene.parameters)
     vector = 4 * parameters
-    assert isinstance(report, StepReport)
     return [
         steps_of(parameters),
         f"{allocated / vector:.1f}",
-        f"{resident / vector:.1f}",
+        f"{found['resident'] / vector:.1f}",
         f"{allocated / 2**30:.2f}",
-        f"{seconds:.1f}",
-        str(report.fisher_products),
-        report.outcome.value,
+        f"{found['seconds']:.1f}",
+        str(found["report"].fisher_products),
+        found["report"].outcome.value,
     ]
 
 
