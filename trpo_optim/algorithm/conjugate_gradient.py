@@ -69,7 +69,8 @@ def conjugate_gradient(
     orthogonal, the basis lets no rounding grow: in single precision the recurrences raise it by
     four orders of magnitude within ten iterations. The basis does not depend on λ, so that λ can be
     chosen by T; and xᵀFx needs neither another product nor a cancelling difference. One transfer to
-    the host per iteration; memory for ``iterations`` vectors.
+    the host per iteration. The basis takes the memory of ``iterations`` vectors, or half of that if
+    b is long.
 
     A good iterate is one along which F itself curves upwards: damping may hide that F does not, and
     a step length follows from xᵀFx alone. The first iterate that is not good ends the solve.
