@@ -23,8 +23,8 @@ def spd(condition: float, seed: int = 0) -> Tensor:
     return with_eigenvalues(torch.logspace(-math.log10(condition), 0, N).double(), seed)
 
 
-def right_side(seed: int = 1) -> Tensor:
-    b = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def right_side(seed: int = 1, n: int = N) -> Tensor:
+    b = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     unit: Tensor = b / b.norm()
     return unit
 

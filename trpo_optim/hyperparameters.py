@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from itertools import product
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -115,7 +115,7 @@ class Hyperparameters:
         names = cls.names()
         found = [cls.of_group(group, scheduled=True) for group in groups]
         for group, own in zip(groups, found, strict=True):
-            group.update(asdict(own))
+            group.update(vars(own))
         for index, name in product(range(1, len(groups)), names):
             first, here = getattr(found[0], name), getattr(found[index], name)
             if here != first:

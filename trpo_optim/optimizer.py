@@ -74,8 +74,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             fixed rate.
         lr: Scales the step, at least 0; the KL scales with ``lr²``. Leave it at 1 unless you use a
             scheduler. Do not copy Adam's 3e-4: the policy would hardly move. Mode ``"trpo"`` scales
-            the step that its line search found, with one more trial if ``lr`` is below 1. There, a
-            value above 1 changes nothing. None: 1.0, except where ``lr`` is the fixed rate.
+            the step that its line search found; a value above 1 changes nothing there. None: 1.0,
+            except where ``lr`` is the fixed rate.
         damping: λ, at least 0. None: 4 % of the mean curvature qᵀFq over an orthonormal basis q of
             the directions that the solve goes through. This follows the scale of F.
         cg_iterations: The most Fisher-vector products in one solve, at least 1.
@@ -89,7 +89,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         maximize: Whether the closure's first value is an objective to be raised.
         engine: What makes Fisher-vector products. ``"auto"``: Gauss–Newton with the third value,
             ``torch.func`` without it, and finite differences for micro-batches, recurrence,
-            convolutions, attention and checkpoints. A step raises if a named engine cannot serve.
+            convolutions, attention and checkpoints.
         process_group: The processes that take every step together, each with its own samples.
             ``torch.distributed.group.WORLD`` holds all processes. Means are over the samples of all
             ranks, and all ranks return the same report. The group is not saved and not in
@@ -194,16 +194,15 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It is
                 called once with derivatives, and once per trial without. The first step, and
                 products by finite differences, call it more often. A list of closures, one per
-                micro-batch, stands for their weighted mean and takes the memory of one. Each is
-                called once more for every product. A ``Closures`` object is such a list with its
-                weights and curvature.
+                micro-batch, stands for their weighted mean and takes the memory of one. A
+                ``Closures`` object is such a list with its weights and curvature.
             curvature: A closure of the same kind on a part of the batch. Its KL gives the
                 Fisher-vector products, and its loss is ignored. The gradient, the trials and the
                 acceptance use ``closure``. Mode ``"vanilla"`` ignores it.
             weights: One number above 0 per closure of a list, usually its number of samples. None:
-                all closures count equally. With a process group, ``weights`` also weighs the ranks,
-                and a single closure has a number. A rank without samples passes the weight 0 (its
-                closure is not called) or an empty list of closures.
+                all count equally. With a process group, ``weights`` also weighs the ranks, and a
+                single closure has a number. A rank without samples passes the weight 0 (its closure
+                is not called) or an empty list.
 
         Returns:
             The report, also kept as ``last_report``.
@@ -259,10 +258,10 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the hyperparameters of a saved state.
+        """Load the hyperparameters that ``state_dict()`` returned.
 
         Args:
-            state_dict: What ``state_dict()`` returned.
+            state_dict: The saved state.
 
         Raises:
             TrustRegionError: If another kind of optimizer saved it.
@@ -283,7 +282,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         if self._process_group is not None:
             raise TrustRegionError(GROUP_NOT_COPIED)
         own = {"last_report": self.last_report, "_lr_given": self._lr_given}
-        return {**super().__getstate__(), **own}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state, and fill in hyperparameters that an older version did not save."""

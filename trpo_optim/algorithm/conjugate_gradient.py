@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trpo_optim.algorithm.krylov_basis import krylov_basis
+
 __all__ = ["RELATIVE_DAMPING", "Ending", "Solution", "conjugate_gradient"]
 
 
@@ -67,7 +69,8 @@ def conjugate_gradient(
     orthogonal, the basis lets no rounding grow: in single precision the recurrences raise it by
     four orders of magnitude within ten iterations. The basis does not depend on λ, so that λ can be
     chosen by T; and xᵀFx needs neither another product nor a cancelling difference. One transfer to
-    the host per iteration; memory for ``iterations`` vectors.
+    the host per iteration. The basis takes the memory of ``iterations`` vectors, or half of that if
+    b is long.
 
     A good iterate is one along which F itself curves upwards: damping may hide that F does not, and
     a step length follows from xᵀFx alone. The first iterate that is not good ends the solve.
@@ -87,8 +90,8 @@ def conjugate_gradient(
         Hestenes & Stiefel (1952); Paige & Saunders, "Solution of sparse indefinite systems of
         linear equations" (1975), for the Lanczos form; Schulman et al. (2015), appendix C.
     """
-    length = float(b.norm())
-    basis = b.new_empty(min(iterations, len(b)), len(b))
+    basis = krylov_basis(b, min(iterations, len(b)))
+    length = basis.rest_length
     small = _Tridiagonal([], [])
     best = _Iterate([], 1.0 if math.isfinite(length) else math.nan, damping or 0.0)
     products = 0
@@ -97,51 +100,32 @@ def conjugate_gradient(
         best, ending = replace(best, residual=0.0), Ending.CONVERGED
     elif not math.isfinite(length):
         ending = Ending.NON_FINITE
-    rest, rest_length = b, length
     while ending is Ending.ITERATION_LIMIT and products < iterations:
-        torch.div(rest, rest_length, out=basis[products])
-        known = basis[: products + 1]
-        image = product(basis[products])
+        bend = basis.absorb(product(basis.extend()))
         products += 1
-        bend, rest, rest_length = _beyond(known, image)
-        if not (math.isfinite(bend) and math.isfinite(rest_length)):
+        if not (math.isfinite(bend) and math.isfinite(basis.rest_length)):
             ending = Ending.NON_FINITE
             break
-        small = small.extended(bend, rest_length)
+        small = small.extended(bend, basis.rest_length)
         iterate = small.solved(damping)
         if iterate is None or not small.bend_along(iterate.y) > 0:
             ending = Ending.NON_POSITIVE_CURVATURE
             break
         best = iterate
-        exhausted = rest_length <= torch.finfo(b.dtype).eps * abs(bend) or products == len(b)
+        negligible = torch.finfo(b.dtype).eps * abs(bend)
+        exhausted = basis.rest_length <= negligible or products == len(b)
         if best.residual <= tolerance or exhausted:
             ending = Ending.CONVERGED
-    done = len(best.y)
     y = [length * each for each in best.y]
     return Solution(
-        x=_combined(basis[:done], y),
+        x=basis.combined(y),
         ending=ending,
-        iterations=done,
+        iterations=len(y),
         products=products,
         residual=best.residual,
         curvature=small.bend_along(y),
         damping=best.damping,
     )
-
-
-def _beyond(basis: Tensor, image: Tensor) -> tuple[float, Tensor, float]:
-    """Return a product's component along the last of a basis, what lies beyond all, its length."""
-    with torch.autocast(basis.device.type, enabled=False):
-        components = basis @ image
-        rest = image - basis.T @ components
-        rest -= basis.T @ (basis @ rest)  # what rounding left of the components
-        bend, length = torch.stack([components[-1], rest.norm()]).tolist()
-    return bend, rest, length
-
-
-def _combined(basis: Tensor, y: list[float]) -> Tensor:
-    with torch.autocast(basis.device.type, enabled=False):
-        return basis.T @ basis.new_tensor(y)
 
 
 @dataclass(frozen=True)

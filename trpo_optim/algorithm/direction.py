@@ -19,6 +19,7 @@ from trpo_optim.algorithm.finite_differences import (
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
 from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.long_vectors import norm
 
 __all__ = ["Direction", "DirectionSolver", "differences_of"]
 
@@ -141,7 +142,7 @@ class DirectionSolver:
             apart = made.product(self.uphill) - image
         except UnresolvedError:
             return False
-        return bool(apart.norm() <= EVEN * image.norm())
+        return bool(norm(apart) <= EVEN * norm(image))
 
     def _differences_are_next(self, model: LocalModel) -> bool:
         """Return whether finite differences are to serve if they agree with the product."""

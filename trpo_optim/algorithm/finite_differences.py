@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.long_vectors import dot, norm
 
 __all__ = [
     "EVEN",
@@ -84,16 +85,16 @@ class FiniteDifferences:
         Raises:
             UnresolvedError: If the differences on both sides do not agree.
         """
-        norm = float(direction.norm())
-        if norm == 0:
+        length = float(norm(direction))
+        if length == 0:
             return torch.zeros_like(direction)
-        unit = direction / norm
+        unit = direction / length
         if self._origin is None:
-            return self._first(unit).mul_(norm)
+            return self._first(unit).mul_(length)
         self._length, _, there = _displaced(
             self._slope, self._origin, unit, self._length, self._target, window=(1 / 300, 10)
         )
-        return (there - self._origin).mul_(norm / self._length)
+        return (there - self._origin).mul_(length / self._length)
 
     def _first(self, unit: Tensor) -> Tensor:
         """Return a product by central differences, with whose displacement the others begin."""
@@ -106,7 +107,7 @@ class FiniteDifferences:
             if origin is zero and _unevenness(ahead, behind, origin) > EVEN:
                 _, origin = self._slope(unit, 0.0)  # a kink, or a gradient that is not zero here
                 length, ahead, behind = self._both_sides(unit, target, origin)
-            made = 0.5 * length * float(unit @ (ahead - origin))
+            made = 0.5 * length * float(dot(unit, ahead - origin))
             if made < 1e-3 * target:
                 continue  # the KL is flat however far one goes
             uneven = _unevenness(ahead, behind, origin)
@@ -133,8 +134,8 @@ class FiniteDifferences:
 
 def _unevenness(ahead: Tensor, behind: Tensor, origin: Tensor) -> float:
     """Return how far two one-sided differences are apart, relative to their sum."""
-    apart = float((ahead + behind - 2 * origin).norm())
-    return apart / max(float((ahead - behind).norm()), 1e-300) if apart else 0.0
+    apart = float(norm(ahead + behind - 2 * origin))
+    return apart / max(float(norm(ahead - behind)), 1e-300) if apart else 0.0
 
 
 def resolves(precision: float) -> bool:
@@ -187,16 +188,16 @@ def disagreement(
     if max_kl is not None:
         target = min(target, max_kl / 10)
     kl, origin = slope(unit, 0.0)
-    bend = float(unit @ image)
+    bend = float(dot(unit, image))
     length = math.sqrt(2 * target / bend) if bend > 1e-6 else math.sqrt(2 * target)
     length, kl_ahead, ahead = _displaced(slope, origin, unit, length, target, window=(1 / 10, 10))
     kl_behind, behind = slope(unit, -length)
-    central = (ahead - behind) / (2 * length)
-    uneven = (ahead + behind - 2 * origin) / (2 * length)
-    size, crooked = float(central.norm()), float(uneven.norm())
+    central = (ahead - behind).div_(2 * length)
+    uneven = ahead.add_(behind).sub_(origin, alpha=2).div_(2 * length)
+    size, crooked = float(norm(central)), float(norm(uneven))
     if not math.isfinite(size + crooked):
         return math.nan
-    bend = float(unit @ central)
+    bend = float(dot(unit, central))
     measured = (kl_ahead + kl_behind - 2 * kl) / length**2
     rounding = 4 * kl_resolution / length**2
     sound = (
@@ -207,7 +208,7 @@ def disagreement(
     )
     if not sound:
         return 0.0
-    difference = float((central - image).norm()) / size
+    difference = float(norm(central - image)) / size
     return difference if difference > 0.05 + crooked / size else 0.0
 
 
@@ -227,7 +228,7 @@ def _displaced(
     longest = 1e4 * math.sqrt(2 * target)
     for tries in range(_MOST_TRIES):
         kl, there = slope(unit, length)
-        made = 0.5 * length * float(unit @ (there - origin))
+        made = 0.5 * length * float(dot(unit, there - origin))
         factor = 10.0 if not made > 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
         fits = window[0] * target <= made <= window[1] * target
         flat = length == longest and factor > 1

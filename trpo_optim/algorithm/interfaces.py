@@ -39,7 +39,7 @@ class LocalModel(Numbers, Protocol):
 
     @property
     def gradient(self) -> Tensor:
-        """∇loss, shape (n,)."""
+        """∇loss, shape (n,), in memory of its own: a step overwrites it with the unit vector."""
 
     @property
     def kls(self) -> Mapping[str, float]:

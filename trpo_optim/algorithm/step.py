@@ -21,6 +21,7 @@ from trpo_optim.algorithm.line_search import Prediction, Search, Trial
 from trpo_optim.algorithm.modes import MODES
 from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import Hyperparameters
+from trpo_optim.long_vectors import dot, norm
 from trpo_optim.report import Outcome
 
 __all__ = ["take_step"]
@@ -52,7 +53,8 @@ def take_step(
         figures["max_kl"] = settings.max_kl
     model = batch.second_order() if mode.curved else batch.first_order()
     sign = 1.0 if settings.maximize else -1.0
-    uphill, gradient_norm = _normalized(sign * model.gradient)
+    uphill = model.gradient.mul_(sign)
+    gradient_norm = _normalize(uphill)
     figures |= _figures_of_model(model, gradient_norm)
     if mode.radius_is_held:
         require_resolved(settings.max_kl, model.kl_resolution)
@@ -89,13 +91,13 @@ def take_step(
 
     length = mode.length(settings, gradient_norm, direction.curvature)
     step = length * direction.x
-    step_norm = float(step.norm())
+    step_norm = float(norm(step))
     if length == 0:
         return Outcome.ZERO_LEARNING_RATE
     if not math.isfinite(step_norm):
         return Outcome.NON_FINITE_TRIAL
     prediction = Prediction(
-        improvement=gradient_norm * float(uphill.dot(step)),
+        improvement=gradient_norm * float(dot(uphill, step)),
         kl=0.5 * length * length * direction.curvature,
     )
 
@@ -149,14 +151,14 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _normalized(vector: Tensor) -> tuple[Tensor, float]:
-    """Return the unit vector and the length, of which no square under- or overflows."""
+def _normalize(vector: Tensor) -> float:
+    """Make a vector one of length 1, in place, and return the length that it had."""
     largest = float(vector.abs().max())
     if largest == 0 or not math.isfinite(largest):
-        return vector, largest
-    scaled = vector / largest
-    norm = scaled.norm()
-    return scaled / norm, float(norm) * largest
+        return largest
+    length = norm(vector.div_(largest))  # so that no square under- or overflows
+    vector.div_(length)
+    return float(length) * largest
 
 
 def _flaw_of_model(model: LocalModel, gradient_norm: float) -> Outcome | None:

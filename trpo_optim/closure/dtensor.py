@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trpo_optim.errors import TrustRegionError
 
@@ -81,5 +81,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def _as_sharded(tensor: Tensor) -> Any:
     """Return a tensor if it is a ``DTensor``, else None."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return None
     kinds = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
     return tensor if kinds is not None and isinstance(tensor, kinds.DTensor) else None

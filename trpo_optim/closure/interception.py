@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ _REFUSED: dict[Any, str] = {
     Tensor.detach_: "the closure calls detach_(), which cuts only one of two derivatives",
 }
 """What the transforms of torch.func take without an error, and get wrong."""
+
+
+_SPECIAL = {_SET_DATA, _DATA, _GRAD_FN, *_HOOKS, torch.autograd.grad, torch_private.weight_norm}
+"""What is called in another way than the closure asks for, or shows something of it."""
 
 
 class RefusedError(Exception):
@@ -101,8 +106,10 @@ class Watch(TorchFunctionMode):
         self.drew = False
         self._paused = False
         self._transaction = transaction
+        self._kept = transaction.kept
+        self._since = self._kept.count()
         self._twins = twins
-        self._own = {*twins, *map(id, twins.values())}
+        self._own = {*map(id, parameters), *map(id, twins.values())}
         self._storages: dict[int, list[Tensor]] = {}
         self._parts: set[int] = set()  # the storages of DTensor parameters
         for each in parameters:
@@ -111,7 +118,6 @@ class Watch(TorchFunctionMode):
             self._storages.setdefault(memory, []).append(held)
             if held is not each:
                 self._parts.add(memory)
-        self._known = {id(each): each for each in parameters}  # and their views made inside
 
     def remove(self) -> None:
         """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
@@ -141,6 +147,17 @@ class Watch(TorchFunctionMode):
         keywords = kwargs or {}
         if self._paused:
             return func(*args, **keywords)
+        if self._twins or _is_special(func):
+            return self._intervened(func, args, keywords)
+        self._look_at(args)
+        if keywords:
+            self._look_at(tuple(keywords.values()))
+        return self._noted(func(*args, **keywords))
+
+    def _intervened(
+        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Call ``func`` on the twins, or do in its place what leaves the derivatives right."""
         if func == _SET_DATA and not self._transaction.puts_back(args[0]):
             raise TrustRegionError(
                 "The closure assigns to the .data of a tensor, which derivatives cannot follow. "
@@ -163,10 +180,9 @@ class Watch(TorchFunctionMode):
             func = weight_norm
         recurrent = is_recurrence(func)
         self.recurrent |= recurrent
-        if not self.dear and (recurrent or saves_by_hooks()):
-            self.dear = (
-                "recurrence" if recurrent else "checkpoints and other hooks on saved tensors"
-            )
+        self.dear = self.dear or ("recurrence" if recurrent else "")
+        self._look_at(args)
+        self._look_at(tuple(keywords.values()))
         arguments = [self._replaced(value) for value in args]
         named = {name: self._replaced(value) for name, value in keywords.items()}
         state = self._transaction.random_states() if self._twins and may_draw(func) else None
@@ -183,33 +199,49 @@ class Watch(TorchFunctionMode):
         if func == _GRAD_FN:
             self.interfered |= result is not None
             return result if result is None else _NodeWithoutHooks(result)
+        return self._noted(result)
+
+    def _look_at(self, values: Sequence[Any]) -> None:
+        """Note the tensors that a call is given, and refuse those that share parameters' memory."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) not in self._own:
+                    if self._shares_memory(value) and not self._kept.holds(value, self._since):
+                        self._refuse(value)
+                    self._kept.add(value)
+            elif isinstance(value, list | tuple):
+                self._look_at(value)
+
+    def _refuse(self, tensor: Tensor) -> None:
+        """Refuse a tensor from outside that every trial would move."""
+        if tensor.untyped_storage().data_ptr() in self._parts:
+            raise TrustRegionError(
+                "The closure takes what this rank holds of a DTensor parameter past the copy that "
+                "the step differentiates. clone() the parameter first, inside the closure: "
+                "parameter.clone().full_tensor(), or to_local() likewise. An old distribution that "
+                "holds such a part needs a clone() of it."
+            )
+        raise TrustRegionError(
+            "The closure uses a tensor from outside that shares memory with a parameter, such as "
+            "the scale of the old distribution: it would move with every trial. clone() it when "
+            "the old distribution is made."
+        )
+
+    def _noted(self, result: Any) -> Any:
+        """Note the tensors that a call has made."""
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor):
                 if each.dtype in _HALF:
                     self.precision = max(self.precision, torch.finfo(each.dtype).eps)
                 if id(each) not in self._own:
-                    self._transaction.kept.add(each)
-                if self._shares_memory(each):
-                    self._known[id(each)] = each
+                    self._kept.add(each)
+        if not self.dear and saves_by_hooks():
+            self.dear = "checkpoints and other hooks on saved tensors"
         return result
 
     def _replaced(self, value: Any) -> Any:
+        """Return the twin of a parameter, and of a list or tuple what holds twins."""
         if isinstance(value, Tensor):
-            if id(value) not in self._known and self._shares_memory(value):
-                if value.untyped_storage().data_ptr() in self._parts:
-                    raise TrustRegionError(
-                        "The closure takes what this rank holds of a DTensor parameter past the "
-                        "copy that the step differentiates. clone() the parameter first, inside "
-                        "the closure: parameter.clone().full_tensor(), or to_local() likewise. An "
-                        "old distribution that holds such a part needs a clone() of it."
-                    )
-                raise TrustRegionError(
-                    "The closure uses a tensor from outside that shares memory with a parameter, "
-                    "such as the scale of the old distribution: it would move with every trial. "
-                    "clone() it when the old distribution is made."
-                )
-            if id(value) not in self._own:
-                self._transaction.kept.add(value)
             return self._twins.get(id(value), value)
         if type(value) in (list, tuple):
             return type(value)(self._replaced(each) for each in value)
@@ -224,6 +256,11 @@ class Watch(TorchFunctionMode):
         if candidates is None:
             return False
         return any(share_memory(tensor, each) for each in candidates)
+
+
+@cache
+def _is_special(func: Callable[..., Any]) -> bool:
+    return func in _SPECIAL or is_recurrence(func)
 
 
 def _of_outsiders(

@@ -39,6 +39,19 @@ class KeptTensors:
         """
         self._made.append(weakref.ref(tensor))
 
+    def count(self) -> int:
+        """Return how many tensors were noted that may still be held."""
+        return len(self._made)
+
+    def holds(self, tensor: Tensor, since: int) -> bool:
+        """Return whether a tensor was noted.
+
+        Args:
+            tensor: Any.
+            since: What ``count`` said at the earliest.
+        """
+        return any(each is tensor for each in self._alive(since))
+
     def unwrap(self) -> None:
         """Take torch.func's wrappers off what is still held, before the next evaluation."""
         self._made = [reference for reference in self._made if reference() is not None]
@@ -60,9 +73,9 @@ class KeptTensors:
                 _swap(tensor, tensor.detach())
         self._made.clear()
 
-    def _alive(self) -> Iterator[Tensor]:
+    def _alive(self, since: int = 0) -> Iterator[Tensor]:
         """Yield what is still held."""
-        for reference in self._made:
+        for reference in self._made[since:]:
             if (tensor := reference()) is not None:
                 own_again(tensor)
                 yield tensor

@@ -87,7 +87,7 @@ class ParameterVector:
             for tensor, parameter in zip(tensors, self.parameters, strict=True)
         ]
         dense = [each.to_dense() if each.is_sparse else each for each in pieces]
-        return [each.reshape(-1).to(self.dtype) for each in dense]
+        return [_of_dtype(each.reshape(-1), self.dtype) for each in dense]
 
     def joined(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return tensors shaped like the parameters in as few pieces of a vector as may be.
@@ -112,7 +112,7 @@ class ParameterVector:
     def scatter(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's pieces in the parameters' shapes and dtypes."""
         return [
-            part_like(piece.view(parameter.shape).to(parameter.dtype), parameter)
+            part_like(_of_dtype(piece.view(parameter.shape), parameter.dtype), parameter)
             for piece, parameter in zip(self.split(vector), self.parameters, strict=True)
         ]
 
@@ -128,6 +128,11 @@ class ParameterVector:
         if targets:
             with torch.no_grad():
                 copy_each(targets, sources)
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what ``to`` does, without a call of torch where it would do nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def require_real(group: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable, uncompiled
+from trpo_optim.long_vectors import norm
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -219,7 +220,7 @@ class Transaction:
 
     def moved(self) -> float:
         """Return how far the parameters are from the origin, as their precision has it."""
-        return float((self._vector.current() - self.origin).norm())
+        return float(norm(self._vector.current().sub_(self.origin)))
 
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points where every parameter has one length and lies along no axis."""

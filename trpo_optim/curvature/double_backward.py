@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.curvature.autograd_graph import have_second_derivatives
@@ -43,7 +44,7 @@ def by_double_backward(
         return str(error)
     if not have_second_derivatives(slopes):
         return "compiled modules have no second derivatives"
-    curved = [index for index, slope in enumerate(slopes) if slope.requires_grad]
+    curved = {i: get_gradient_edge(each) for i, each in enumerate(slopes) if each.requires_grad}
 
     def product(direction: Tensor) -> Tensor:
         if not curved:
@@ -51,7 +52,7 @@ def by_double_backward(
         pieces = vector.split_as_joined(direction)
         return vector.gather(
             torch.autograd.grad(
-                [slopes[index] for index in curved],
+                list(curved.values()),
                 vector.parameters,
                 [pieces[index] for index in curved],
                 retain_graph=True,

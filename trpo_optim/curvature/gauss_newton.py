@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.autograd_graph import have_second_derivatives, passes_by
@@ -70,14 +71,16 @@ def gauss_newton(
         return str(error)
     if not have_second_derivatives(pulled):
         return "compiled modules have no second derivatives"
-    linear = [index for index, piece in enumerate(pulled) if piece.requires_grad]
+    linear = {
+        index: get_gradient_edge(each) for index, each in enumerate(pulled) if each.requires_grad
+    }
     edges, fisher = outputs.edges, outputs.product
     owners = [each.owner for each in cut]
 
     def product(direction: Tensor, _kept: Any = owners) -> Tensor:  # as long as the product
         pieces = vector.split_as_joined(direction)
         tangents = torch.autograd.grad(
-            [pulled[index] for index in linear],
+            list(linear.values()),
             cotangents,
             [pieces[index] for index in linear],
             retain_graph=True,
@@ -91,4 +94,7 @@ def gauss_newton(
 
     if loss is None:
         return None, product
-    return torch.cat(pulled).detach() if whole is None else vector.gather(whole), product
+    if whole is not None:
+        return vector.gather(whole), product
+    gradient = pulled[0] if len(pulled) == 1 else torch.cat(pulled)
+    return gradient.detach(), product
