@@ -118,7 +118,8 @@ def all_variants(
     group = dist.group.WORLD if dist.is_initialized() else None
     found = []
     for mode, dtype, third in VARIANTS:
-        settings = {"mode": mode, **({"lr": 0.1} if mode == "vanilla" else {})}
+        settings: dict[str, Any] = {"mode": mode, **({"lr": 0.1} if mode == "vanilla" else {})}
+        settings["engine"] = "Gauss-Newton" if third else "torch.func"  # also in micro-batches
         task = problem(dtype, device)
         found.append(trained(task, group, rank, cut, steps=steps, third=third, settings=settings))
     return found
@@ -144,6 +145,27 @@ def test_steps_are_those_of_one_process(name: str, steps: int) -> None:
     cut = CUTS[name]
     found = values_of(on_ranks(len(cut), all_variants, cut, steps))
     require_the_same(by_one_process(steps), found)
+
+
+def in_micro_batches(rank: int, cut: Cut) -> tuple[Tensor, list[StepReport]]:
+    """Train with the default engine."""
+    task = problem(torch.float32, "cpu")
+    return trained(task, dist.group.WORLD, rank, cut, steps=3, third=True, settings={})
+
+
+def test_micro_batches_on_some_ranks_take_finite_differences_on_all() -> None:
+    cut = CUTS["3 in micro-batches, unlike"]
+    alone = trained(
+        problem(torch.float32, "cpu"), None, 0, [[SAMPLES]], steps=3, third=True, settings={}
+    )
+    ranks = values_of(on_ranks(len(cut), in_micro_batches, cut))
+    for vector, reports in ranks:
+        assert torch.equal(vector, ranks[0][0])
+        assert reports == ranks[0][1]
+    for report, expected in zip(ranks[0][1], alone[1], strict=True):
+        assert (report.engine, expected.engine) == ("finite differences", "Gauss-Newton")
+        gain = report.improvement / report.kl**0.5
+        assert gain == pytest.approx(expected.improvement / expected.kl**0.5, rel=0.01)
 
 
 @needs_gpu
@@ -249,7 +271,7 @@ def test_closures_of_rollouts_weigh_ranks_by_their_samples() -> None:
     closures = [policy_closure(*collected(rank, policy)) for rank in (0, 1)]
     weights = [closure.weights[0] for closure in closures if closure.weights]
     assert weights[0] < weights[1]
-    optimizer = TrustRegionOptimizer(policy.parameters())
+    optimizer = TrustRegionOptimizer(policy.parameters(), engine="Gauss-Newton")
     optimizer.step([closure.parts[0] for closure in closures], weights=weights)
     expected = nn.utils.parameters_to_vector(policy.parameters()).detach()
     for vector, report in values_of(on_ranks(2, on_own_rollout)):
