@@ -17,8 +17,8 @@ from trpo_optim import TrustRegionOptimizer
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.curvature.second_order import second_order
+from trpo_optim.hyperparameters import EngineName
 
 OBSERVATIONS, ACTIONS = 17, 6  # HalfCheetah's
 RADIUS, DAMPING, ITERATIONS = 0.01, 0.1, 10
@@ -110,21 +110,35 @@ class Scene:
         share: float = 1.0,
         micro_batches: int = 1,
         defaults: bool = False,
-        torch_func: bool = True,
+        engine: EngineName = "auto",
     ) -> Job:
-        """Take one step; ``share`` of the batch gives the curvature.
+        """Take one step; ``share`` of the batch gives the curvature."""
+        return self.update_and_optimizer(
+            third=third,
+            share=share,
+            micro_batches=micro_batches,
+            defaults=defaults,
+            engine=engine,
+        )[0]
 
-        Without ``torch_func``, double backward differentiates closures of two values.
-
-        Returns:
-            The job.
-        """
+    def update_and_optimizer(
+        self,
+        *,
+        third: bool,
+        share: float = 1.0,
+        micro_batches: int = 1,
+        defaults: bool = False,
+        engine: EngineName = "auto",
+    ) -> tuple[Job, TrustRegionOptimizer]:
+        """Return what ``update`` returns, and the optimizer, whose report says what was gained."""
         solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
         optimizer = TrustRegionOptimizer(
-            self.parameters, max_kl=RADIUS, cg_iterations=self.iterations, **solver
+            self.parameters,
+            max_kl=RADIUS,
+            cg_iterations=self.iterations,
+            engine=engine,
+            **solver,
         )
-        if not torch_func:
-            learned(optimizer.param_groups[0])["parts"]["refusal"] = "double backward is timed"
         size = self.samples // micro_batches
         parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
         closures = [self.closure(rows, third=third) for rows in parts]
@@ -132,7 +146,13 @@ class Scene:
         if share < 1:
             part = self.closure(slice(0, int(share * self.samples)), third=third)
         whole = closures if micro_batches > 1 else closures[0]
-        return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
+        return Job(lambda: optimizer.step(whole, curvature=part), self.reset), optimizer
+
+    def checks(self) -> dict[str, Job]:
+        """Evaluate the closure with a graph, as a step's first evaluation and as its others."""
+        vector = ParameterVector(self.parameters)
+        objective = Objective(self.closure(third=True), vector, Transaction(vector))
+        return {"checked": Job(objective.with_graph), "unchecked": Job(objective.again)}
 
     def product(self, *, third: bool) -> Job:
         """Multiply one vector by the Fisher matrix; a reset would end its graph."""

@@ -10,16 +10,19 @@ gradient, no critic.
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from dear_networks import compiled, networks
+from defaults import beside_sb3
+from large_networks import large_networks
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -30,12 +33,22 @@ from scene import Scene
 from table import table
 from timing import Job, taken_in_turn
 
+from trpo_optim import TrustRegionOptimizer
+
 OURS: dict[str, dict[str, Any]] = {
     "without the third value": {"third": False},
     "with it": {"third": True},
     "with it, curvature on 10 %": {"third": True, "share": 0.1},
 }
 REAL = ("HalfCheetah-v5", 100)
+COLOURS = dict(
+    zip(
+        [*OURS, "sb3-contrib", "Tianshou"],
+        ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"],
+        strict=True,
+    )
+)
+"""Of Okabe and Ito, which colour-blind people can tell apart."""
 PEERS: dict[str, type[Peer]] = {"sb3-contrib": Sb3Contrib, "Tianshou": Tianshou}
 
 
@@ -66,24 +79,34 @@ class Settings:
 
 def in_gradients(settings: Settings) -> str:
     """Return the table of what a product and an update cost in gradients."""
-    names = [f"update {name}" for name in OURS]
-    rows = [["network", "samples", "gradient (ms)", "product without", "product with it", *names]]
-    for hidden, samples in product((64, 256), (256, 4096, 20480)):
+    jobs: dict[str, dict[str, Any]] = {
+        "update without the third value": {"third": False},
+        "by finite differences": {"third": False, "engine": "finite differences"},
+        "with it": {"third": True},
+        "with it, curvature on 10 %": {"third": True, "share": 0.1},
+    }
+    head = ["network", "samples", "gradient (ms)", "product without", "product with it", *jobs]
+    rows = [[*head, "checks"]]
+    sizes = {64: (64, 256, 4096, 8192, 20480), 256: (256, 4096, 20480)}
+    for hidden, samples in [(hidden, each) for hidden, those in sizes.items() for each in those]:
         scene = Scene(hidden, samples, settings.device)
+        rounds = settings.rounds * (3 if samples <= 256 else 1)
         unit = {"gradient": scene.gradient()}
-        jobs = {name: scene.update(**how) for name, how in OURS.items()}
-        updates = taken_in_turn(unit | jobs, settings.rounds, settings.device)
+        updates = {name: scene.update(**how) for name, how in jobs.items()}
+        times = taken_in_turn(unit | updates, rounds, settings.device)
         scene.reset()
         unit = {"gradient": Job(scene.gradient().run)}
-        jobs = {name: scene.product(third=third) for name, third in (("H", False), ("G", True))}
-        products = taken_in_turn(unit | jobs, settings.rounds, settings.device)
+        parts = {name: scene.product(third=third) for name, third in (("H", False), ("G", True))}
+        found = taken_in_turn(unit | parts | scene.checks(), rounds, settings.device)
+        checks = found["checked"].median - found["unchecked"].median
         rows.append(
             [
                 f"17–{hidden}–{hidden}–6",
                 str(samples),
-                f"{1000 * updates['gradient'].median:.2f}",
-                *(products[name].over(products["gradient"]) for name in jobs),
-                *(updates[name].over(updates["gradient"]) for name in OURS),
+                f"{1000 * times['gradient'].median:.2f}",
+                *(found[name].over(found["gradient"]) for name in parts),
+                *(times[name].over(times["gradient"]) for name in updates),
+                f"{checks / found['gradient'].median:.2f}",
             ]
         )
     return table(*rows)
@@ -92,54 +115,73 @@ def in_gradients(settings: Settings) -> str:
 def engines(settings: Settings) -> str:
     """Return the table of what an update costs by each engine, in updates by double backward."""
     by: dict[str, dict[str, Any]] = {
-        "double backward": {"third": False, "torch_func": False},
+        "double backward": {"third": False, "engine": "double backward"},
         "torch.func": {"third": False},
         "Gauss–Newton": {"third": True},
+        "finite differences": {"third": True, "engine": "finite differences"},
     }
-    rows = [["samples", "double backward (ms)", "torch.func", "Gauss–Newton"]]
+    unit, *others = by
+    rows = [["samples", f"{unit} (ms)", *others]]
     for samples in (64, 256, 2048, 8192):
         scene = Scene(64, samples, settings.device)
         jobs = {name: scene.update(**how) for name, how in by.items()}
         times = taken_in_turn(jobs, 3 * settings.rounds, settings.device)
-        unit = times["double backward"]
-        ratios = [times[name].over(unit) for name in ("torch.func", "Gauss–Newton")]
-        rows.append([str(samples), f"{1000 * unit.median:.2f}", *ratios])
+        ratios = [times[name].over(times[unit]) for name in others]
+        rows.append([str(samples), f"{1000 * times[unit].median:.2f}", *ratios])
     return table(*rows)
 
 
-def beside_peers(settings: Settings, *, defaults: bool) -> str:
+def beside_peers(settings: Settings) -> str:
     """Return the table of how many times faster an update is than a peer's."""
-    peers = {"sb3-contrib": Sb3Contrib} if defaults else PEERS
     real = pool(settings.pools, *REAL)
     rows = [["samples", "peer", "peer (ms)", *OURS]]
     for samples in (2048, 8192, 20480):
         scene = Scene(64, samples, settings.device, pool=real)
-        jobs = {name: scene.update(**how, defaults=defaults) for name, how in OURS.items()}
-        jobs |= {name: scene.peer(kind, defaults=defaults) for name, kind in peers.items()}
+        jobs = {name: scene.update(**how) for name, how in OURS.items()}
+        jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
         times = taken_in_turn(jobs, settings.rounds, settings.device)
-        for peer in peers:
+        for peer in PEERS:
             ratios = [times[peer].over(times[name]) for name in OURS]
             rows.append([str(samples), peer, f"{1000 * times[peer].median:.1f}", *ratios])
     return table(*rows)
 
 
+MICRO_BATCHES: dict[str, dict[str, Any]] = {
+    "8 micro-batches": {"micro_batches": 8},
+    "8 micro-batches, exact products": {"micro_batches": 8, "engine": "Gauss-Newton"},
+    "8 micro-batches, curvature on 10 %": {"micro_batches": 8, "share": 0.1},
+}
+
+
 def memory(settings: Settings) -> str:
-    """Return the table of the memory that one update needs at its peak, and of its time."""
+    """Return the table of the memory that one update needs at its peak, its time and its gain."""
     scene = Scene(64, 20480, settings.device)
-    jobs = {"one gradient": scene.gradient()}
-    jobs |= {f"update {name}": scene.update(**how) for name, how in OURS.items()}
-    jobs["update with it, 8 micro-batches"] = scene.update(third=True, micro_batches=8)
+    ours = {f"update {name}": how for name, how in OURS.items()}
+    ours |= {
+        f"update with it, {name}": {"third": True, **how} for name, how in MICRO_BATCHES.items()
+    }
+    made = {name: scene.update_and_optimizer(**how) for name, how in ours.items()}
+    jobs = {"one gradient": scene.gradient()} | {name: job for name, (job, _) in made.items()}
     jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
     times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
-    rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients"]]
+    rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients", "gain at equal KL"]]
     unit = 0
+    whole = _gain(made["update with it"][1])
     for name, job in jobs.items():
         job.prepare()
         peak = peak_bytes(job.run, settings.device)
         unit = unit or peak
         slower = times[name].over(times["one gradient"])
-        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}", slower])
+        gain = f"{_gain(made[name][1]) / whole:.5f}" if name in made else ""
+        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}", slower, gain])
     return table(*rows)
+
+
+def _gain(optimizer: TrustRegionOptimizer) -> float:
+    """Return the improvement of the last step over √KL, which the step's length leaves alone."""
+    report = optimizer.last_report
+    assert report is not None
+    return report.improvement / math.sqrt(report.kl)
 
 
 def sweep(settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene]) -> dict[str, float]:
@@ -163,8 +205,11 @@ def sweep(settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene]) 
             lines.setdefault(name, []).append(each.median)
     sizes = list(scenes)
     for name, line in lines.items():
-        axis.loglog(sizes, line, "o--" if name in PEERS else "o-", markersize=4, label=name)
-    axis.set(xlabel=label, ylabel="seconds per update")
+        style = "o--" if name in PEERS else "o-"
+        axis.loglog(sizes, line, style, markersize=4, label=name, color=COLOURS[name])
+    axis.set_xlabel(label, fontsize=13)
+    axis.set_ylabel("seconds per update", fontsize=13)
+    axis.tick_params(labelsize=12)
     axis.xaxis.set_minor_formatter(NullFormatter())
     logs = np.log(sizes)
     return {name: float(np.polyfit(logs, np.log(line), 1)[0]) for name, line in lines.items()}
@@ -173,8 +218,8 @@ def sweep(settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene]) 
 def sweeps(settings: Settings) -> str:
     """Draw cost against batch size, parameters and iterations; return the table of slopes."""
     torch.manual_seed(0)
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    axes = figure.subplots(3, 1)
     device = settings.device
     batches = [256, 1024, 4096, 16384, 65536, settings.largest_batch]
     widths = [64, 128, 256, 512, 1024, settings.largest_hidden]
@@ -187,7 +232,7 @@ def sweeps(settings: Settings) -> str:
         "parameters": sweep(settings, axes[1], "parameters (512 samples)", by_parameters),
         "iterations": sweep(settings, axes[2], "iterations (4096 samples)", by_iterations),
     }
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=12)
     settings.folder.mkdir(exist_ok=True)
     figure.savefig(settings.picture, dpi=120)
     names = [*OURS, *PEERS]
@@ -200,19 +245,23 @@ def main(settings: Settings) -> None:
     """Write the page and its picture."""
     torch.set_num_threads(settings.threads)
     where = f"`make bench` on {settings.threads} CPU cores ({platform.machine()})"
-    if settings.device != "cpu":
+    on_cpu = settings.device == "cpu"
+    if not on_cpu:
         card = torch.get_device_module(settings.device).get_device_name()
         where = f"`benchmarks/speed.py --device {settings.device}` on one {card}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sb3-contrib", "tianshou"))
-    page = PAGE.format(
+    page = PAGE.read_text(encoding="utf-8").format(
         where=where,
         versions=versions,
         rounds=settings.rounds,
         in_gradients=in_gradients(settings),
         engines=engines(settings),
-        beside_peers=beside_peers(settings, defaults=False),
-        at_defaults=beside_peers(settings, defaults=True),
+        networks=networks(settings.rounds, settings.device),
+        compiled=compiled(settings.rounds, settings.device),
+        beside_peers=beside_peers(settings),
+        at_defaults=beside_sb3(settings.pools, settings.rounds) if on_cpu else ELSEWHERE,
         memory=memory(settings),
+        large=large_networks(threads=settings.threads) if on_cpu else ELSEWHERE,
         slopes=sweeps(settings),
         picture=settings.picture.name,
     )
@@ -220,60 +269,8 @@ def main(settings: Settings) -> None:
     print(page)
 
 
-PAGE = """# What a step costs
-
-This page was written by {where}, with {versions}. Figures
-without a unit are ratios of medians over {rounds} rounds. The jobs run in turns within one process.
-The quartiles of the rounds' own ratios are in brackets.
-
-The policy is a Gaussian MLP with two hidden tanh layers, 17 observations and 6 actions. A network
-17–64–64–6 has two hidden layers of 64 units. The third value is the distribution that a closure may
-return. *With it* means with the third value.
-
-## In gradients
-
-The unit is one evaluation of the closure with the gradient of its loss.
-
-{in_gradients}
-
-## By engine
-
-`torch.func` differentiates a closure of two values. If `torch.func` refuses a closure, double
-backward differentiates it. With the third value, products are Gauss–Newton. The unit is one update
-of ten products by double backward. The network is 17–64–64–6.
-
-{engines}
-
-## Beside other libraries
-
-The table shows how many times faster an update of ten products is than the peer's. Critics are
-switched off. All libraries use the same radius and damping, for the joint KL. A peer that averages
-the KL over action dimensions gets a sixth of each. The policy (17–64–64–6) and the batch come from
-HalfCheetah-v5 after 100 updates.
-
-{beside_peers}
-
-The next table uses the defaults of both libraries, with the same radius. The defaults of
-sb3-contrib are 15 iterations and its damping of 0.1.
-
-{at_defaults}
-
-## Memory
-
-The table shows the peak memory that one update of ten products allocates. The network is
-17–64–64–6, with 20 480 samples.
-
-{memory}
-
-## Against size
-
-![Seconds per update against samples, parameters and iterations]({picture})
-
-The time grows as a power of each size. The table shows the exponents, fitted over the points of the
-picture. An exponent of 1 means linear growth.
-
-{slopes}
-"""
+ELSEWHERE = "(On the page of the CPU.)"
+PAGE = Path(__file__).with_name("speed_page.md")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import tyro
+from defaults import peer_step
 from matplotlib.figure import Figure
-from peers import PeerBatch, Sb3Contrib, Tianshou
+from peers import Sb3Contrib, Tianshou
 from real_batches import RealBatch, pools
 from step_case import RADIUS, Case, Gains, closure, dense_fisher
 from table import table
@@ -82,22 +83,6 @@ def _relative(case: Case, iterations: int) -> float:
     return conjugate_gradient(
         case.product, case.uphill, damping=None, iterations=iterations, tolerance=0.0
     ).damping
-
-
-def peer_step(case: Case, kind: type[Sb3Contrib | Tianshou]) -> Tensor:
-    """Return the step that another library takes at its defaults.
-
-    Args:
-        case: What the step is taken on.
-        kind: The library.
-    """
-    own = case.own
-    with torch.no_grad():
-        old = case.policy(own.observations).log_prob(own.actions)
-    batch = PeerBatch(own.observations, own.actions, own.advantages, old)
-    peer = kind(case.policy, batch, max_kl=RADIUS, damping=None, cg_iterations=None)
-    peer.update()
-    return case.vector.gather([each.detach() for each in peer.parameters()]) - case.origin
 
 
 def cases(folder: Path, size: int, splits: int) -> Iterator[tuple[Case, Case]]:
