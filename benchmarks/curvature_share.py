@@ -138,6 +138,33 @@ def study(
     return [row(size, count, found[count]) for count in sorted(found)]
 
 
+def by_policy(all_pools: list[Pool], rollouts: int, shown: list[int], splits: int) -> str:
+    """Return the table of held-out gains by policy, for one size of the own batch.
+
+    Args:
+        all_pools: The real policies. The rollouts that are not in the own batch judge the step.
+        rollouts: Of the own batch.
+        shown: Numbers of rows to take products on.
+        splits: Ways to divide each pool.
+    """
+    rows = [["policy", *(f"{count} of {1024 * rollouts} rows" for count in shown)]]
+    for pool in all_pools:
+        found = {count: Found() for count in shown}
+        for split in range(splits):
+            generator = torch.Generator().manual_seed(7000 * rollouts + split)
+            everything = torch.randperm(len(pool.advantages), generator=generator)
+            case = Case(pool, everything.tolist()[:rollouts])
+            size = len(case.own.advantages)
+            whole = case.gains(case.solved(None, 10))
+            for count in shown:
+                chosen = torch.randperm(size, generator=generator)[:count]
+                part = case.gains(case.solved(None, 10, case.product_on(chosen)))
+                found[count].gains.append((part, whole))
+        kept = [f"{each.relative().held_out:.3f} ± {each.noise():.3f}" for each in found.values()]
+        rows.append([f"{pool.env_id}, {pool.updates} updates", *kept])
+    return table(*rows)
+
+
 def row(size: int, count: int, by_pool: dict[str, Found]) -> list[str]:
     """Return one row of the table.
 
@@ -184,6 +211,7 @@ def main(
     count = max(1, splits.get(8, 1) // 2)
     rows = [[kind, *study(all_pools, 8, count, kind, 2048)[0][1:]] for kind in kinds]
     print(table(["part", *head[1:]], *rows))
+    print(by_policy(pools(folder), 2, [1024, 1365], 20))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,12 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
     estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
     anneal(run)
     closures = policy_closure(
-        run.act, batch, estimates, standardise=True, process_group=run.processes.group
+        run.act,
+        batch,
+        estimates,
+        standardise=True,
+        curvature=None,  # all rows, as in the published results
+        process_group=run.processes.group,
     )
     return run.optimizer.step(closures), targets
 

@@ -214,8 +214,9 @@ class Transaction:
             step: Shape (n,).
             scale: The share of it to take.
         """
-        reached = self._vector.reached(step)
-        self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
+        if not all(self._moved):
+            reached = self._vector.reached(step)
+            self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
         self._put(torch.add(self.origin, step, alpha=scale))
 
     def moved(self) -> float:

@@ -122,7 +122,8 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
     def written_out(vectors: Sequence[Tensor]) -> list[Tensor]:
         return [entry * vector for entry, vector in zip(diagonal, vectors, strict=True)]
 
-    product: _Product = written_out if _agree(written_out, hessian, templates) else hessian
+    is_diagonal = _is_of_gaussians(diagonal) or _agree(written_out, hessian, templates)
+    product: _Product = written_out if is_diagonal else hessian
     if not _decrement(templates, product) <= _STATIONARY:
         return "the KL is not stationary in the third value; return the distribution itself"
 
@@ -138,6 +139,18 @@ def _times(signs: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> list[Te
     return [
         each if sign is None else sign * each for sign, each in zip(signs, vectors, strict=True)
     ]
+
+
+def _is_of_gaussians(row_sums: Sequence[Tensor]) -> bool:
+    """Return whether the rows of M sum to w/σ² for the means and to 2w/σ² for the scales.
+
+    So they do where M is the diagonal Fisher matrix of Gaussians with weights w. A term between two
+    elements would change one sum and not the other.
+    """
+    if len(row_sums) != 2 or row_sums[0].shape != row_sums[1].shape:
+        return False
+    smaller, larger = sorted(row_sums, key=lambda each: float(each.sum()))
+    return torch.allclose(2 * smaller, larger, rtol=1e-5, atol=0.0)
 
 
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:

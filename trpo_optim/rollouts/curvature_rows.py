@@ -14,18 +14,25 @@ __all__ = ["CurvatureShare", "curvature_rows", "enough_rows"]
 CurvatureShare: TypeAlias = float | Literal["auto"] | None
 """A share of the rows, as many as are enough, or all of them."""
 
-LEAST = 2048
+_MOST = 4096
+"""The limit of the rows as the batch grows, up to where a tenth is more. On r of N rows, products
+lose about 9 (1/r − 1/N) of the own batch's gain. This limit keeps that at 0.2 % for every N."""
+
+_WORTH_A_PART = 0.8
+"""A larger share of the rows costs as much as all of them, which need no closure of their own."""
 
 
 def enough_rows(rows: int) -> int:
     """Return how many random rows of a batch are enough for Fisher-vector products.
 
-    These are all rows up to 2048, and then 2048 or a tenth, whichever is more.
+    Of N rows, these are 4096 N / (N + 4096), or a tenth if that is more: 1365 of 2048 rows, 2731 of
+    8192, and 6553 of 65 536. Up to 1024 rows, these are all.
 
     Args:
-        rows: Of the whole batch.
+        rows: N.
     """
-    return min(rows, max(LEAST, rows // 10))
+    enough = max(round(_MOST * rows / (_MOST + rows)), rows // 10)
+    return rows if enough > _WORTH_A_PART * rows else enough
 
 
 def curvature_rows(

@@ -64,9 +64,9 @@ def policy_closure(
         entropy_bonus: The weight of the mean entropy, in (standardised) advantages per nat.
         sampled: Whether to estimate the KL on the batch's actions, for policies without a
             closed-form KL. It is then a mean.
-        curvature: Which rows Fisher-vector products are taken on. ``"auto"``: all rows up to 2048;
-            of a larger batch, 2048 random rows or a tenth, whichever is more. With a recurrent
-            state or ``sampled=True``, products need more rows, and ``"auto"`` takes all. A
+        curvature: Which rows Fisher-vector products are taken on. ``"auto"``: as many random rows
+            as they need, such as 1365 of 2048 rows, 2731 of 8192, and a tenth of 37 000 or more.
+            With a recurrent state or ``sampled=True``, they need more, and ``"auto"`` takes all. A
             share in (0, 1): this share of the rows (environments, with a recurrent state). None:
             all rows.
         micro_batch: The most rows (or environments) to evaluate at once. None: all. Rows that are

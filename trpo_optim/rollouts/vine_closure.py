@@ -43,9 +43,9 @@ def vine_closure(
         policy: The policy that collected the batch.
         batch: The batch that ``vine`` returned.
         entropy_bonus: The weight of the mean entropy, in units of Q per nat.
-        curvature: Which states of the trunk Fisher-vector products are taken on. ``"auto"``: all
-            states up to 2048; of a larger trunk, 2048 random states or a tenth, whichever is more.
-            A share in (0, 1): this share of the states. None: all states.
+        curvature: Which states of the trunk Fisher-vector products are taken on. ``"auto"``: as
+            many random states as they need, such as 1365 of 2048 and 2731 of 8192. A share in
+            (0, 1): this share of the states. None: all states.
         generator: The generator that draws these states. None: for ``"auto"``, a generator with a
             fixed seed, the same states in every call with as many; for a share, torch's global
             generator.
