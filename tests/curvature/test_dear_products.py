@@ -12,7 +12,7 @@ from problems import CategoricalPolicy, Problem, categorical, gaussian
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trpo_optim import TrustRegionError, frozen, log_prob, mean_kl
+from trpo_optim import TrustRegionError, TrustRegionOptimizer, frozen, log_prob, mean_kl
 from trpo_optim.curvature.engine_choice import learned
 
 HOOKS_ARE_SHOWN = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
@@ -172,6 +172,18 @@ def under_autocast(problem: Problem, rows: slice) -> Callable[[], Any]:
         return -(ratio * problem.advantages[rows]).mean(), mean_kl(old, new), new
 
     return closure
+
+
+def test_a_closure_without_dear_layers_returns_to_exact_products() -> None:
+    problem = dear(Convolved)
+    plain = nn.Linear(4, 3)
+    policy = nn.ModuleList([problem.policy, plain])
+    optimizer = TrustRegionOptimizer(policy.parameters())
+    engines = []
+    for network in (problem.policy, CategoricalPolicy(plain), CategoricalPolicy(plain)):
+        other = Problem(network, problem.observations, 1)
+        engines.append(optimizer.step(other.closure_with_dist).engine)
+    assert engines == ["finite differences", "finite differences", "Gauss-Newton"]
 
 
 def test_micro_batches_under_autocast_keep_their_exact_products() -> None:

@@ -184,7 +184,9 @@ class Batch:
         choice = self._choice
         if choice["smooth"] and self.prefers_differences():
             reason = f"finite differences are cheaper than exact products for {self._dear()}"
-            return without_products(objective, reason, gradient=gradient)
+            model = without_products(objective, reason, gradient=gradient)
+            choice["dear"] = objective.dear
+            return model
         model = second_order(objective, choice, engine=self._engine, gradient=gradient)
         self._part_engines.append(model.engine)
         return model
