@@ -152,7 +152,10 @@ class Scene:
         """Evaluate the closure with a graph, as a step's first evaluation and as its others."""
         vector = ParameterVector(self.parameters)
         objective = Objective(self.closure(third=True), vector, Transaction(vector))
-        return {"checked": Job(objective.with_graph), "unchecked": Job(objective.again)}
+        return {
+            "checked": Job(objective.with_graph),
+            "unchecked": Job(objective.with_graph_elsewhere),
+        }
 
     def product(self, *, third: bool) -> Job:
         """Multiply one vector by the Fisher matrix; a reset would end its graph."""

@@ -60,6 +60,19 @@ def test_a_gradient_away_from_zero_is_taken_off() -> None:
     torch.testing.assert_close(product, MATRIX @ vector, rtol=0, atol=1e-6)
 
 
+def test_a_small_kink_along_the_first_vector_does_not_move_the_other_products() -> None:
+    kink = torch.tensor([0.0, 0.0, 0.02], dtype=torch.float64)
+
+    def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
+        kl, gradient = slope_of()(vector, length)
+        return kl, gradient + (length * vector[0]).abs() * kink
+
+    differences = FiniteDifferences(slope, 2e-16)
+    for vector in torch.eye(3, dtype=torch.float64):
+        product = differences.product(vector)
+        torch.testing.assert_close(product, MATRIX @ vector, rtol=0, atol=1e-6)
+
+
 def test_a_flat_direction_has_a_product_of_zero() -> None:
     def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
         return 0.0, torch.zeros_like(vector)

@@ -102,6 +102,23 @@ def test_a_named_engine_that_does_not_serve_is_an_error_that_says_why(
     assert torch.equal(problem.vector(), before)
 
 
+@pytest.mark.parametrize("first", ["auto", "finite differences"])
+def test_an_engine_named_later_is_compared_all_the_same(first: str) -> None:
+    problem = with_middle(Layer(Opaque.apply))
+    optimizer = problem.optimizer(engine=first)
+    assert optimizer.step(problem.closure).engine == "finite differences"
+    problem = Problem(problem.policy, problem.observations, 1)
+    optimizer.param_groups[0]["engine"] = "double backward"
+    with pytest.raises(TrustRegionError, match=r"differs from the finite difference"):
+        optimizer.step(problem.closure)
+
+
+def test_finite_differences_by_name_in_half_precision_are_an_error_that_says_what_to_set() -> None:
+    problem = gaussian(dtype=torch.bfloat16)
+    with pytest.raises(TrustRegionError, match=r"half precision.* set engine='auto'"):
+        problem.optimizer(engine="finite differences", max_kl=0.5).step(problem.closure)
+
+
 def test_vanilla_policy_gradient_needs_no_engine() -> None:
     problem = gaussian()
     optimizer = problem.optimizer(mode="vanilla", lr=1e-3, engine="Gauss-Newton")

@@ -31,6 +31,9 @@ EVEN, _MOST_UNEVEN = 0.05, 0.5
 """By how much the differences on both sides may be apart, relative to their sum: in a policy that
 is smooth here, and at most."""
 
+_BALANCED = 0.01
+"""How uneven the slopes on both sides may be for the gradient between them to count as zero."""
+
 _MOST_TRIES = 6
 """How often a displacement is changed until the KL that it makes is the wanted one."""
 
@@ -73,8 +76,10 @@ class FiniteDifferences:
     def product(self, direction: Tensor) -> Tensor:
         """Return Fv.
 
-        The first product is by central differences, which show whether the KL is smooth here. The
-        mean of both sides is then taken for the gradient at the current parameters.
+        The first product is by central differences, which show whether the KL is smooth here, and
+        whether its gradient is zero. If it is not, it is evaluated and taken off. The mean of both
+        sides does not serve as that gradient: in a network with kinks, it put the products with
+        little curvature off by 15 %.
 
         Args:
             direction: v, shape (n,).
@@ -100,13 +105,15 @@ class FiniteDifferences:
         """Return a product by central differences, with whose displacement the others begin."""
         best, product = math.inf, torch.zeros_like(unit)
         self._target, self._length = self._targets[-1], math.sqrt(2 * self._targets[-1])
-        self._origin = zero = torch.zeros_like(unit)
-        origin = zero
+        self._origin = torch.zeros_like(unit)
+        known = False
         for target in self._targets:
-            length, ahead, behind = self._both_sides(unit, target, origin)
-            if origin is zero and _unevenness(ahead, behind, origin) > EVEN:
-                _, origin = self._slope(unit, 0.0)  # a kink, or a gradient that is not zero here
-                length, ahead, behind = self._both_sides(unit, target, origin)
+            length, ahead, behind = self._both_sides(unit, target)
+            if not known and _unevenness(ahead, behind, self._origin) > _BALANCED:
+                known = True  # a kink, or a gradient that is not zero here
+                _, self._origin = self._slope(unit, 0.0)
+                length, ahead, behind = self._both_sides(unit, target)
+            origin = self._origin
             made = 0.5 * length * float(dot(unit, ahead - origin))
             if made < 1e-3 * target:
                 continue  # the KL is flat however far one goes
@@ -114,7 +121,6 @@ class FiniteDifferences:
             if not uneven >= best:
                 best, self._target = uneven, target
                 self._length = length * math.sqrt(target / made)
-                self._origin = (ahead + behind) / 2 if origin is zero else origin
                 product = (ahead - behind) / (2 * length)
             if not uneven > EVEN:
                 break
@@ -122,12 +128,11 @@ class FiniteDifferences:
             raise UnresolvedError(_TOO_COARSE)
         return product
 
-    def _both_sides(
-        self, unit: Tensor, target: float, origin: Tensor
-    ) -> tuple[float, Tensor, Tensor]:
+    def _both_sides(self, unit: Tensor, target: float) -> tuple[float, Tensor, Tensor]:
         """Return a displacement that makes about the wanted KL, and the slopes on both sides."""
+        assert self._origin is not None  # the caller has set it
         length, _, ahead = _displaced(
-            self._slope, origin, unit, math.sqrt(2 * target), target, window=(1 / 3, 30)
+            self._slope, self._origin, unit, math.sqrt(2 * target), target, window=(1 / 3, 30)
         )
         return length, ahead, self._slope(unit, -length)[1]
 
@@ -148,10 +153,11 @@ def resolves(precision: float) -> bool:
 
 
 _TOO_COARSE = (
-    "The closure cannot be differentiated twice, and finite differences of the KL's gradient do "
-    "not resolve its curvature: the policy computes in half precision, or the KL has a kink here. "
-    "Evaluate the policy in float32 (without autocast), or use mode='vanilla', which needs first "
-    "derivatives only."
+    "Finite differences of the KL's gradient do not resolve its curvature: the policy computes in "
+    "half precision, or the KL has a kink here. If engine is 'finite differences', set "
+    "engine='auto'. If it is 'auto', torch cannot differentiate the closure twice: evaluate the "
+    "policy in float32 (without autocast), or use mode='vanilla', which needs first derivatives "
+    "only."
 )
 
 
@@ -175,8 +181,8 @@ def disagreement(
         image: The product Fv in question, shape (n,).
         precision: As for ``FiniteDifferences``.
         kl_resolution: KLs closer than this cannot be told apart, in nats.
-        max_kl: The radius, in nats, far inside of which the differences are taken; None: there is
-            none.
+        max_kl: The radius, in nats, far inside of which the differences are taken. None or 0: there
+            is none.
 
     Returns:
         The difference, relative to the product by finite differences. 0: there is none, or none
@@ -185,7 +191,7 @@ def disagreement(
     if not resolves(precision):
         return 0.0
     target = 1e-6 if precision < 1e-10 else 1e-4
-    if max_kl is not None:
+    if max_kl:
         target = min(target, max_kl / 10)
     kl, origin = slope(unit, 0.0)
     bend = float(dot(unit, image))

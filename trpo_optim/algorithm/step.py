@@ -82,12 +82,12 @@ def take_step(
         "damping": direction.damping,
         "fisher_products": direction.products,
     }
+    if not solved.safe:
+        return Outcome.NON_FINITE_TRIAL
     if mode.curved and (flaw := _flaw_of_direction(direction)) is not None:
         if flaw is Outcome.NON_POSITIVE_CURVATURE:
             _require_moving_kl(batch, parameters, model)
         return flaw
-    if not solved.safe:
-        return Outcome.NON_FINITE_TRIAL
 
     length = mode.length(settings, gradient_norm, direction.curvature)
     step = length * direction.x

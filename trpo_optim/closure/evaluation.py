@@ -140,14 +140,10 @@ class Objective:
         self._random |= self.drew_random_numbers()
         return values
 
-    def again(self) -> Values:
-        """Evaluate with a graph where the parameters now are, after an evaluation that checked."""
-        return self.with_graph() if self._interfered else self._plain(graph=True)
-
     def with_graph_elsewhere(self) -> Values | None:
-        """Evaluate as ``again`` does; None at an overflow."""
+        """Evaluate with a graph, after an evaluation that checked; None at an overflow."""
         try:
-            return self.again()
+            return self.with_graph() if self._interfered else self._plain(graph=True)
         except Exception as error:
             if not is_overflow(error):
                 raise

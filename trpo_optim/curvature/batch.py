@@ -116,7 +116,9 @@ class Batch:
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
         choice = self._choice
-        return not choice["proven"] or (choice["smooth"] is None and self.prefers_differences())
+        doubtful = bool(choice["flaw"]) and self._engine != "auto"
+        undecided = choice["smooth"] is None and self.prefers_differences()
+        return not choice["proven"] or doubtful or undecided
 
     def prefers_differences(self) -> bool:
         """Return whether finite differences are to serve where the KL is smooth."""
@@ -134,6 +136,8 @@ class Batch:
         """
         if flaw and self._engine != "auto":
             refuse(self._engine, flaw)
+        if self._engine == "finite differences":
+            return  # there was nothing to compare them with
         self._choice["proven"] = True
         self._choice["smooth"] = self._choice["smooth"] if smooth is None else smooth
         self._choice["flaw"] = flaw or self._choice["flaw"]
@@ -185,8 +189,9 @@ class Batch:
         if choice["smooth"] and self.prefers_differences():
             reason = f"finite differences are cheaper than exact products for {self._dear()}"
             model = without_products(objective, reason, gradient=gradient)
-            choice["dear"] = objective.dear
-            return model
+            choice["dear"] = objective.dear  # what was known may be of another closure
+            if self.prefers_differences():
+                return model
         model = second_order(objective, choice, engine=self._engine, gradient=gradient)
         self._part_engines.append(model.engine)
         return model

@@ -127,7 +127,7 @@ def product_again(objective: Objective, engine: Engine) -> Product:
     if engine == "torch.func":
         found = by_torch_func(objective, gradient=False, without_third=True)
         return checked(found[2], objective, engine)
-    values = objective.again()
+    values = objective.with_graph()  # compiled modules have no second derivatives
     with objective.kernels():
         if engine == "Gauss-Newton":
             made = gauss_newton(None, values.kl, values.third, objective.vector)
