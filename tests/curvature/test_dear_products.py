@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -269,17 +268,6 @@ def test_a_compiled_policy_runs_compiled_in_finite_differences() -> None:
     torch.testing.assert_close(problem.vector(), twin.vector(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("engine", ["auto", "Gauss-Newton", "double backward", "torch.func"])
-def test_compiled_micro_batches_have_exact_products(engine: str) -> None:
-    problem, twin = gaussian(dtype=torch.float32), gaussian(dtype=torch.float32)
-    problem.policy.compile(backend="aot_eager")
-    for each in (problem, twin):
-        closures = [on_rows(each, chunk, third=True) for chunk in QUARTERS]
-        assert each.optimizer(engine=engine).step(closures).accepted
-    torch.testing.assert_close(problem.vector(), twin.vector(), rtol=0, atol=1e-5)
-
-
 def test_a_closure_that_is_not_dear_returns_to_exact_products() -> None:
     problem, cheap = dear(Convolved), dear(lambda: nn.Linear(4, 3))
     optimizer = TrustRegionOptimizer(
@@ -288,35 +276,3 @@ def test_a_closure_that_is_not_dear_returns_to_exact_products() -> None:
     assert optimizer.step(problem.closure_with_dist).engine == "finite differences"
     report = optimizer.step(cheap.closure_with_dist)
     assert (report.accepted, report.engine, report.fallback) == (True, "Gauss-Newton", "")
-
-
-@pytest.mark.parametrize("chunks", [[slice(0, 64)], QUARTERS])
-def test_a_loss_that_is_no_number_near_by_is_a_trial_that_is_not_finite(
-    chunks: list[slice],
-) -> None:
-    problem = gaussian()
-    before = problem.vector()
-
-    def on(rows: slice) -> Callable[[], Any]:
-        closure = on_rows(problem, rows, third=True)
-
-        def nan_elsewhere() -> Any:
-            loss, *others = closure()
-            return (loss if torch.equal(problem.vector(), before) else loss * math.nan, *others)
-
-        return nan_elsewhere
-
-    assert problem.optimizer().step([on(rows) for rows in chunks]).outcome.value == (
-        "non_finite_trial"
-    )
-    assert torch.equal(problem.vector(), before)
-
-
-@pytest.mark.parametrize("chunks", [[slice(0, 64)], QUARTERS])
-@pytest.mark.parametrize("mode", ["trpo", "natural"])
-def test_a_first_step_with_a_radius_of_zero_takes_no_step(chunks: list[slice], mode: str) -> None:
-    problem = gaussian()
-    optimizer = problem.optimizer(mode=mode)
-    optimizer.param_groups[0]["max_kl"] = 0.0
-    report = optimizer.step([on_rows(problem, rows, third=True) for rows in chunks])
-    assert report.outcome.value == "zero_learning_rate"

@@ -82,12 +82,13 @@ def take_step(
         "damping": direction.damping,
         "fisher_products": direction.products,
     }
-    if not solved.safe:
-        return Outcome.NON_FINITE_TRIAL
-    if mode.curved and (flaw := _flaw_of_direction(direction)) is not None:
+    known = solved.safe or direction.products > 0  # else nothing was solved
+    if mode.curved and known and (flaw := _flaw_of_direction(direction)) is not None:
         if flaw is Outcome.NON_POSITIVE_CURVATURE:
             _require_moving_kl(batch, parameters, model)
         return flaw
+    if not solved.safe:
+        return Outcome.NON_FINITE_TRIAL
 
     length = mode.length(settings, gradient_norm, direction.curvature)
     step = length * direction.x

@@ -94,6 +94,7 @@ class Objective:
         # Until seen; then every evaluation runs what draws the same dropout masks.
         self._recurrent = self._random = self._differentiates = False
         self._interfered = False
+        self._keeps_graphs: bool | None = None  # until it is looked for
         self._precision = 0.0
 
     def at(self, *twins: Tensor) -> Values:
@@ -142,8 +143,13 @@ class Objective:
 
     def with_graph_elsewhere(self) -> Values | None:
         """Evaluate with a graph, after an evaluation that checked; None at an overflow."""
+        self.rewind()
+        if self._keeps_graphs is None:  # of the last evaluation, outside of the policy
+            kept = self._transaction.kept
+            self._keeps_graphs = kept.any_with_graph(self.vector.parameters)
+        watched = self._interfered or self._keeps_graphs
         try:
-            return self.with_graph() if self._interfered else self._plain(graph=True)
+            return self.with_graph() if watched else self._plain(graph=True)
         except Exception as error:
             if not is_overflow(error):
                 raise

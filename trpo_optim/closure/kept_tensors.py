@@ -59,6 +59,15 @@ class KeptTensors:
             if is_transformed(tensor):
                 _swap(tensor, untransformed(tensor))
 
+    def any_with_graph(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether somebody still holds a tensor with an evaluation's graph.
+
+        Args:
+            parameters: The optimizer's.
+        """
+        targets = set(map(id, parameters))
+        return any(self._has_graph_of(targets, each) for each in self._alive())
+
     def make_plain(self, parameters: Sequence[Tensor]) -> None:
         """Turn what is still held into plain tensors of the same values, in place.
 
