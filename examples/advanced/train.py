@@ -197,13 +197,9 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
     estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
     anneal(run)
-    closures = policy_closure(
-        run.act,
-        batch,
-        estimates,
-        standardise=True,
-        curvature=None,  # all rows, as in the published results
-        process_group=run.processes.group,
+    group = run.processes.group
+    closures = policy_closure(  # products on all rows, as in the published results
+        run.act, batch, estimates, standardise=True, curvature=None, process_group=group
     )
     return run.optimizer.step(closures), targets
 

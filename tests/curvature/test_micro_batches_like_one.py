@@ -44,7 +44,7 @@ def test_what_a_closure_collects_holds_no_graph(chunks: list[slice]) -> None:
     for engine in ("auto", "finite differences"):
         problem.optimizer(engine=engine, max_kl=1e-3).step([on(rows) for rows in chunks])
         problem = Problem(problem.policy, problem.observations, 1)
-    assert len(entropies) > 20
+    assert len(entropies) > 15
     assert not any(each.requires_grad for each in entropies)
 
 

@@ -66,6 +66,7 @@ class Objective:
         drew: Whether the evaluation by torch.func drew random numbers, even if the random state is
             as before.
         dear: What makes second derivatives dear, or empty. Known after an evaluation.
+        calls_python: Whether an ``autograd.Function`` lies behind its KL; None until that is known.
 
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
@@ -89,6 +90,7 @@ class Objective:
         self.third: bool | None = None
         self.drew = False
         self.dear = ""
+        self.calls_python: bool | None = None
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
@@ -143,8 +145,8 @@ class Objective:
 
     def with_graph_elsewhere(self) -> Values | None:
         """Evaluate with a graph, after an evaluation that checked; None at an overflow."""
-        self.rewind()
         if self._keeps_graphs is None:  # of the last evaluation, outside of the policy
+            self.rewind()
             kept = self._transaction.kept
             self._keeps_graphs = kept.any_with_graph(self.vector.parameters)
         watched = self._interfered or self._keeps_graphs

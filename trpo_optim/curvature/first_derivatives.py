@@ -17,13 +17,20 @@ from trpo_optim.errors import TrustRegionError
 __all__ = ["gradient_of"]
 
 
-def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = False) -> Tensor:
+def gradient_of(
+    value: Tensor,
+    objective: Objective,
+    *,
+    retain_graph: bool = False,
+    may_refuse: bool | None = None,
+) -> Tensor:
     """Return the gradient of a scalar, shape (n,).
 
     Args:
         value: The scalar, with its graph.
         objective: The closure that made it.
         retain_graph: Whether the graph is kept.
+        may_refuse: Whether an ``autograd.Function`` lies behind the value. None: look.
 
     Raises:
         OutOfMemoryError: If there is no memory left.
@@ -33,7 +40,8 @@ def gradient_of(value: Tensor, objective: Objective, *, retain_graph: bool = Fal
     if not value.requires_grad:
         raise TrustRegionError(DETACHED)
     vector = objective.vector
-    may_refuse = calls_python(value)
+    if may_refuse is None:
+        may_refuse = calls_python(value)
     try:
         with objective.kernels():
             slopes = torch.autograd.grad(

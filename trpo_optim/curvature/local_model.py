@@ -14,6 +14,7 @@ from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.autograd_graph import (
     GraphSummary,
+    calls_python,
     now,
     require_attached,
     require_kl_reaches,
@@ -123,7 +124,9 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
     if values is None or not finite:
         return math.nan, torch.full_like(objective.vector.current(), math.nan)
-    return numbers.kl, gradient_of(values.kl, objective)
+    if objective.calls_python is None:
+        objective.calls_python = calls_python(values.kl)
+    return numbers.kl, gradient_of(values.kl, objective, may_refuse=objective.calls_python)
 
 
 def without_products(objective: Objective, reason: str, *, gradient: bool) -> LocalModel:
