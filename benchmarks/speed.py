@@ -245,7 +245,7 @@ def sweeps(settings: Settings) -> str:
 
 
 def alone(make: Callable[..., str], *arguments: object) -> str:
-    """Return a table that a process of its own makes: what compiles there slows nothing here."""
+    """Return a table that a new process makes: its memory is not as others left it."""
     with ProcessPoolExecutor(1, get_context("spawn")) as workers:
         return workers.submit(make, *arguments).result()
 
