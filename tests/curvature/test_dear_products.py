@@ -111,7 +111,7 @@ def test_dear_layers_take_finite_differences_from_the_first_step_on(name: str, t
             assert gain == pytest.approx(expected.improvement / expected.kl**0.5, rel=0.02)
         problem = Problem(problem.policy, problem.observations, step + 1)
     assert counts[0] > 3  # to compare
-    assert counts[1] <= 8  # local model, displacement, trial
+    assert counts[1] <= 12  # local model, displacement, trial; a comparison after a doubt
 
 
 @pytest.mark.skipif(not HOOKS_ARE_SHOWN, reason="torch does not show hooks")
