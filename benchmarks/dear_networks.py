@@ -100,7 +100,6 @@ class Step:
         self._advantages = torch.randn_like(self._old_log_prob)
         self._parameters = list(policy.parameters())
         self._start = [each.detach().clone() for each in self._parameters]
-        self.optimizers: dict[str, TrustRegionOptimizer] = {}
 
     def gradient(self) -> Job:
         """Evaluate the closure and differentiate its loss: the unit of all costs."""
@@ -114,9 +113,8 @@ class Step:
         optimizer = TrustRegionOptimizer(
             self._parameters, max_kl=RADIUS, damping=DAMPING, cg_tolerance=0.0, engine=engine
         )
-        return Job(lambda: optimizer.step(lambda: self._closure(third=third)), self._reset), (
-            optimizer
-        )
+        job = Job(lambda: optimizer.step(lambda: self._closure(third=third)), self._reset)
+        return job, optimizer
 
     def _closure(self, *, third: bool) -> Any:
         dist = self._policy(self._observations)
@@ -172,7 +170,7 @@ def compiled(rounds: int, device: str) -> str:
         device: Where the policy is.
     """
     rows = [
-        ["network", "not compiled (ms)", "compiled", "first step, not compiled (s)", "compiled (s)"]
+        ["network", "not compiled (ms)", "compiled", "first step (s)", "first step, compiled (s)"]
     ]
     for name, (make, shape) in NETWORKS.items():
         if make is Recurrent:  # torch does not compile recurrence

@@ -103,23 +103,9 @@ class Scene:
         closure = self.closure(third=True)
         return Job(lambda: torch.autograd.grad(closure()[0], self.parameters), self.reset)
 
-    def update(
-        self,
-        *,
-        third: bool,
-        share: float = 1.0,
-        micro_batches: int = 1,
-        defaults: bool = False,
-        engine: EngineName = "auto",
-    ) -> Job:
-        """Take one step; ``share`` of the batch gives the curvature."""
-        return self.update_and_optimizer(
-            third=third,
-            share=share,
-            micro_batches=micro_batches,
-            defaults=defaults,
-            engine=engine,
-        )[0]
+    def update(self, **how: Any) -> Job:
+        """Take one step, as ``update_and_optimizer`` takes it."""
+        return self.update_and_optimizer(**how)[0]
 
     def update_and_optimizer(
         self,
@@ -130,7 +116,10 @@ class Scene:
         defaults: bool = False,
         engine: EngineName = "auto",
     ) -> tuple[Job, TrustRegionOptimizer]:
-        """Return what ``update`` returns, and the optimizer, whose report says what was gained."""
+        """Return a job that takes one step, and the optimizer, whose report says what was gained.
+
+        ``share`` of the batch gives the curvature.
+        """
         solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
         optimizer = TrustRegionOptimizer(
             self.parameters,

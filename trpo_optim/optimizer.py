@@ -74,8 +74,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             fixed rate.
         lr: Scales the step, at least 0; the KL scales with ``lr²``. Leave it at 1 unless you use a
             scheduler. Do not copy Adam's 3e-4: the policy would hardly move. Mode ``"trpo"`` scales
-            the step that its line search found; a value above 1 changes nothing there. None: 1.0,
-            except where ``lr`` is the fixed rate.
+            the step that its line search found; a value above 1 changes nothing there. None: 1.0.
+            Where ``lr`` is the fixed rate, you must give a number.
         damping: λ, at least 0. None: 4 % of the mean curvature qᵀFq over an orthonormal basis q of
             the directions that the solve goes through. This follows the scale of F.
         cg_iterations: The most Fisher-vector products in one solve, at least 1.

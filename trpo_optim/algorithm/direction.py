@@ -103,8 +103,8 @@ class DirectionSolver:
                 graph.
 
         Returns:
-            The direction. If it is not settled, another engine is to serve: the gradient may be
-            wrong, too, or finite differences are known to serve from now on.
+            The direction. If it is not settled, the step begins anew: the engine's gradient may be
+            wrong, too, or only now is it known whether finite differences serve instead.
         """
         if direction.image is None:
             if direction.engine == _FINITE_DIFFERENCES and self.batch.is_unproven():
