@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ def with_eigenvalues(eigenvalues: Tensor, seed: int = 0) -> Tensor:
 
 def spd(condition: float, seed: int = 0) -> Tensor:
     return with_eigenvalues(torch.logspace(-math.log10(condition), 0, N).double(), seed)
+
+
+def spoilt(f: Tensor, good_products: int, value: float) -> Callable[[Tensor], Tensor]:
+    """Return a product with f that holds a value in its middle after so many good ones."""
+    made = 0
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        result = f.mv(vector)
+        if made > good_products:
+            result[len(f) // 2] = value
+        return result
+
+    return product
 
 
 def right_side(seed: int = 1, n: int = N) -> Tensor:

@@ -13,6 +13,7 @@ from solves import (
     right_side,
     solve,
     spd,
+    spoilt,
     true_residual,
     with_eigenvalues,
 )
@@ -93,16 +94,8 @@ def test_zero_right_side_gives_zero_without_a_product(damping: float) -> None:
 def test_a_product_that_is_not_finite_leaves_the_last_finite_iterate(
     value: float, good_products: int
 ) -> None:
-    f, b, made = spd(100.0), right_side(), 0
-
-    def product(vector: Tensor) -> Tensor:
-        nonlocal made
-        made += 1
-        result = f.mv(vector)
-        if made > good_products:
-            result[N // 2] = value
-        return result
-
+    f, b = spd(100.0), right_side()
+    product = spoilt(f, good_products, value)
     solution = conjugate_gradient(product, b, damping=0.1, iterations=10, tolerance=0.0)
     good = solve(f, b, damping=0.1, iterations=good_products, tolerance=0.0)
     assert solution.ending is Ending.NON_FINITE

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from memory import peak_bytes
-from solves import N, relative_error, right_side, spd, with_eigenvalues
+from solves import N, relative_error, right_side, spd, spoilt, with_eigenvalues
 from torch import Tensor
 
 from trpo_optim import long_vectors
@@ -92,16 +92,8 @@ def solved(f: Tensor, b: Tensor, *, damping: float = 0.1, iterations: int = 10) 
 def test_a_product_that_is_not_finite_leaves_the_last_finite_iterate(
     value: float, good_products: int
 ) -> None:
-    f, b, made = spd(100.0).float(), right_side().float(), 0
-
-    def product(vector: Tensor) -> Tensor:
-        nonlocal made
-        made += 1
-        result = f.mv(vector)
-        if made > good_products:
-            result[N // 2] = value
-        return result
-
+    f, b = spd(100.0).float(), right_side().float()
+    product = spoilt(f, good_products, value)
     solution = conjugate_gradient(product, b, damping=0.1, iterations=10, tolerance=0.0)
     assert solution.ending is Ending.NON_FINITE
     assert (solution.iterations, solution.products) == (good_products, good_products + 1)
