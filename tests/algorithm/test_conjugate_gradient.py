@@ -46,6 +46,23 @@ def test_reported_residual_and_curvature_are_the_true_ones(iterations: int) -> N
     assert solution.curvature == pytest.approx(float(x @ f @ x), rel=1e-12)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.1])
+def test_products_that_are_not_symmetric_are_measured(size: float) -> None:
+    f, b = spd(100.0), right_side()
+    skew = size * torch.randn(N, N, generator=torch.Generator().manual_seed(3), dtype=f.dtype)
+    solution = solve(f + skew - skew.T, b, damping=0.1, iterations=2, tolerance=0.0)
+    p = b / b.norm()
+    rest = (f + skew - skew.T) @ p
+    q = rest - p * (p @ rest)
+    q /= q.norm()
+    entries = torch.stack([p, q]) @ (f + skew - skew.T) @ torch.stack([p, q]).T
+    rest = (f + skew - skew.T) @ q
+    below = (rest - p * (p @ rest) - q * (q @ rest)).norm()
+    largest = max(*entries.diagonal().abs().tolist(), float(entries[1, 0]), float(below))
+    expected = abs(float(entries[0, 1] - entries[1, 0])) / largest
+    assert solution.asymmetry == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+
 @pytest.mark.parametrize("iterations", [1, 4, 9])
 def test_the_limit_ends_the_solve_after_one_product_an_iteration(iterations: int) -> None:
     f, calls = spd(1e4), list[Tensor]()

@@ -39,6 +39,8 @@ class Solution:
             the true residual.
         curvature: xᵀFx, undamped.
         damping: λ.
+        asymmetry: The largest |pᵀFq − qᵀFp| of successive vectors p and q of the basis, relative to
+            the largest product of two; 0 of an exact F, but for rounding.
     """
 
     x: Tensor
@@ -48,6 +50,7 @@ class Solution:
     residual: float = math.nan
     curvature: float = math.nan
     damping: float = math.nan
+    asymmetry: float = 0.0
 
 
 RELATIVE_DAMPING = 0.04
@@ -92,7 +95,7 @@ def conjugate_gradient(
     """
     basis = krylov_basis(b, min(iterations, len(b)))
     length = basis.rest_length
-    small = _Tridiagonal([], [])
+    small = _Tridiagonal([], [], 0.0)
     best = _Iterate([], 1.0 if math.isfinite(length) else math.nan, damping or 0.0)
     products = 0
     ending = Ending.ITERATION_LIMIT
@@ -101,12 +104,13 @@ def conjugate_gradient(
     elif not math.isfinite(length):
         ending = Ending.NON_FINITE
     while ending is Ending.ITERATION_LIMIT and products < iterations:
-        bend = basis.absorb(product(basis.extend()))
+        forth = basis.rest_length if products else 0.0
+        bend, back = basis.absorb(product(basis.extend()))
         products += 1
         if not (math.isfinite(bend) and math.isfinite(basis.rest_length)):
             ending = Ending.NON_FINITE
             break
-        small = small.extended(bend, basis.rest_length)
+        small = small.extended(bend, basis.rest_length, apart=abs(forth - back))
         iterate = small.solved(damping)
         if iterate is None or not small.bend_along(iterate.y) > 0:
             ending = Ending.NON_POSITIVE_CURVATURE
@@ -125,6 +129,7 @@ def conjugate_gradient(
         residual=best.residual,
         curvature=small.bend_along(y),
         damping=best.damping,
+        asymmetry=small.asymmetry,
     )
 
 
@@ -139,14 +144,26 @@ class _Iterate:
 
 @dataclass(frozen=True)
 class _Tridiagonal:
-    """T = qᵀFq, and beneath it the length of what the last product adds to the basis."""
+    """T = qᵀFq, and beneath it the length of what the last product adds to the basis.
+
+    Attributes:
+        apart: By how much an entry below the diagonal differs from the one above, at most.
+    """
 
     diagonal: list[float]
     below: list[float]
+    apart: float
 
-    def extended(self, diagonal: float, below: float) -> _Tridiagonal:
+    def extended(self, diagonal: float, below: float, apart: float) -> _Tridiagonal:
         """Return T with another row and column."""
-        return _Tridiagonal([*self.diagonal, diagonal], [*self.below, below])
+        apart = max(self.apart, apart)
+        return _Tridiagonal([*self.diagonal, diagonal], [*self.below, below], apart)
+
+    @property
+    def asymmetry(self) -> float:
+        """How far T is from its transpose, relative to its largest entry."""
+        largest = max(map(abs, [*self.diagonal, *self.below]), default=0.0)
+        return self.apart / largest if self.apart else 0.0
 
     def solved(self, damping: float | None) -> _Iterate | None:
         """Solve by LDLᵀ; None where T + λI is not positive definite."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from trpo_optim.algorithm.conjugate_gradient import Solution
+from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
 from trpo_optim.algorithm.finite_differences import (
     EVEN,
     FiniteDifferences,
@@ -142,6 +142,7 @@ class DirectionSolver:
             apart = made.product(self.uphill) - image
         except UnresolvedError:
             return False
+        self.batch.learn_sides(one_serves=made.balanced)
         return bool(norm(apart) <= EVEN * norm(image))
 
     def _differences_are_next(self, model: LocalModel) -> bool:
@@ -149,22 +150,44 @@ class DirectionSolver:
         return self.batch.prefers_differences() and resolves(model.precision)
 
     def _by_finite_differences(self, model: LocalModel) -> Direction:
-        preferred = self.batch.prefers_differences()
+        preferred, one_sided = self.batch.prefers_differences(), self.batch.one_side_serves()
+        unsettled = Direction(Solution(self.uphill), model.engine, model.fallback, settled=False)
         try:
-            made = differences_of(self.batch, self.parameters, model, preferred=preferred)
+            made = differences_of(
+                self.batch, self.parameters, model, preferred=preferred, one_sided=one_sided
+            )
             solution = self.mode.direction(made.product, self.uphill, self.settings)
         except UnresolvedError:
-            if not preferred:
+            if one_sided:
+                self.batch.learn_sides(one_serves=False)
+            elif preferred:
+                self.batch.prove("", smooth=False)
+            else:
                 raise
-            self.batch.prove("", smooth=False)
-            return Direction(Solution(self.uphill), model.engine, model.fallback, settled=False)
+            return unsettled
         finally:
             self.parameters.move(self.uphill, 0.0)
+        if one_sided and not _is_sound(solution):
+            self.batch.learn_sides(one_serves=False)
+            return unsettled
+        if not one_sided:
+            self.batch.learn_sides(one_serves=made.balanced and _is_sound(solution))
         return Direction(solution, model.engine, model.fallback)
 
 
+def _is_sound(solution: Solution) -> bool:
+    """Return whether products look like those of a Fisher matrix, as far as a solve shows it."""
+    bends = solution.ending is not Ending.NON_POSITIVE_CURVATURE
+    return bends and not solution.asymmetry > EVEN
+
+
 def differences_of(
-    batch: Batch, parameters: Parameters, model: LocalModel, *, preferred: bool = False
+    batch: Batch,
+    parameters: Parameters,
+    model: LocalModel,
+    *,
+    preferred: bool = False,
+    one_sided: bool = False,
 ) -> FiniteDifferences:
     """Return what makes products for a model that has none.
 
@@ -173,14 +196,15 @@ def differences_of(
         parameters: What the closures depend on. Every product displaces them.
         model: The closures near the current parameters.
         preferred: Whether another engine serves where the KL is not smooth.
+        one_sided: Whether to look at one side alone.
 
     Returns:
         The finite differences.
     """
     slope = _slope_of(batch, parameters)
     if preferred:
-        return FiniteDifferences(slope, model.precision, most_uneven=EVEN)
-    return FiniteDifferences(slope, model.precision)
+        return FiniteDifferences(slope, model.precision, most_uneven=EVEN, one_sided=one_sided)
+    return FiniteDifferences(slope, model.precision, one_sided=one_sided)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

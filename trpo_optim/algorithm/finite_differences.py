@@ -34,6 +34,9 @@ is smooth here, and at most."""
 _BALANCED = 0.01
 """How uneven the slopes on both sides may be for the gradient between them to count as zero."""
 
+_FLAT = 1e-3
+"""The share of the wanted KL below which a displacement makes none."""
+
 _MOST_TRIES = 6
 """How often a displacement is changed until the KL that it makes is the wanted one."""
 
@@ -59,16 +62,30 @@ class FiniteDifferences:
         slope: The KL and its gradient at displaced parameters.
         precision: The unit of rounding of the coarsest parameter and of the KL.
         most_uneven: By how much the differences on both sides may be apart, relative to their sum.
+        one_sided: Whether to look at one side alone, so that the first product costs as much as any
+            other. Whether the products are symmetric is then for the caller to look at.
+
+    Attributes:
+        balanced: Whether both sides were found to be alike, so that one of them serves.
 
     Raises:
         UnresolvedError: If that is half precision.
     """
 
-    def __init__(self, slope: Slope, precision: float, most_uneven: float = _MOST_UNEVEN) -> None:
+    def __init__(
+        self,
+        slope: Slope,
+        precision: float,
+        most_uneven: float = _MOST_UNEVEN,
+        *,
+        one_sided: bool = False,
+    ) -> None:
         if not resolves(precision):
             raise UnresolvedError(_TOO_COARSE)
         self._slope = slope
         self._most_uneven = most_uneven
+        self._one_sided = one_sided
+        self.balanced = False
         self._targets = (1e-15, 1e-12) if precision < 1e-10 else (3e-8, 1e-6)
         self._target = self._length = math.nan  # until the first product
         self._origin: Tensor | None = None
@@ -76,10 +93,10 @@ class FiniteDifferences:
     def product(self, direction: Tensor) -> Tensor:
         """Return Fv.
 
-        The first product is by central differences, which show whether the KL is smooth here, and
-        whether its gradient is zero. If it is not, it is evaluated and taken off. The mean of both
-        sides does not serve as that gradient: in a network with kinks, it put the products with
-        little curvature off by 15 %.
+        The first product is by central differences, unless one side serves. They show whether the
+        KL is smooth here, and whether its gradient is zero. If it is not, it is evaluated and taken
+        off. The mean of both sides does not serve as that gradient: in a network with kinks, it put
+        the products with little curvature off by 15 %.
 
         Args:
             direction: v, shape (n,).
@@ -88,18 +105,30 @@ class FiniteDifferences:
             Fv, shape (n,).
 
         Raises:
-            UnresolvedError: If the differences on both sides do not agree.
+            UnresolvedError: If the differences on both sides do not agree, or the KL of the only
+                side is flat.
         """
         length = float(norm(direction))
         if length == 0:
             return torch.zeros_like(direction)
         unit = direction / length
         if self._origin is None:
-            return self._first(unit).mul_(length)
+            first = self._first_of_one_side if self._one_sided else self._first
+            return first(unit).mul_(length)
         self._length, _, there = _displaced(
             self._slope, self._origin, unit, self._length, self._target, window=(1 / 300, 10)
         )
         return (there - self._origin).mul_(length / self._length)
+
+    def _first_of_one_side(self, unit: Tensor) -> Tensor:
+        """Return a product with whose displacement the others begin."""
+        self._target, self._origin = self._targets[0], torch.zeros_like(unit)
+        length, there = self._ahead(unit, self._target, least=1 / 10)
+        made = 0.5 * length * float(dot(unit, there))
+        if made < _FLAT * self._target:
+            raise UnresolvedError(_TOO_COARSE)
+        self._length = length * math.sqrt(self._target / made)
+        return there.div_(length)
 
     def _first(self, unit: Tensor) -> Tensor:
         """Return a product by central differences, with whose displacement the others begin."""
@@ -108,14 +137,16 @@ class FiniteDifferences:
         self._origin = torch.zeros_like(unit)
         known = False
         for target in self._targets:
-            length, ahead, behind = self._both_sides(unit, target)
+            length, ahead = self._ahead(unit, target, least=1 / 3)
+            _, behind = self._slope(unit, -length)
             if not known and _unevenness(ahead, behind, self._origin) > _BALANCED:
                 known = True  # a kink, or a gradient that is not zero here
                 _, self._origin = self._slope(unit, 0.0)
-                length, ahead, behind = self._both_sides(unit, target)
+                length, ahead = self._ahead(unit, target, least=1 / 3)
+                _, behind = self._slope(unit, -length)
             origin = self._origin
             made = 0.5 * length * float(dot(unit, ahead - origin))
-            if made < 1e-3 * target:
+            if made < _FLAT * target:
                 continue  # the KL is flat however far one goes
             uneven = _unevenness(ahead, behind, origin)
             if not uneven >= best:
@@ -123,18 +154,19 @@ class FiniteDifferences:
                 self._length = length * math.sqrt(target / made)
                 product = (ahead - behind) / (2 * length)
             if not uneven > EVEN:
+                self.balanced = target == self._targets[0] and not known
                 break
         if self._most_uneven < best < math.inf:
             raise UnresolvedError(_TOO_COARSE)
         return product
 
-    def _both_sides(self, unit: Tensor, target: float) -> tuple[float, Tensor, Tensor]:
-        """Return a displacement that makes about the wanted KL, and the slopes on both sides."""
+    def _ahead(self, unit: Tensor, target: float, least: float) -> tuple[float, Tensor]:
+        """Return a displacement that makes about the wanted KL, and the slope there."""
         assert self._origin is not None  # the caller has set it
         length, _, ahead = _displaced(
-            self._slope, self._origin, unit, math.sqrt(2 * target), target, window=(1 / 3, 30)
+            self._slope, self._origin, unit, math.sqrt(2 * target), target, window=(least, 30)
         )
-        return length, ahead, self._slope(unit, -length)[1]
+        return length, ahead
 
 
 def _unevenness(ahead: Tensor, behind: Tensor, origin: Tensor) -> float:

@@ -86,6 +86,12 @@ class Batch(Protocol):
             smooth: Whether finite differences agreed, where they are preferred; else None.
         """
 
+    def one_side_serves(self) -> bool:
+        """Return whether finite differences may look at one side alone."""
+
+    def learn_sides(self, *, one_serves: bool) -> None:
+        """Note whether further steps may look at one side alone."""
+
     def doubt(self) -> None:
         """Have the next step compare products with finite differences."""
 

@@ -52,23 +52,24 @@ class FullBasis:
         self._count += 1
         return vector
 
-    def absorb(self, image: Tensor) -> float:
+    def absorb(self, image: Tensor) -> tuple[float, float]:
         """Keep what lies beyond the basis, for the next vector.
 
         Args:
             image: The product Fq with the last vector q, shape (n,); not modified.
 
         Returns:
-            qᵀFq.
+            qᵀFq, and pᵀFq with the vector p before q, or 0 if q is the first.
         """
         known = self._vectors[: self._count]
         with torch.autocast(image.device.type, enabled=False):
             components = known @ image
             self._rest = image - known.T @ components
             self._rest -= known.T @ (known @ self._rest)  # what rounding left of the components
-            bend: float
-            bend, self.rest_length = torch.stack([components[-1], norm(self._rest)]).tolist()
-        return bend
+            *back, bend, self.rest_length = torch.cat(
+                [components[-2:], norm(self._rest)[None]]
+            ).tolist()
+        return bend, sum(back)
 
     def combined(self, y: Sequence[float]) -> Tensor:
         """Return the sum of y times the first vectors, shape (n,); the basis ends.
@@ -124,14 +125,14 @@ class CompactBasis:
         self._factors.append(1.0)
         return self._rest
 
-    def absorb(self, image: Tensor) -> float:
+    def absorb(self, image: Tensor) -> tuple[float, float]:
         """Keep what lies beyond the basis, for the next vector.
 
         Args:
             image: The product Fq with the last vector q, shape (n,); not modified.
 
         Returns:
-            qᵀFq.
+            qᵀFq, and pᵀFq with the vector p before q, or 0 if q is the first.
         """
         self._rest = image.clone()
         factors = image.new_tensor(self._factors)
@@ -139,9 +140,10 @@ class CompactBasis:
             components = left = factors * self._taken_off(torch.zeros_like(factors))
             for _ in range(2):  # then again, what rounding left of the components
                 left = factors * self._taken_off(factors * left)
-            bend: float
-            bend, self.rest_length = torch.stack([components[-1], norm(self._rest)]).tolist()
-        return bend
+            *back, bend, self.rest_length = torch.cat(
+                [components[-2:], norm(self._rest)[None]]
+            ).tolist()
+        return bend, sum(back)
 
     def combined(self, y: Sequence[float]) -> Tensor:
         """Return the sum of y times the first vectors, shape (n,); the basis ends.

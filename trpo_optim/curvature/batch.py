@@ -142,6 +142,18 @@ class Batch:
         self._choice["smooth"] = self._choice["smooth"] if smooth is None else smooth
         self._choice["flaw"] = flaw or self._choice["flaw"]
 
+    def one_side_serves(self) -> bool:
+        """Return whether finite differences may look at one side alone."""
+        return bool(self._choice["one_sided"])
+
+    def learn_sides(self, *, one_serves: bool) -> None:
+        """Note what a step found of both sides, or of one.
+
+        Args:
+            one_serves: Whether further steps may look at one side alone.
+        """
+        self._choice["one_sided"] = one_serves
+
     def _dear(self) -> str:
         """Return what makes exact products dear, or empty."""
         if self._curvature is None and len(self._parts) > 1:
@@ -152,7 +164,8 @@ class Batch:
         """Have the next step compare products with finite differences, a few times in all."""
         if self._choice["doubts"] < _MOST_DOUBTS:
             self._choice["doubts"] += 1
-            self._choice["proven"], self._choice["smooth"] = False, None
+            self._choice["proven"] = False
+            self._choice["smooth"] = self._choice["one_sided"] = None
 
     @property
     def _choice(self) -> EngineChoice:

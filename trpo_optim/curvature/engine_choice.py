@@ -32,6 +32,8 @@ class EngineChoice(TypedDict):
         dear: What makes exact products dear in the last closure, or empty.
         proven: Whether products have been compared with finite differences.
         smooth: Whether they agreed, where finite differences are preferred; None until compared.
+        one_sided: Whether the last differences on both sides were alike, so that one side serves;
+            None until both were evaluated.
         doubts: How often a step's KL was so far from the predicted one that they were compared
             once more.
     """
@@ -42,6 +44,7 @@ class EngineChoice(TypedDict):
     dear: str
     proven: bool
     smooth: bool | None
+    one_sided: bool | None
     doubts: int
 
 
@@ -54,6 +57,7 @@ def nothing_learned() -> EngineChoice:
         "dear": "",
         "proven": False,
         "smooth": None,
+        "one_sided": None,
         "doubts": 0,
     }
 

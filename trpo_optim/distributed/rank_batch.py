@@ -77,7 +77,7 @@ class SharedBatch:
         self._own = own
         self._vector = vector
         self._reduction = reduction
-        self._unproven = self._prefers_differences = False
+        self._unproven = self._prefers_differences = self._one_side_serves = False
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
@@ -135,6 +135,19 @@ class SharedBatch:
         if self._own is not None:
             self._own.prove(flaw, smooth=smooth)
 
+    def one_side_serves(self) -> bool:
+        """Return whether finite differences may look at one side alone."""
+        return self._one_side_serves
+
+    def learn_sides(self, *, one_serves: bool) -> None:
+        """Note what a step found of both sides, or of one.
+
+        Args:
+            one_serves: Whether further steps may look at one side alone.
+        """
+        if self._own is not None:
+            self._own.learn_sides(one_serves=one_serves)
+
     def doubt(self) -> None:
         """Have the next step compare products with finite differences."""
         if self._own is not None:
@@ -181,19 +194,25 @@ class SharedBatch:
         def work() -> list[float]:
             nonlocal own
             if self._own is None:
-                return [0.0] * 9
+                return [0.0] * 10
             own = order(self._own)
             said = checksum(f"{own.engine}: {own.fallback}")
             values = Numbers(own.loss, own.kl, own.largest_kl)
             numbers = [own.kl_resolution, own.precision, said]
-            flags = [self._own.is_unproven(), self._own.prefers_differences()]
+            flags = [
+                self._own.is_unproven(),
+                self._own.prefers_differences(),
+                self._own.one_side_serves(),
+            ]
             return [*_row(values), _furthest(own.kls.values()), *numbers, *flags]
 
-        rows = self._reduction.rows(work, 9)
+        rows = self._reduction.rows(work, 10)
         present = [rows[rank] for rank in self._present]
         columns = zip(*present, strict=True)
-        losses, kls, largest, furthest, resolutions, precisions, said, unproven, prefers = columns
+        losses, kls, largest, furthest, resolutions, precisions, said, *flags = columns
+        unproven, prefers, one_side_serves = flags
         self._unproven, self._prefers_differences = any(unproven), any(prefers)
+        self._one_side_serves = all(one_side_serves)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(
