@@ -98,10 +98,15 @@ class Scene:
         """Put the starting weights back, in place."""
         torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self._start)
 
-    def gradient(self) -> Job:
-        """Evaluate the closure and differentiate its loss: the unit of all costs."""
-        closure = self.closure(third=True)
-        return Job(lambda: torch.autograd.grad(closure()[0], self.parameters), self.reset)
+    def gradient(self, micro_batches: int = 1) -> Job:
+        """Evaluate the closure and differentiate its loss: the unit of costs, if in one piece."""
+        closures = [self.closure(rows, third=True) for rows in self._parts(micro_batches)]
+
+        def differentiate() -> None:
+            for closure in closures:
+                torch.autograd.grad(closure()[0], self.parameters)
+
+        return Job(differentiate, self.reset)
 
     def update(self, **how: Any) -> Job:
         """Take one step, as ``update_and_optimizer`` takes it."""
@@ -128,14 +133,16 @@ class Scene:
             engine=engine,
             **solver,
         )
-        size = self.samples // micro_batches
-        parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
-        closures = [self.closure(rows, third=third) for rows in parts]
+        closures = [self.closure(rows, third=third) for rows in self._parts(micro_batches)]
         part = None
         if share < 1:
             part = self.closure(slice(0, int(share * self.samples)), third=third)
         whole = closures if micro_batches > 1 else closures[0]
         return Job(lambda: optimizer.step(whole, curvature=part), self.reset), optimizer
+
+    def _parts(self, micro_batches: int) -> list[slice]:
+        size = self.samples // micro_batches
+        return [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
 
     def checks(self) -> dict[str, Job]:
         """Evaluate the closure with a graph, as a step's first evaluation and as its others."""

@@ -164,7 +164,8 @@ def memory(settings: Settings) -> str:
         f"update with it, {name}": {"third": True, **how} for name, how in MICRO_BATCHES.items()
     }
     made = {name: scene.update_and_optimizer(**how) for name, how in ours.items()}
-    jobs = {"one gradient": scene.gradient()} | {name: job for name, (job, _) in made.items()}
+    jobs = {"one gradient": scene.gradient(), "one gradient, 8 micro-batches": scene.gradient(8)}
+    jobs |= {name: job for name, (job, _) in made.items()}
     jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
     times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
     rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients", "gain at equal KL"]]

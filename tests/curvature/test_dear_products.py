@@ -115,33 +115,6 @@ def test_dear_layers_take_finite_differences_from_the_first_step_on(name: str, t
     assert learned(optimizer.param_groups[0])["parts"]["one_sided"] is True
 
 
-def test_a_further_step_costs_one_gradient_per_product_one_before_and_one_per_trial() -> None:
-    problem = dear(Convolved, torch.float64)
-    optimizer = problem.optimizer()
-    for step in range(2):
-        problem = Problem(problem.policy, problem.observations, step)
-        report = optimizer.step(problem.closure_with_dist)
-        assert report.engine == "finite differences"
-    assert report.closure_evaluations == 1 + report.fisher_products + report.backtracks + 1
-
-
-@pytest.mark.parametrize(
-    ("engine", "used"),
-    [("auto", "Gauss-Newton"), ("finite differences", "finite differences")],
-)
-def test_one_side_is_left_where_products_are_no_longer_symmetric(engine: Any, used: str) -> None:
-    problem = dear(Convolved)
-    layer: Any = problem.policy.network
-    optimizer = problem.optimizer(engine=engine)
-    optimizer.step(problem.closure_with_dist)
-    choice = learned(optimizer.param_groups[0])["parts"]
-    assert choice["one_sided"] is True
-    layer.activation = kinked(1e-5)
-    problem = Problem(problem.policy, problem.observations, 1)
-    assert optimizer.step(problem.closure_with_dist).engine == used
-    assert not choice["one_sided"]
-
-
 @pytest.mark.skipif(not HOOKS_ARE_SHOWN, reason="torch does not show hooks")
 def test_checkpoints_take_finite_differences() -> None:
     problem = dear(Checkpointed)

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Laplace, Normal
 
 from trpo_optim import Outcome, TrustRegionError, TrustRegionOptimizer
-from trpo_optim.algorithm.finite_differences import (
-    FiniteDifferences,
-    UnresolvedError,
-    disagreement,
-)
+from trpo_optim.algorithm.finite_differences import FiniteDifferences, disagreement
 
 MATRIX = torch.diag(torch.tensor([3.0, 1.0, 0.01], dtype=torch.float64))
 MATRIX[0, 1] = MATRIX[1, 0] = 0.5
@@ -75,50 +71,6 @@ def test_a_small_kink_along_the_first_vector_does_not_move_the_other_products() 
     for vector in torch.eye(3, dtype=torch.float64):
         product = differences.product(vector)
         torch.testing.assert_close(product, MATRIX @ vector, rtol=0, atol=1e-6)
-
-
-def counted(slope: Any) -> tuple[Any, list[float]]:
-    """Return a slope that notes the lengths it is asked for."""
-    lengths: list[float] = []
-
-    def noting(vector: Tensor, length: float) -> tuple[float, Tensor]:
-        lengths.append(length)
-        result: tuple[float, Tensor] = slope(vector, length)
-        return result
-
-    return noting, lengths
-
-
-def test_one_side_costs_one_evaluation_for_the_first_product_too() -> None:
-    slope, lengths = counted(slope_of(cubic=1.0))
-    differences = FiniteDifferences(slope, 2e-16, one_sided=True)
-    for vector in torch.eye(3, dtype=torch.float64)[:2]:
-        product = differences.product(vector)
-        torch.testing.assert_close(product, MATRIX @ vector, rtol=0, atol=2e-4)
-    assert len(lengths) == 2
-    assert min(lengths) > 0
-
-
-@pytest.mark.parametrize(("cubic", "offset", "balanced"), [(1.0, 0.0, True), (1.0, 0.1, False)])
-def test_both_sides_say_whether_one_of_them_serves(
-    cubic: float, offset: float, balanced: bool
-) -> None:
-    def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
-        kl, gradient = slope_of(cubic)(vector, length)
-        return kl, gradient + offset
-
-    differences = FiniteDifferences(slope, 2e-16)
-    assert not differences.balanced
-    differences.product(torch.ones(3, dtype=torch.float64))
-    assert differences.balanced is balanced
-
-
-def test_one_side_that_is_flat_is_said() -> None:
-    def slope(vector: Tensor, length: float) -> tuple[float, Tensor]:
-        return 0.0, torch.zeros_like(vector)
-
-    with pytest.raises(UnresolvedError):
-        FiniteDifferences(slope, 2e-16, one_sided=True).product(torch.ones(3))
 
 
 def test_a_flat_direction_has_a_product_of_zero() -> None:
