@@ -87,9 +87,8 @@ class FiniteDifferences:
         self._most_uneven = most_uneven
         self._one_sided = one_sided
         self.balanced = False
-        self._targets = (1e-15, 1e-12) if precision < 1e-10 else (3e-8, 1e-6)
-        if one_sided and precision >= 1e-10:
-            self._targets = (3e-9,)
+        precise = precision < 1e-10
+        self._targets = (1e-15, 1e-12) if precise else (3e-9 if one_sided else 3e-8, 1e-6)
         self._target = self._length = math.nan  # until the first product
         self._origin: Tensor | None = None
 
