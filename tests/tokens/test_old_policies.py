@@ -155,17 +155,15 @@ def test_what_is_kept_of_the_old_policy_is_what_old_says() -> None:
     assert kept_elements("logits") == 12 * 500
 
 
-def test_dropout_draws_the_old_policys_masks_again() -> None:
+@pytest.mark.parametrize("old", ["log_prob", "logits", 2])
+def test_dropout_draws_the_old_policys_masks_again(old: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Dropout(0.5), nn.Linear(16, VOCABULARY))
-    tokens = torch.randint(VOCABULARY, (8, 6))
-    for old in ("log_prob", "logits", 2):
-        before = torch.get_rng_state()
-        closures = token_closures(
-            lambda rows: model(tokens[rows]), tokens, None, torch.randn(8).sign(), old=old
-        )
-        torch.set_rng_state(before)
-        assert TrustRegionOptimizer(model.parameters()).step(closures).accepted
+    tokens, advantages = torch.randint(VOCABULARY, (8, 6)), torch.randn(8)
+    before = torch.get_rng_state()
+    closures = token_closures(lambda rows: model(tokens[rows]), tokens, None, advantages, old=old)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert TrustRegionOptimizer(model.parameters()).step(closures).accepted
 
 
 ROWS = {"tokens": torch.zeros(2, 3, dtype=torch.long), "mask": None, "advantages": torch.zeros(2)}
