@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +102,13 @@ class Rollout:
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for each in self.parameters:
-                each += by * torch.randn(each.shape, generator=noise, dtype=each.dtype)
+                each.add_(by * torch.randn(each.shape, generator=noise, dtype=each.dtype))
+
+
+def evaluated(closure: Callable[[], Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, mean KL and third value."""
+    loss, kl, third = closure()
+    return loss, kl.mean(), third
 
 
 def derivatives(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -106,9 +106,12 @@ def test_chunks_have_second_derivatives() -> None:
 def kept_elements(log_prob: Any) -> int:
     """The largest number of elements of a tensor that a graph keeps."""
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda each: (sizes.append(each.numel()), each)[1], lambda each: each
-    ):
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
         log_prob()
     return max(sizes)
 

@@ -82,9 +82,10 @@ def token_closures(
         reference_weight: The weight of ``reference_kl`` in the loss.
 
     Returns:
-        The closures. With ``old="log_prob"``, the KL is a scalar. Otherwise it is a vector with one
-        KL per token or per sequence, so that ``constraint="max"`` works, too. The third value is
-        the log-probabilities, (n, T), or the logits that the KL is computed from.
+        The closures. Their weights also weigh the ranks of a process group; every rank needs a
+        token that counts. With ``old="log_prob"``, the KL is a scalar. Otherwise it is a vector
+        with one KL per token or per sequence, so that ``constraint="max"`` works, too. The third
+        value is the log-probabilities, (n, T), or the logits that the KL is computed from.
 
     Raises:
         TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
@@ -121,19 +122,17 @@ def token_closures(
     require_vocabulary(tokens[counted], math.inf)
     if advantages.shape == tokens.shape[:1]:
         advantages = advantages[:, None].expand(tokens.shape)
-    batch = {"advantages": advantages, "behaviour": behaviour_log_prob}
-    batch["reference"] = reference_log_prob if reference_weight else None
-    for name, values in batch.items():
+    reference = reference_log_prob if reference_weight else None
+    named = {"behaviour_log_prob": behaviour_log_prob, "reference_log_prob": reference}
+    for name, values in {"advantages": advantages, **named}.items():
         if values is not None:
-            argument = name if name == "advantages" else f"{name}_log_prob"
-            require_numbers(argument, values, counted)
+            require_numbers(name, values, counted)
+    whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
+    options = _Options(old, per, temperature, reference_weight)
 
     def closure(rows: Tensor) -> Closure:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
-        given = {name: None if each is None else each[place] for name, each in batch.items()}
-        part = _Part(tokens[place], counted[place], **given)
-        options = _Options(old, per, temperature, reference_weight)
-        return _closure(lambda: logits(place), part, options)
+        return _closure(lambda: logits(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
     pieces = used.split(micro_batch or len(used))
@@ -155,6 +154,15 @@ class _Part:
     advantages: Tensor
     behaviour: Tensor | None
     reference: Tensor | None
+
+    def of(self, rows: Any) -> _Part:
+        """Return some of the sequences."""
+        behaviour, reference = (
+            None if each is None else each[rows] for each in (self.behaviour, self.reference)
+        )
+        return _Part(
+            self.tokens[rows], self.mask[rows], self.advantages[rows], behaviour, reference
+        )
 
 
 @dataclass(frozen=True)
