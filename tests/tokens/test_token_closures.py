@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from devices import each_device
 from language_model import VOCABULARY, Rollout, both, derivatives, evaluated
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 from trpo_optim import Closures, TrustRegionOptimizer
 from trpo_optim.testing import assert_closure
-from trpo_optim.tokens import token_closures
+from trpo_optim.tokens import group_advantages, token_closures
 
 OLD = ["log_prob", "logits", 3]
 
@@ -124,13 +125,21 @@ def test_a_step_is_that_of_a_closure_written_by_hand(
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-8)
 
 
+@each_device
 @each_old
-def test_the_third_value_serves_the_products_unnamed(old: Any) -> None:
+def test_the_third_value_serves_the_products_unnamed(old: Any, device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Tanh(), nn.Linear(6, VOCABULARY))
-    tokens = torch.randint(VOCABULARY, (8, 6))
+    model.to(device)
+    tokens = torch.randint(VOCABULARY, (8, 6)).to(device)
+    advantages = group_advantages(torch.randn(8, device=device), 4)
     closures = token_closures(
-        lambda rows: model(tokens[rows])[:, :-1], tokens[:, 1:], None, torch.randn(8), old=old
+        lambda rows: model(tokens[rows])[:, :-1],
+        tokens[:, 1:],
+        tokens[:, 1:] > 0,
+        advantages,
+        old=old,
+        curvature=0.5,
     )
     report = TrustRegionOptimizer(model.parameters()).step(closures)
     assert (report.accepted, report.engine) == (True, "Gauss-Newton"), report.fallback
