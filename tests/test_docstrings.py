@@ -14,7 +14,7 @@ import pytest
 
 import trpo_optim
 
-MODULES = ("", ".rollouts", ".snapshots", ".testing", ".theory")
+MODULES = ("", ".rollouts", ".snapshots", ".testing", ".theory", ".tokens")
 
 PUBLIC = {
     name: getattr(module, name)

@@ -76,7 +76,7 @@ print(
 """Takes a step, then imports the modules that it is given."""
 
 NOT_OF_TORCH = ("gymnasium", "hypothesis", "numpy", "packaging", "pytest")
-WITHOUT_EXTRAS = ("trpo_optim.testing", "trpo_optim.theory")
+WITHOUT_EXTRAS = ("trpo_optim.testing", "trpo_optim.theory", "trpo_optim.tokens")
 OF_THE_EXTRA_GYM = ("trpo_optim.rollouts", "trpo_optim.snapshots")
 
 NEW_MODULES = """

@@ -26,7 +26,7 @@ REPOSITORY = "https://github.com/trpo-optim/trpo_optim/blob/main/"
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\n\n?```python\n.*?^```", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
-PACKAGES = ["", ".rollouts", ".snapshots", ".testing", ".theory"]
+PACKAGES = ["", ".rollouts", ".snapshots", ".testing", ".theory", ".tokens"]
 
 
 def name_of(page: Path) -> str:

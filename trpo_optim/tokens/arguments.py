@@ -1,0 +1,101 @@
+"""Checks of tokens, logits and the numbers that belong to each token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trpo_optim.distributions.masks import checked_mask, require_fit
+from trpo_optim.errors import TrustRegionError
+
+__all__ = [
+    "counted_tokens",
+    "require_aligned",
+    "require_numbers",
+    "require_temperature",
+    "require_vocabulary",
+]
+
+
+def require_temperature(temperature: float) -> None:
+    """Check that a temperature is a finite number above 0."""
+    if not 0 < temperature < math.inf:
+        raise TrustRegionError(
+            f"temperature is {temperature!r}; it must be a finite number above 0. Pass the "
+            "temperature at which the tokens were drawn."
+        )
+
+
+def require_aligned(logits: Tensor, tokens: Tensor) -> None:
+    """Check that there is one row of logits per token."""
+    if not logits.is_floating_point():
+        raise TrustRegionError(f"The logits are {logits.dtype}; they must be floating point.")
+    if logits.shape[:-1] != tokens.shape or logits.dim() == 0:
+        raise TrustRegionError(
+            f"The logits have shape {tuple(logits.shape)} and the tokens {tuple(tokens.shape)}. "
+            "Pass one row of logits per token, shape (*tokens.shape, V). The logits at position t "
+            "predict the token at t + 1, so a model that has read all tokens gives logits[:, :-1] "
+            "for tokens[:, 1:]."
+        )
+
+
+def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Check the type of tokens and the mask over them.
+
+    Args:
+        tokens: Any shape.
+        mask: True where a token counts, in the same shape. None: all count.
+
+    Returns:
+        The mask as one of bools, or None.
+
+    Raises:
+        TrustRegionError: If tokens are not integers, or the mask does not fit.
+    """
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+        raise TrustRegionError(
+            f"The tokens are {tokens.dtype}. They are indices into the vocabulary: pass integers, "
+            "such as torch.long."
+        )
+    if mask is None:
+        return None
+    counted = checked_mask(mask)
+    require_fit(counted, tokens)
+    return counted
+
+
+def require_vocabulary(tokens: Tensor, size: float) -> None:
+    """Check that tokens, all of which count, are indices into a vocabulary."""
+    if tokens.numel() == 0:
+        return
+    least, most = torch.stack(tokens.aminmax()).tolist()
+    if least < 0:
+        raise TrustRegionError(
+            f"The tokens hold {least}; a token is at least 0. If {least} marks padding, pass a "
+            f"mask that is false there, such as mask=tokens != {least}."
+        )
+    if most >= size:
+        raise TrustRegionError(
+            f"The tokens hold {most}, and the logits have {size} entries; a token must be less. "
+            "Use the tokenizer of this model, and pass a mask that is false for padding."
+        )
+
+
+def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
+    """Check that there is a finite number, without a graph, for every token that counts."""
+    if values.shape != counted.shape:
+        raise TrustRegionError(
+            f"{name} has shape {tuple(values.shape)} and the tokens {tuple(counted.shape)}. Pass "
+            "one number per token."
+        )
+    if values.requires_grad:
+        raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
+    bad = (~values.isfinite() & counted).nonzero()
+    if len(bad):
+        row, place = bad[0].tolist()
+        raise TrustRegionError(
+            f"{name} is {float(values[row, place])} at token {place} of sequence {row}; it must be "
+            "a finite number where the mask is true."
+        )

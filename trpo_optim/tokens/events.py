@@ -1,0 +1,60 @@
+"""The events between which an exact KL of tokens distinguishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from trpo_optim.errors import TrustRegionError
+
+__all__ = ["Events", "OldPolicy", "events_of", "require_old"]
+
+OldPolicy: TypeAlias = int | Literal["log_prob", "logits"]
+"""What is kept of the old policy."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Single tokens, and all other tokens of the vocabulary as one event.
+
+    Attributes:
+        single: The tokens that are events of their own, (m, k). None: all tokens.
+    """
+
+    single: Tensor | None
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Return the logits of the events, (m, k + 1), of logits of tokens, (m, V)."""
+        if self.single is None:
+            return logits
+        # Not −inf: where the policy rules out all other tokens, that would be a slope of NaN.
+        nothing = torch.finfo(logits.dtype).min
+        others = logits.scatter(-1, self.single, nothing).logsumexp(-1, keepdim=True)
+        return torch.cat([logits.gather(-1, self.single), others], -1)
+
+
+def events_of(logits: Tensor, old: int | Literal["logits"]) -> Events:
+    """Return the events that are kept of an old policy.
+
+    Args:
+        logits: The old policy's logits, (m, V).
+        old: ``"logits"``: all tokens. An integer k: the k likeliest tokens, and all others as one
+            event. If k is V − 1 or more, all tokens are events.
+    """
+    if old == "logits" or old >= logits.shape[-1] - 1:
+        return Events(None)
+    return Events(logits.topk(old).indices)
+
+
+def require_old(old: OldPolicy) -> None:
+    """Check what is to be kept of the old policy."""
+    if isinstance(old, str) and old in ("log_prob", "logits"):
+        return
+    if isinstance(old, bool) or not isinstance(old, int) or old < 1:
+        raise TrustRegionError(
+            f"old is {old!r}; it must be 'log_prob', 'logits', or the number of likeliest tokens, "
+            "at least 1."
+        )

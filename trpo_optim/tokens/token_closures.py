@@ -1,0 +1,260 @@
+"""The optimizer's closures on a batch of token sequences, in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from trpo_optim.closure.closures import Closures
+from trpo_optim.closure.evaluation import Closure
+from trpo_optim.closure.random_state import random_state_kept
+from trpo_optim.distributions import frozen, joint_kl
+from trpo_optim.distributions.masks import Per, of_sequences, require_per
+from trpo_optim.errors import TrustRegionError
+from trpo_optim.tokens.arguments import (
+    counted_tokens,
+    require_aligned,
+    require_numbers,
+    require_temperature,
+    require_vocabulary,
+)
+from trpo_optim.tokens.estimates import reference_kl, token_surrogate, weighted_excess
+from trpo_optim.tokens.events import OldPolicy, events_of, require_old
+from trpo_optim.tokens.log_prob import at_temperature, chosen, spread
+
+__all__ = ["token_closures"]
+
+
+def token_closures(
+    logits: Callable[[Any], Tensor],
+    tokens: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor,
+    *,
+    behaviour_log_prob: Tensor | None = None,
+    old: OldPolicy = "log_prob",
+    per: Per = "token",
+    temperature: float = 1.0,
+    micro_batch: int | None = None,
+    curvature: float = 1.0,
+    reference_log_prob: Tensor | None = None,
+    reference_weight: float = 0.0,
+) -> Closures:
+    """Return the closures for one ``optimizer.step`` on sequences of tokens.
+
+    The old policy of the KL is the policy at this call, whatever drew the tokens. To take several
+    steps on one rollout, call this function before each step, always with the same
+    ``behaviour_log_prob``. The call leaves the random state as it was: a step right after it sees
+    the same dropout masks.
+
+    Each closure evaluates a micro-batch. Its weight is its number of tokens (or sequences) that
+    count, so that the mean over closures is the mean over the whole batch. Sequences without tokens
+    that count are never evaluated.
+
+    Args:
+        logits: Called with some rows, a slice or a tensor of indices. Returns what predicts
+            ``tokens[rows]``, shape (n, T, V). With ``old="log_prob"`` it may also return the
+            log-probabilities of ``tokens[rows]``, shape (n, T), as ``chunked_log_prob`` does.
+        tokens: The tokens, integers of shape (N, T). Where the mask is false, any integers.
+        mask: True where a token counts, shape (N, T). None: all count.
+        advantages: One number per sequence, (N,), or per token, (N, T).
+        behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
+            server. None: the present policy drew them.
+        old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
+            token. The KL is estimated on the tokens, without bias: with ``behaviour_log_prob``,
+            each token is weighted by π_old/π_behaviour. ``"logits"``: all logits of tokens that
+            count. The KL is exact. An integer k: the k likeliest tokens, and all others as one
+            event. This KL is a lower bound of the exact KL (data-processing inequality), and equal
+            to it if k is V − 1 or more.
+        per: ``"token"``: loss and KL are means over tokens. ``"sequence"``: they are means over
+            sequences of the sum over tokens.
+        temperature: The temperature at which the tokens were drawn. Loss and KL are those of the
+            policy at this temperature.
+        micro_batch: The most sequences to evaluate at once. None: all.
+        curvature: The share of the sequences, in (0, 1], that Fisher-vector products are taken on.
+            These sequences are evenly spaced, and evaluated at once. 1: all, in micro-batches.
+        reference_log_prob: ln π of a reference policy, (N, T), for ``reference_weight``.
+        reference_weight: The weight of ``reference_kl`` in the loss.
+
+    Returns:
+        The closures. Their weights also weigh the ranks of a process group; every rank needs a
+        token that counts. With ``old="log_prob"``, the KL is a scalar. Otherwise it is a vector
+        with one KL per token or per sequence, so that ``constraint="max"`` works, too. The third
+        value is the log-probabilities, (n, T), or the logits that the KL is computed from.
+
+    Raises:
+        TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
+            token counts, or an option is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from trpo_optim import TrustRegionOptimizer
+        >>> from trpo_optim.tokens import token_closures
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+        >>> tokens = torch.randint(20, (6, 10))  # prompts of 4 tokens, then responses
+        >>> mask = torch.ones(6, 9).bool()
+        >>> mask[:, :3] = False
+        >>> def logits(rows):
+        ...     return model(tokens[rows])[:, :-1]
+        >>> closures = token_closures(logits, tokens[:, 1:], mask, advantages=torch.randn(6))
+        >>> TrustRegionOptimizer(model.parameters()).step(closures).kl <= 0.01
+        True
+
+    Source:
+        Schulman et al., "Trust Region Policy Optimization" (2015), equation 14 and appendix C.
+    """
+    require_per(per)
+    require_old(old)
+    require_temperature(temperature)
+    _require_options(micro_batch, curvature, reference_weight, reference_log_prob)
+    if tokens.dim() != 2:
+        raise TrustRegionError(
+            f"The tokens have shape {tuple(tokens.shape)}; it must be (N, T). Pad the sequences to "
+            "one length, and pass a mask that is false for padding."
+        )
+    counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
+    assert counted is not None
+    require_vocabulary(tokens[counted], math.inf)
+    if advantages.shape == tokens.shape[:1]:
+        advantages = advantages[:, None].expand(tokens.shape)
+    reference = reference_log_prob if reference_weight else None
+    named = {"behaviour_log_prob": behaviour_log_prob, "reference_log_prob": reference}
+    for name, values in {"advantages": advantages, **named}.items():
+        if values is not None:
+            require_numbers(name, values, counted)
+    whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
+    options = _Options(old, per, temperature, reference_weight)
+
+    def closure(rows: Tensor) -> Closure:
+        place: Any = slice(None) if len(rows) == len(tokens) else rows
+        return _closure(lambda: logits(place), whole.of(place), options)
+
+    used = counted.any(1).nonzero().flatten()
+    pieces = used.split(micro_batch or len(used))
+    taken = max(1, round(curvature * len(used)))
+    spaced = used[torch.arange(taken, device=used.device) * len(used) // taken]
+    return Closures(
+        parts=[closure(rows) for rows in pieces],
+        weights=[float(len(rows) if per == "sequence" else counted[rows].sum()) for rows in pieces],
+        curvature=None if taken == len(used) else closure(spaced),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some sequences: tensors of shape (n, T)."""
+
+    tokens: Tensor
+    mask: Tensor
+    advantages: Tensor
+    behaviour: Tensor | None
+    reference: Tensor | None
+
+    def of(self, rows: Any) -> _Part:
+        """Return some of the sequences."""
+        behaviour, reference = (
+            None if each is None else each[rows] for each in (self.behaviour, self.reference)
+        )
+        return _Part(
+            self.tokens[rows], self.mask[rows], self.advantages[rows], behaviour, reference
+        )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What ``token_closures`` was told about loss and KL."""
+
+    old: OldPolicy
+    per: Per
+    temperature: float
+    reference_weight: float
+
+
+def _closure(evaluate: Callable[[], Tensor], part: _Part, options: _Options) -> Closure:
+    """Return the closure on some sequences, the policy as it is being the old one."""
+    mask, per = part.mask, options.per
+    picked = part.tokens[mask]
+
+    def of_counted() -> Tensor:
+        """Return the logits, (m, V), or the log-probabilities, (m,), of tokens that count."""
+        outputs = evaluate()
+        _require_outputs(outputs, part.tokens, options)
+        if outputs.dim() == 3:
+            require_vocabulary(picked, outputs.shape[-1])
+        return at_temperature(outputs[mask], options.temperature)
+
+    def log_prob(outputs: Tensor, told: Tensor) -> Tensor:
+        logs = chosen(outputs, picked) - told.logsumexp(-1) if outputs.dim() == 2 else outputs
+        return spread(logs, mask)
+
+    with torch.no_grad(), random_state_kept([mask.device]):
+        start = of_counted()
+        events = None if options.old == "log_prob" else events_of(start, options.old)
+        old_dist = None if events is None else frozen(Categorical(logits=events.logits(start)))
+        old_log_prob = log_prob(start, start)
+        del start
+    base = old_log_prob if part.behaviour is None else part.behaviour
+    weight = old_log_prob - base.masked_fill(~mask, 0)
+
+    def closure() -> tuple[Tensor, Tensor, Tensor]:
+        outputs = of_counted()
+        told = outputs if events is None else events.logits(outputs)
+        new = log_prob(outputs, told)
+        loss = token_surrogate(new, base, part.advantages, mask, per=per)
+        if part.reference is not None:
+            penalty = reference_kl(new, part.reference, base, mask, per=per)
+            loss = loss + options.reference_weight * penalty
+        if old_dist is None:
+            return loss, weighted_excess(weight, new - old_log_prob, mask, per), new
+        kl = joint_kl(old_dist, Categorical(logits=told))
+        return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, told
+
+    return closure
+
+
+def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
+    """Check what the user's function returned for some rows."""
+    if not isinstance(outputs, Tensor):
+        raise TrustRegionError(
+            f"logits(rows) returned a {type(outputs).__name__}. Return a tensor, such as "
+            "model(...).logits[:, :-1]."
+        )
+    if outputs.shape != tokens.shape:
+        require_aligned(outputs, tokens)
+    elif options.old != "log_prob":
+        raise TrustRegionError(
+            f"logits(rows) returned log-probabilities, shape {tuple(outputs.shape)}, and old is "
+            f"{options.old!r}, which needs logits of shape (n, T, V). Pass old='log_prob'."
+        )
+    elif options.temperature != 1:
+        raise TrustRegionError(
+            f"logits(rows) returned log-probabilities, and temperature is {options.temperature!r}. "
+            "Pass the temperature where you compute them, and leave it out here."
+        )
+
+
+def _require_options(
+    micro_batch: int | None, curvature: float, weight: float, reference: Tensor | None
+) -> None:
+    """Check the options that are numbers."""
+    if micro_batch is not None and (
+        isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
+    ):
+        raise TrustRegionError(
+            f"micro_batch is {micro_batch!r}; it must be a whole number of at least 1, or None."
+        )
+    if not 0 < curvature <= 1:
+        raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
+    if not math.isfinite(weight):
+        raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
+    if weight and reference is None:
+        raise TrustRegionError(
+            f"reference_weight is {weight!r} and reference_log_prob is None. Pass the reference "
+            "policy's log-probabilities of the tokens."
+        )
