@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Constraint", "EngineName", "Hyperparameters", "ModeName"]
+__all__ = ["Constraint", "EngineName", "Hyperparameters", "ModeName", "PreconditionerName"]
 
 ModeName = Literal["trpo", "natural", "vanilla"]
 """The names of the modes, the rows of the table in ``trpo_optim.algorithm.modes``."""
@@ -22,6 +22,9 @@ Constraint = Literal["mean", "max"]
 
 EngineName = Literal["auto", "Gauss-Newton", "torch.func", "double backward", "finite differences"]
 """What makes Fisher-vector products; ``"auto"`` leaves the choice to the step."""
+
+PreconditionerName = Literal["none", "diagonal"]
+"""The coordinates of the solve."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Hyperparameters:
     improvement_ratio: float = 0.1
     maximize: bool = False
     engine: EngineName = "auto"
+    preconditioner: PreconditionerName = "none"
+    preconditioner_decay: float = 0.9
     scheduled: InitVar[bool] = False
 
     def __post_init__(self, scheduled: bool) -> None:
@@ -175,7 +180,12 @@ class Hyperparameters:
         return tuple(entry.name for entry in fields(cls))
 
 
-_NAMES = {"mode": ModeName, "constraint": Constraint, "engine": EngineName}
+_NAMES = {
+    "mode": ModeName,
+    "constraint": Constraint,
+    "engine": EngineName,
+    "preconditioner": PreconditionerName,
+}
 """The hyperparameters that are one of several names."""
 
 _ROUNDING = 1e-12
@@ -250,5 +260,8 @@ _BOUNDS = {
     ),
     "improvement_ratio": _Bound(
         lambda value: 0 <= value < 1, "a number in [0, 1), a share of the predicted improvement"
+    ),
+    "preconditioner_decay": _Bound(
+        lambda value: 0 <= value < 1, "a number in [0, 1), the share of the mean that a step keeps"
     ),
 }

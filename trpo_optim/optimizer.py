@@ -13,13 +13,20 @@ from torch.optim.optimizer import ParamsT
 from trpo_optim.algorithm.step import take_step
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameters import require_real, trainable
 from trpo_optim.distributed.collectives import GROUP_DESTROYED, GROUP_NOT_COPIED, require_member
 from trpo_optim.distributed.consistency import Ready
 from trpo_optim.distributed.ddp import require_all_parameters, unwrapped
 from trpo_optim.distributed.rank_batch import prepared
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.hyperparameters import Constraint, EngineName, Hyperparameters, ModeName
+from trpo_optim.groups import AgreeingGroups
+from trpo_optim.hyperparameters import (
+    Constraint,
+    EngineName,
+    Hyperparameters,
+    ModeName,
+    PreconditionerName,
+)
+from trpo_optim.optimizer_state import preconditioner_of, with_preconditioner
 from trpo_optim.report import Outcome, StepReport
 from trpo_optim.torch_private import never_compiled
 
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["TrustRegionOptimizer"]
 
 
-class TrustRegionOptimizer(torch.optim.Optimizer):
+class TrustRegionOptimizer(AgreeingGroups):
     """TRPO, natural policy gradient and vanilla policy gradient as a ``torch.optim`` optimizer.
 
     ``step(closure)`` takes one step, whole or not at all, and returns a ``StepReport``. A step
@@ -90,6 +97,11 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         engine: What makes Fisher-vector products. ``"auto"``: Gauss–Newton with the third value,
             ``torch.func`` without it, and finite differences for micro-batches, recurrence,
             convolutions, attention and checkpoints.
+        preconditioner: ``"diagonal"``: the direction is (F + λD)⁻¹ g. D is the root of the running
+            mean of squared gradients, which ``state_dict`` saves. The solve needs fewer products if
+            the parameters live on different scales, as in a transformer. ``"none"``: D = I. Mode
+            ``"vanilla"`` has no solve and ignores it.
+        preconditioner_decay: The share of that mean that a step keeps, in [0, 1).
         process_group: The processes that take every step together, each with its own samples.
             ``torch.distributed.group.WORLD`` holds all processes. Means are over the samples of all
             ranks, and all ranks return the same report. The group is not saved and not in
@@ -138,6 +150,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         improvement_ratio: float = 0.1,
         maximize: bool = False,
         engine: EngineName = "auto",
+        preconditioner: PreconditionerName = "none",
+        preconditioner_decay: float = 0.9,
         process_group: ProcessGroup | None = None,
     ) -> None:
         require_all_parameters()
@@ -157,6 +171,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             improvement_ratio=improvement_ratio,
             maximize=maximize,
             engine=engine,
+            preconditioner=preconditioner,
+            preconditioner_decay=preconditioner_decay,
         )
         super().__init__(params, asdict(defaults))
 
@@ -225,53 +241,17 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             figures: dict[str, Any] = {}
             with ready.transaction as transaction, unwrapped(group, ready.vector):
                 transaction.begin()
-                outcome = take_step(batch, transaction, ready.settings, figures)
+                preconditioner = preconditioner_of(self.state, ready.settings, ready.vector)
+                outcome = take_step(batch, transaction, ready.settings, figures, preconditioner)
                 report = batch.concluded(StepReport(outcome, **figures))
                 if report.accepted:
+                    kept = with_preconditioner(self.state, preconditioner, ready.vector)
                     transaction.commit()
+                    self.state = kept
                 else:
                     transaction.roll_back()
         self.last_report = report
         return report
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters with the same hyperparameters as the other groups.
-
-        Args:
-            param_group: ``params``, and any hyperparameters; the others take their defaults.
-
-        Raises:
-            TrustRegionError: If a parameter is not real, or a hyperparameter is not valid or
-                differs from the other groups'.
-        """
-        lr_given = self._lr_given
-        self._lr_given |= "lr" in param_group
-        super().add_param_group(param_group)
-        try:
-            require_real(self.param_groups[-1])
-            trainable(self.param_groups)
-            Hyperparameters.of_group(self.param_groups[-1])
-            self._settings()
-        except BaseException:
-            del self.param_groups[-1]
-            self._lr_given = lr_given
-            raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the hyperparameters that ``state_dict()`` returned.
-
-        Args:
-            state_dict: The saved state.
-
-        Raises:
-            TrustRegionError: If another kind of optimizer saved it.
-        """
-        check = self.register_load_state_dict_pre_hook(Hyperparameters.require_saved)  # the last
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            check.remove()
-        self._lr_given |= Hyperparameters.of_groups(self.param_groups).lr_is_the_rate
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and the last report.
@@ -290,11 +270,3 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes by here, too
         self.__dict__.setdefault("_lr_given", True)
         Hyperparameters.complete(self.param_groups, self.defaults)
-
-    def _settings(self) -> Hyperparameters:
-        """Return the hyperparameters that all groups agree on, after checking them."""
-        settings = Hyperparameters.of_groups(self.param_groups)
-        self._lr_given |= settings.lr != 1.0  # it was set on the groups, by hand or a schedule
-        if not self._lr_given:
-            settings.require_lr()
-        return settings

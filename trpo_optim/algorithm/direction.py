@@ -58,6 +58,7 @@ class DirectionSolver:
         uphill: The gradient's unit vector, shape (n,).
         mode: How a direction follows from products.
         settings: The hyperparameters.
+        scale: D^−½ of the preconditioner, shape (n,); None without one.
     """
 
     batch: Batch
@@ -65,6 +66,7 @@ class DirectionSolver:
     uphill: Tensor
     mode: Mode
     settings: Hyperparameters
+    scale: Tensor | None = None
 
     def solve(self, model: LocalModel) -> Direction:
         """Solve with the model's products, or with finite differences where it has none.
@@ -89,7 +91,9 @@ class DirectionSolver:
                 images.append(image)
             return image
 
-        solution = self.mode.direction(product, self.uphill, self.settings)
+        solution = self.mode.direction(product, self.uphill, self.settings, self.scale)
+        if unproven and self.scale is not None:  # the solve began elsewhere
+            images = [model.product(self.uphill)]
         return Direction(solution, model.engine, model.fallback, images[0] if images else None)
 
     def prove(self, direction: Direction, model: LocalModel) -> Direction:
@@ -156,7 +160,7 @@ class DirectionSolver:
             made = differences_of(
                 self.batch, self.parameters, model, preferred=preferred, one_sided=one_sided
             )
-            solution = self.mode.direction(made.product, self.uphill, self.settings)
+            solution = self.mode.direction(made.product, self.uphill, self.settings, self.scale)
         except UnresolvedError:
             if one_sided:
                 self.batch.learn_sides(one_serves=False)

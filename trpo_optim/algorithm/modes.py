@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -35,36 +35,46 @@ class Mode:
     """
 
     curved: bool
-    direction: Callable[[Product, Tensor, Hyperparameters], Solution]
+    direction: Callable[[Product, Tensor, Hyperparameters, Tensor | None], Solution]
     length: Callable[[Hyperparameters, float, float], float]
     search: Callable[[Callable[[float], Trial], Prediction, Hyperparameters], Search]
     radius_is_held: bool = False
 
 
-def natural_direction(product: Product, unit: Tensor, settings: Hyperparameters) -> Solution:
+def natural_direction(
+    product: Product, unit: Tensor, settings: Hyperparameters, scale: Tensor | None = None
+) -> Solution:
     """Return (F + λI)⁻¹ of the unit gradient, by conjugate gradient.
 
     Args:
         product: v ↦ Fv.
         unit: The gradient's unit vector, uphill, shape (n,).
         settings: ``damping``, ``cg_iterations``, ``cg_tolerance``.
+        scale: D^−½, shape (n,). The solve is (F + λD)⁻¹ then, in the coordinates D^½x. None: D is
+            the identity.
 
     Returns:
         The direction and its curvature.
     """
-    return conjugate_gradient(
-        product,
-        unit,
+
+    def scaled(vector: Tensor) -> Tensor:
+        return product(vector * scale).mul_(scale)
+
+    solution = conjugate_gradient(
+        product if scale is None else scaled,
+        unit if scale is None else unit * scale,
         damping=settings.damping,
         iterations=settings.cg_iterations,
         tolerance=settings.cg_tolerance,
     )
+    return solution if scale is None else replace(solution, x=solution.x.mul_(scale))
 
 
 def gradient_direction(
     product: Product,  # noqa: ARG001 (one signature for all modes)
     unit: Tensor,
     settings: Hyperparameters,  # noqa: ARG001 (one signature for all modes)
+    scale: Tensor | None = None,  # noqa: ARG001 (one signature for all modes)
 ) -> Solution:
     """Return the unit gradient itself.
 
@@ -72,6 +82,7 @@ def gradient_direction(
         product: Not used.
         unit: The gradient's unit vector, uphill, shape (n,).
         settings: Not used.
+        scale: Not used.
 
     Returns:
         The direction, without a curvature.

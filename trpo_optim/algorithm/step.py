@@ -19,6 +19,7 @@ from trpo_optim.algorithm.kl_checks import (
 )
 from trpo_optim.algorithm.line_search import Prediction, Search, Trial
 from trpo_optim.algorithm.modes import MODES
+from trpo_optim.algorithm.preconditioner import DiagonalPreconditioner
 from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.long_vectors import dot, norm
@@ -35,6 +36,7 @@ def take_step(
     parameters: Parameters,
     settings: Hyperparameters,
     figures: dict[str, Any],
+    preconditioner: DiagonalPreconditioner | None = None,
 ) -> Outcome:
     """Go through one step, noting its figures on the way.
 
@@ -43,6 +45,7 @@ def take_step(
         parameters: What the closures depend on.
         settings: The hyperparameters.
         figures: Filled with the fields of a ``StepReport``, as far as the step comes.
+        preconditioner: Told of the gradient. None: the solve has the parameters' own coordinates.
 
     Returns:
         How the step ended. On ``Outcome.ACCEPTED`` the parameters lie at the new point; otherwise
@@ -66,12 +69,13 @@ def take_step(
     if (flaw := _flaw_of_model(model, gradient_norm)) is not None:
         return flaw
 
-    solver = DirectionSolver(batch, parameters, uphill, mode, settings)
+    scale = preconditioner.scale(uphill) if preconditioner and mode.curved else None
+    solver = DirectionSolver(batch, parameters, uphill, mode, settings, scale)
     solved = solver.solve(model)
     model = model.released()  # neither the trials nor a finite difference need the graph
     solved = solver.prove(solved, model)
     if not solved.settled:
-        return take_step(batch, parameters, settings, figures)
+        return take_step(batch, parameters, settings, figures, preconditioner)
     direction = solved.solution
     figures |= {
         "engine": solved.engine,
