@@ -57,17 +57,19 @@ def natural_direction(
         The direction and its curvature.
     """
 
-    def scaled(vector: Tensor) -> Tensor:
-        return product(vector * scale).mul_(scale)
+    def solve(product: Product, right_side: Tensor) -> Solution:
+        return conjugate_gradient(
+            product,
+            right_side,
+            damping=settings.damping,
+            iterations=settings.cg_iterations,
+            tolerance=settings.cg_tolerance,
+        )
 
-    solution = conjugate_gradient(
-        product if scale is None else scaled,
-        unit if scale is None else unit * scale,
-        damping=settings.damping,
-        iterations=settings.cg_iterations,
-        tolerance=settings.cg_tolerance,
-    )
-    return solution if scale is None else replace(solution, x=solution.x.mul_(scale))
+    if scale is None:
+        return solve(product, unit)
+    solution = solve(lambda vector: product(vector * scale).mul_(scale), unit * scale)
+    return replace(solution, x=solution.x.mul_(scale))
 
 
 def gradient_direction(
