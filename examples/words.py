@@ -1,0 +1,301 @@
+"""Train a small language model by its reward. The model and the loop are in this file: copy it.
+
+    python examples/words.py --task addition --optimizer trpo --seed 0 --picture words.png
+
+The model learns from right answers until a quarter of its own are right. From then on, it sees only
+the reward of what it writes: 1 for a right answer, 0 for a wrong one. An update has three parts:
+write 8 answers to each of 32 prompts, compare the 8 with each other, improve the model.
+"""
+
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from time import process_time
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn.functional import scaled_dot_product_attention, silu
+from tqdm import tqdm, trange
+
+from trpo_optim import TrustRegionOptimizer, mean_kl
+
+TaskName = Literal["addition", "sorting", "multiplication"]
+OptimizerName = Literal["trpo", "natural", "vanilla", "adamw", "ppo"]
+CHARACTERS = "0123456789+* ="  # a digit's token is the digit
+LAYERS, WIDTH, HEADS, HIDDEN = 2, 64, 4, 240  # of the model: 127 000 parameters
+PROMPTS, COMPLETIONS = 32, 8  # an update sees 8 answers to each of 32 prompts
+MAX_KL = 0.01  # radius in nats per character
+LR = {"vanilla": 1.0, "adamw": 7e-4, "ppo": 5e-4}  # trpo and natural have a radius instead
+PASSES = {"adamw": 1, "ppo": 4}  # over a batch; also the number of minibatches of a pass
+EVERY = 5  # updates between two evaluations on held-out prompts
+FIGURES = (  # of an update: means over its answers, and CPU seconds; the last one every EVERY updates
+    "reward",
+    "kl",
+    "entropy",
+    "writing",
+    "improving",
+    "greedy",
+)
+CLIP = 0.2  # PPO ignores a character whose probability has changed by more than this
+
+
+def rotated(heads: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair of features by the angle of its position: (B, H, T, D) and (T, D / 2)."""
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """A layer of Llama: causal attention with rotary positions, then a gated network (SwiGLU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.gated_norm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+        )
+        self.gate, self.up = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """Return the features of the next layer, (B, T, WIDTH)."""
+        seen = self.attention_norm(x)
+        query, key, value = (
+            linear(seen).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        query, key = rotated(query, angles), rotated(key, angles)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.output(mixed.transpose(1, 2).flatten(2))
+        seen = self.gated_norm(x)
+        return x + self.down(silu(self.gate(seen)) * self.up(seen))
+
+
+class Llama(nn.Module):
+    """Logits of the next character, (B, T, V), for tokens of shape (B, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(CHARACTERS), WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, len(CHARACTERS), bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits."""
+        half = WIDTH // HEADS // 2
+        speeds = 10_000 ** (-torch.arange(half) / half)  # radians per position
+        angles = torch.arange(tokens.shape[1])[:, None] * speeds
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, angles)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def number(digits: Tensor) -> Tensor:
+    """Return the numbers, (N,), that rows of digits spell, (N, D)."""
+    return (digits * 10 ** torch.arange(digits.shape[1]).flip(0)).sum(1)
+
+
+def spelled(numbers: Tensor, length: int) -> Tensor:
+    """Return the last digits of numbers: (N,) to (N, length)."""
+    return numbers[:, None] // 10 ** torch.arange(length).flip(0) % 10
+
+
+class Task(NamedTuple):
+    """What to do with random digits. A prompt has a sign after the third digit, and ends with "="."""
+
+    digits: int
+    sign: str
+    answer: Callable[[Tensor], Tensor]  # digits, (N, D), to the characters of the answer, (N, T)
+    updates: int  # by reward
+
+    def draw(self, count: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Return prompts, (count, P), and answers, (count, T); training sees no held-out ones."""
+        generator = torch.Generator().manual_seed(2**31)
+        digits = torch.randint(10, (512, self.digits), generator=generator)
+        if not held_out:
+            drawn = torch.randint(10, (2 * count, self.digits))
+            digits = drawn[~torch.isin(number(drawn), number(digits))]
+        digits = digits[:count]
+        sign, equals = (torch.full((count, 1), CHARACTERS.index(each)) for each in (self.sign, "="))
+        return torch.cat([digits[:, :3], sign, digits[:, 3:], equals], 1), self.answer(digits)
+
+
+TASKS: dict[TaskName, Task] = {
+    "addition": Task(6, "+", lambda x: spelled(number(x[:, :3]) + number(x[:, 3:]), 4), 60),
+    "sorting": Task(8, " ", lambda x: x.sort(1).values, 30),
+    "multiplication": Task(4, "*", lambda x: spelled(number(x[:, :3]) * x[:, 3], 4), 60),
+}
+
+
+def policy(model: nn.Module, tokens: Tensor, length: int) -> Categorical:
+    """Return the distributions of the last characters: (B, P + T) to (B, T, V)."""
+    return Categorical(logits=model(tokens[:, :-1])[:, -length:])
+
+
+@torch.no_grad()
+def complete(model: nn.Module, tokens: Tensor, length: int, *, greedy: bool = False) -> Tensor:
+    """Return the prompts with the characters that the model adds: (B, P) to (B, P + T)."""
+    for _ in range(length):
+        following = Categorical(logits=model(tokens)[:, -1])
+        chosen = following.mode if greedy else following.sample()
+        tokens = torch.cat([tokens, chosen[:, None]], 1)
+    return tokens
+
+
+def right(tokens: Tensor, answers: Tensor) -> Tensor:
+    """Return 1 for each right answer and 0 for each wrong one, (B,)."""
+    return (tokens[:, -answers.shape[1] :] == answers).all(1).float()
+
+
+def pretrained(task: TaskName, seed: int, goal: float, folder: Path) -> Llama:
+    """Return a model that learned from examples until it got the share ``goal`` right; cached."""
+    torch.manual_seed(seed)
+    model, path = Llama(), folder / f"{task}-{goal}-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    optimizer, share = torch.optim.AdamW(model.parameters(), lr=3e-3), -1.0
+    progress = tqdm(desc=f"pretraining on {task}", unit="batch")
+    while share < goal:
+        prompts, answers = TASKS[task].draw(128)
+        length = answers.shape[1]
+        loss = -policy(model, torch.cat([prompts, answers], 1), length).log_prob(answers).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress.n % 20 == 0:
+            prompts, answers = TASKS[task].draw(512)
+            share = float(right(complete(model, prompts, length), answers).mean())
+        progress.set_postfix_str(f"loss {loss.item():.2f}, right {share:.2f}")
+        progress.update()
+    progress.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+class Batch(NamedTuple):
+    """Answers that the model wrote."""
+
+    tokens: Tensor  # prompts and answers, (B, P + T)
+    logits: Tensor  # with which the model wrote the answers, (B, T, V)
+    advantages: Tensor  # (B, 1)
+
+
+def evaluate(model: nn.Module, batch: Batch, clip: float = inf) -> tuple[Tensor, Tensor, Any]:
+    """Return the loss (PPO's if clipped) and the KL, means over the characters, and the policy."""
+    tokens, logits, advantages = batch
+    chosen = tokens[:, -logits.shape[1] :]
+    old, new = Categorical(logits=logits), policy(model, tokens, logits.shape[1])
+    ratio = (new.log_prob(chosen) - old.log_prob(chosen)).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    mask = torch.ones_like(chosen, dtype=torch.bool)  # False would be padding
+    return -gain.mean(), mean_kl(old, new, mask), new
+
+
+def improve(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, passes: int) -> None:
+    """Take one trust-region step, or some passes of AdamW with as many minibatches each."""
+    if isinstance(optimizer, TrustRegionOptimizer):
+        optimizer.step(lambda: evaluate(model, batch))  # no zero_grad() and no backward()
+        return
+    rows = torch.cat([torch.randperm(len(batch.tokens)) for _ in range(passes)])
+    for part in rows.split(len(batch.tokens) // passes):
+        optimizer.zero_grad()
+        evaluate(model, Batch(*(each[part] for each in batch)), CLIP)[0].backward()
+        optimizer.step()
+
+
+def train(
+    task: TaskName = "addition",
+    optimizer: OptimizerName = "trpo",
+    seed: int = 0,
+    updates: int | None = None,
+    lr: float | None = None,
+    max_kl: float = MAX_KL,
+    goal: float = 0.25,
+    folder: Path = Path("runs/words"),
+    partial: bool = False,
+    **options: Any,  # of the optimizer's class
+) -> dict[str, list[float]]:
+    """Pretrain one model, train it by reward, return a list per figure: one number per update."""
+    model = pretrained(task, seed, goal, folder)
+    torch.manual_seed(seed)
+    lr = LR.get(optimizer) if lr is None else lr
+    stepper: torch.optim.Optimizer
+    if optimizer == "adamw" or optimizer == "ppo":
+        stepper = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, **options)
+    else:
+        options = {"mode": optimizer, "max_kl": max_kl, "lr": lr} | options
+        stepper = TrustRegionOptimizer(model.parameters(), **options)
+    held_out, solutions = TASKS[task].draw(512, held_out=True)
+    run: dict[str, list[float]] = {each: [] for each in FIGURES}
+    for update in (progress := trange(updates or TASKS[task].updates, desc=f"{task}, {optimizer}")):
+        started = process_time()
+        prompts, answers = (x.repeat_interleave(COMPLETIONS, 0) for x in TASKS[task].draw(PROMPTS))
+        tokens = complete(model, prompts, answers.shape[1])
+        rewards = right(tokens, answers)
+        used = (tokens[:, -answers.shape[1] :] == answers).float().mean(1) if partial else rewards
+        groups = used.view(PROMPTS, COMPLETIONS)  # an answer is compared with its prompt's others
+        advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)
+        with torch.no_grad():
+            old = policy(model, tokens, answers.shape[1])
+        batch, written = Batch(tokens, old.logits, advantages), process_time()
+        improve(model, stepper, batch, PASSES.get(optimizer, 0))
+        improved = process_time()
+        with torch.no_grad():
+            _, kl, _ = evaluate(model, batch)
+        seconds = written - started, improved - written
+        for name, value in zip(FIGURES, (rewards.mean(), kl, old.entropy().mean(), *seconds)):
+            run[name].append(float(value))
+        if update % EVERY == EVERY - 1:
+            guesses = complete(model, held_out, solutions.shape[1], greedy=True)
+            run["greedy"].append(float(right(guesses, solutions).mean()))
+        progress.set_postfix({name: f"{run[name][-1]:.2g}" for name in FIGURES[:3]})
+    return run
+
+
+def draw(run: dict[str, list[float]], radius: float | None, title: str) -> None:
+    """Draw success, KL and entropy against updates."""
+    plt.rcParams["font.size"] = 15  # readable on a phone
+    _, (top, middle, bottom) = plt.subplots(3, 1, figsize=(6, 9), layout="constrained", sharex=True)
+    greedy = range(EVERY, len(run["reward"]) + 1, EVERY)
+    top.plot(run["reward"], color="#0072B2", linewidth=2.5, label="mean reward of an update")
+    top.plot(greedy, run["greedy"], "o", color="#009E73", label="held-out prompts, greedy")
+    middle.plot(run["kl"], "o", color="#0072B2", markersize=4, label="update")
+    if radius is not None:
+        middle.axhline(radius, color="#D55E00", linestyle="--", label="radius (max_kl)")
+    bottom.plot(run["entropy"], color="#0072B2", linewidth=2.5)
+    top.set(title=title, ylabel="right answers", ylim=(0, 1))
+    middle.set(ylabel="KL per\ncharacter (nats)")
+    bottom.set(xlabel="updates", ylabel="entropy per\ncharacter (nats)")
+    for axes in (top, middle):
+        axes.legend()
+
+
+def main(
+    task: TaskName = "addition",
+    optimizer: OptimizerName = "trpo",
+    seed: int = 0,
+    updates: int | None = None,
+    lr: float | None = None,
+    max_kl: float = MAX_KL,
+    picture: str = "words.png",
+) -> None:
+    """Train one model and draw the picture."""
+    run = train(task, optimizer, seed, updates, lr, max_kl)
+    radius = max_kl if optimizer in ("trpo", "natural") else None
+    draw(run, radius, f"{task}, {optimizer}, seed {seed}")
+    plt.savefig(picture, dpi=120)
+    print(f"mean reward over all updates: {sum(run['reward']) / len(run['reward']):.3f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
