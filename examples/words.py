@@ -28,8 +28,6 @@ OptimizerName = Literal["trpo", "natural", "vanilla", "adamw", "ppo"]
 CHARACTERS = "0123456789+* ="  # a digit's token is the digit
 LAYERS, WIDTH, HEADS, HIDDEN = 2, 64, 4, 240  # of the model: 127 000 parameters
 ROTARY_BASE = 1000  # Llama has 10 000 or more, for longer texts
-    100  # of the slowest rotation; for the few characters of a prompt (Llama: 10 000 or more)
-)
 PROMPTS, COMPLETIONS = 32, 8  # an update sees 8 answers to each of 32 prompts
 MAX_KL = 0.01  # radius in nats per character
 LR = {"vanilla": 1.0, "adamw": 7e-4, "ppo": 5e-4}  # trpo and natural have a radius instead
