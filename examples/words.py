@@ -8,6 +8,7 @@ write 8 answers to each of 32 prompts, compare the 8 with each other, improve th
 """
 
 from collections.abc import Callable
+from itertools import count
 from math import inf
 from pathlib import Path
 from time import process_time
@@ -156,22 +157,21 @@ def pretrained(task: TaskName, seed: int, goal: float, folder: Path) -> Llama:
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
-    optimizer, share = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98)), -1.0
-    progress = tqdm(desc=f"pretraining on {task}", unit="batch")
-    while share < goal:
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    for batch in (progress := tqdm(count(), f"pretraining on {task}", unit="batch")):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (batch + 1) / 50)  # warm-up
         prompts, answers = TASKS[task].draw(128)
         length = answers.shape[1]
         loss = -policy(model, torch.cat([prompts, answers], 1), length).log_prob(answers).mean()
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (progress.n + 1) / 50)  # warm-up
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if progress.n % 10 == 0:
+        if batch % 10 == 9:
             prompts, answers = TASKS[task].draw(512)
-            share = float(right(complete(model, prompts, length), answers).mean())
-        progress.set_postfix_str(f"loss {loss.item():.2f}, right {share:.2f}")
-        progress.update()
-    progress.close()
+            share = right(complete(model, prompts, length), answers).mean().item()
+            progress.set_postfix_str(f"loss {loss.item():.2f}, right {share:.2f}")
+            if share >= goal:
+                break
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model
@@ -217,7 +217,6 @@ def train(
     max_kl: float = MAX_KL,
     goal: float = 0.25,
     folder: Path = Path("runs/words"),
-    partial: bool = False,
     **options: Any,  # of the optimizer's class
 ) -> dict[str, list[float]]:
     """Pretrain one model, train it by reward, return a list per figure: one number per update."""
@@ -237,8 +236,9 @@ def train(
         prompts, answers = (x.repeat_interleave(COMPLETIONS, 0) for x in TASKS[task].draw(PROMPTS))
         tokens = complete(model, prompts, length)
         rewards = right(tokens, answers)
-        used = (tokens[:, -length:] == answers).float().mean(1) if partial else rewards
-        groups = used.view(PROMPTS, COMPLETIONS)  # an answer is compared with its prompt's others
+        groups = rewards.view(
+            PROMPTS, COMPLETIONS
+        )  # an answer is compared with its prompt's others
         advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)
         with torch.no_grad():
             old = policy(model, tokens, length)
