@@ -26,30 +26,37 @@ from table import table
 from tqdm import tqdm
 from workers import pool
 
-RADII = {"max_kl": (0.0025, 0.005, 0.01, 0.02, 0.04)}
-RATES = {"lr": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)}
+RADII = "max_kl", (0.0025, 0.005, 0.01, 0.02, 0.04)
+RATES = "lr", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+BEST: tuple[str, ...] = (
+    *("variant", "best setting", "seeds", "mean reward", "95 % interval"),
+    *("greedy at the end", "CPU s of updates"),
+)
+WHOLE: tuple[str, ...] = ("variant", "mean over the grid", "worst", "mean reward by setting")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer, the arguments that all of its runs share, and its grid: one name, its values.
+    """An optimizer, and the setting of which the study makes runs with several values.
 
     Attributes:
         optimizer: As ``words.train`` calls it.
-        grid: The settings of which the study shows the best and the spread.
+        name: The setting: ``"max_kl"`` or ``"lr"``.
+        grid: Its values.
         options: Further arguments of the optimizer's class.
     """
 
     optimizer: words.OptimizerName
-    grid: Mapping[str, tuple[float, ...]]
+    name: str
+    grid: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = {
-    "trpo": Variant("trpo", RADII),
-    "natural": Variant("natural", RADII),
-    "adamw": Variant("adamw", RATES),
-    "ppo": Variant("ppo", RATES),
+    "trpo": Variant("trpo", *RADII),
+    "natural": Variant("natural", *RADII),
+    "adamw": Variant("adamw", *RATES),
+    "ppo": Variant("ppo", *RATES),
 }
 """What is compared. Add a variant of an optimizer here, with its options."""
 
@@ -83,13 +90,12 @@ class Study:
     def cases(self) -> list[dict[str, Any]]:
         """Return what identifies each run, one seed after the other."""
         return [
-            {"task": task, "variant": variant, name: value, "seed": seed}
+            {"task": task, "variant": variant, VARIANTS[variant].name: value, "seed": seed}
             | {"updates": self.updates, "goal": self.goal}
             for seed in range(self.seeds)
             for task in self.tasks
             for variant in self.variants
-            for name, values in VARIANTS[variant].grid.items()
-            for value in values
+            for value in VARIANTS[variant].grid
         ]
 
 
@@ -123,22 +129,21 @@ def make(study: Study) -> None:
     study.folder.mkdir(parents=True, exist_ok=True)
     whole = "".join(json.dumps(line) + "\n" for line in finished(study.lines))
     study.lines.write_text(whole, "utf-8")
-    models = [(task, seed, study.goal, study.folder) for task, seed in starts(missing)]
     with pool(study.workers) as workers, study.lines.open("a", encoding="utf-8") as lines:
         try:
-            for model in [workers.submit(words.pretrained, *each) for each in models]:
-                model.result()  # before two runs need the same one
+            models = {(case["task"], case["seed"]) for case in missing}
+            ready = [
+                workers.submit(words.pretrained, *model, study.goal, study.folder)
+                for model in sorted(models)
+            ]
+            for each in ready:
+                each.result()  # before two runs need the same model
             runs = [workers.submit(played, case, study.folder) for case in missing]
             for run in tqdm(as_completed(runs), total=len(runs), unit="run", disable=False):
                 lines.write(json.dumps(run.result()) + "\n")
                 lines.flush()
         finally:
             workers.shutdown(cancel_futures=True)  # after a failure, start no further run
-
-
-def starts(cases: list[dict[str, Any]]) -> list[tuple[words.TaskName, int]]:
-    """Return task and seed of the pretrained models that some runs need."""
-    return sorted({(case["task"], case["seed"]) for case in cases})
 
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
@@ -150,59 +155,29 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
 
 def report(lines: list[dict[str, Any]]) -> str:
     """Return two tables per task: each variant at its best setting, and over its whole grid."""
+    grouped: dict[str, dict[str, dict[float, list[Any]]]] = {}
+    for line in lines:
+        value = line[VARIANTS[line["variant"]].name]
+        settings = grouped.setdefault(line["task"], {}).setdefault(line["variant"], {})
+        settings.setdefault(value, []).append(line["run"])
     parts = []
-    for task in dict.fromkeys(line["task"] for line in lines):
-        best: list[list[object]] = [BEST]
-        whole: list[list[object]] = [WHOLE]
-        for variant in dict.fromkeys(line["variant"] for line in lines if line["task"] == task):
-            name = next(iter(VARIANTS[variant].grid))
-            by_value: dict[float, list[dict[str, Any]]] = {}
-            for line in lines:
-                if (line["task"], line["variant"]) == (task, variant):
-                    by_value.setdefault(line[name], []).append(line)
-            success = {
-                value: [fmean(each["run"]["reward"]) for each in runs]
-                for value, runs in sorted(by_value.items())
-            }
-            means = {value: fmean(each) for value, each in success.items()}
-            top = max(means, key=lambda value: means[value])
+    for task, variants in grouped.items():
+        best, whole = [BEST], [WHOLE]
+        for variant, settings in variants.items():
+            success = {x: [fmean(run["reward"]) for run in settings[x]] for x in sorted(settings)}
+            means = {x: fmean(success[x]) for x in success}
+            top = max(means, key=lambda x: means[x])
             low, high = interval(success[top])
-            seconds = fmean(sum(each["run"]["improving"]) for each in by_value[top])
-            final = fmean(each["run"]["greedy"][-1] for each in by_value[top])
-            best.append(
-                [
-                    variant,
-                    f"{name} {top:g}",
-                    len(success[top]),
-                    f"{means[top]:.3f}",
-                    f"{low:.3f} to {high:.3f}",
-                    f"{final:.3f}",
-                    f"{seconds:.1f}",
-                ]
-            )
-            cells = ", ".join(f"{value:g}: {mean:.3f}" for value, mean in means.items())
+            final = fmean(run["greedy"][-1] for run in settings[top])
+            seconds = fmean(sum(run["improving"]) for run in settings[top])
+            row = f"{means[top]:.3f}", f"{low:.3f} to {high:.3f}", f"{final:.3f}", f"{seconds:.1f}"
+            best.append((variant, f"{top:g}", str(len(success[top])), *row))
+            cells = ", ".join(f"{x:g}: {mean:.3f}" for x, mean in means.items())
             whole.append(
-                [
-                    variant,
-                    f"{fmean(means.values()):.3f}",
-                    f"{min(means.values()):.3f}",
-                    f"{name} {cells}",
-                ]
+                (variant, f"{fmean(means.values()):.3f}", f"{min(means.values()):.3f}", cells)
             )
         parts += [f"## {task}", table(*best), table(*whole)]
     return "\n\n".join(parts)
-
-
-BEST = [
-    "variant",
-    "best setting",
-    "seeds",
-    "mean reward",
-    "95 % interval",
-    "greedy at the end",
-    "CPU s of updates",
-]
-WHOLE = ["variant", "mean over the grid", "worst", "mean reward by setting"]
 
 
 def main(study: Study) -> None:

@@ -68,7 +68,8 @@ class Block(nn.Module):
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
         seen = self.gated_norm(x)
-        return x + self.down(silu(self.gate(seen)) * self.up(seen))
+        result: Tensor = x + self.down(silu(self.gate(seen)) * self.up(seen))
+        return result
 
 
 class Llama(nn.Module):
@@ -222,13 +223,14 @@ def train(
     """Pretrain one model, train it by reward, return a list per figure: one number per update."""
     model = pretrained(task, seed, goal, folder)
     torch.manual_seed(seed)
-    lr = LR.get(optimizer) if lr is None else lr
+    rate = LR.get(optimizer, 1.0) if lr is None else lr  # with a radius, a rate of 1 is right
     stepper: torch.optim.Optimizer
     if optimizer == "adamw" or optimizer == "ppo":
-        stepper = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, **options)
+        stepper = torch.optim.AdamW(model.parameters(), rate, weight_decay=0, **options)
     else:
-        options = {"mode": optimizer, "max_kl": max_kl, "lr": lr} | options
-        stepper = TrustRegionOptimizer(model.parameters(), **options)
+        stepper = TrustRegionOptimizer(
+            model.parameters(), mode=optimizer, max_kl=max_kl, lr=rate, **options
+        )
     held_out, solutions = TASKS[task].draw(512, held_out=True)
     length, rows, greedy = solutions.shape[1], [], []
     for update in (progress := trange(updates or TASKS[task].updates, desc=f"{task}, {optimizer}")):

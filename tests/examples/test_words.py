@@ -10,6 +10,7 @@ import pytest
 import torch
 import words
 from torch import Tensor
+from torch.distributions import Categorical
 
 from trpo_optim import TrustRegionError
 
@@ -82,12 +83,12 @@ def test_the_clipped_gain_stops_at_the_clip() -> None:
         for each in model.parameters():
             each.mul_(1.5)
         new = words.policy(model, tokens, 4)
-        ratio = (new.log_prob(answers) - words.Categorical(logits=logits).log_prob(answers)).exp()
+        ratio = (new.log_prob(answers) - Categorical(logits=logits).log_prob(answers)).exp()
         assert ratio.max() > 1.2 > 0.8 > ratio.min()
         loss, kl, _ = words.evaluate(model, batch, 0.2)
         torch.testing.assert_close(loss, -ratio.clamp(max=1.2).mean())
         torch.testing.assert_close(words.evaluate(model, batch)[0], -ratio.mean())
-        old = words.Categorical(logits=logits)
+        old = Categorical(logits=logits)
         torch.testing.assert_close(kl, torch.distributions.kl_divergence(old, new).mean())
 
 
