@@ -25,6 +25,7 @@ from tqdm import tqdm, trange
 from trpo_optim import TrustRegionOptimizer, mean_kl
 
 TaskName = Literal["addition", "sorting", "multiplication"]
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens, old logits and advantages: see evaluate()
 OptimizerName = Literal["trpo", "natural", "vanilla", "adamw", "ppo"]
 CHARACTERS = "0123456789+* ="  # a digit's token is the digit
 LAYERS, WIDTH, HEADS, HIDDEN = 2, 64, 4, 240  # of the model: 127 000 parameters
@@ -178,17 +179,14 @@ def pretrained(task: TaskName, seed: int, goal: float, folder: Path) -> Llama:
     return model
 
 
-class Batch(NamedTuple):
-    """Answers that the model wrote."""
+def evaluate(
+    model: nn.Module, tokens: Tensor, logits: Tensor, advantages: Tensor, clip: float = inf
+) -> tuple[Tensor, Tensor, Categorical]:
+    """Return the loss (with a clip: PPO's), the KL per character, and the new distributions.
 
-    tokens: Tensor  # prompts and answers, (B, P + T)
-    logits: Tensor  # with which the model wrote the answers, (B, T, V)
-    advantages: Tensor  # (B, 1)
-
-
-def evaluate(model: nn.Module, batch: Batch, clip: float = inf) -> tuple[Tensor, Tensor, Any]:
-    """Return the loss (PPO's if clipped) and the KL, means over the characters, and the policy."""
-    tokens, logits, advantages = batch
+    A batch is the prompts with the sampled answers, (B, P + T), the logits of the model that
+    sampled them, (B, T, V), and the answers' advantages, (B, 1).
+    """
     chosen = tokens[:, -logits.shape[1] :]
     old, new = Categorical(logits=logits), policy(model, tokens, logits.shape[1])
     ratio = (new.log_prob(chosen) - old.log_prob(chosen)).exp()
@@ -200,12 +198,13 @@ def evaluate(model: nn.Module, batch: Batch, clip: float = inf) -> tuple[Tensor,
 def improve(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, passes: int) -> None:
     """Take one trust-region step, or some passes of AdamW with as many minibatches each."""
     if isinstance(optimizer, TrustRegionOptimizer):
-        optimizer.step(lambda: evaluate(model, batch))  # no zero_grad() and no backward()
+        optimizer.step(lambda: evaluate(model, *batch))  # no zero_grad() and no backward()
         return
-    rows = torch.cat([torch.randperm(len(batch.tokens)) for _ in range(passes)])
-    for part in rows.split(len(batch.tokens) // passes):
+    rows = torch.cat([torch.randperm(len(batch[0])) for _ in range(passes)])
+    for part in rows.split(len(batch[0]) // passes):
+        tokens, logits, advantages = (each[part] for each in batch)
         optimizer.zero_grad()
-        evaluate(model, Batch(*(each[part] for each in batch)), CLIP)[0].backward()
+        evaluate(model, tokens, logits, advantages, CLIP)[0].backward()
         optimizer.step()
 
 
@@ -245,11 +244,11 @@ def train(
         with torch.no_grad():
             old = policy(model, tokens, length)
         seconds.append(process_time())
-        batch = Batch(tokens, old.logits, advantages)
+        batch = tokens, old.logits, advantages
         improve(model, stepper, batch, PASSES.get(optimizer, 0))
         seconds.append(process_time())
         with torch.no_grad():
-            _, kl, _ = evaluate(model, batch)
+            _, kl, _ = evaluate(model, *batch)
         means = rewards.mean().item(), kl.item(), old.entropy().mean().item()
         rows.append([*means, seconds[1] - seconds[0], seconds[2] - seconds[1]])
         if update % EVERY == EVERY - 1:

@@ -79,15 +79,15 @@ def test_the_clipped_gain_stops_at_the_clip() -> None:
     tokens = torch.cat([prompts, answers], 1)
     with torch.no_grad():
         logits = words.policy(model, tokens, 4).logits
-        batch = words.Batch(tokens, logits, torch.ones(16, 1))
+        batch = tokens, logits, torch.ones(16, 1)
         for each in model.parameters():
             each.mul_(1.5)
         new = words.policy(model, tokens, 4)
         ratio = (new.log_prob(answers) - Categorical(logits=logits).log_prob(answers)).exp()
         assert ratio.max() > 1.2 > 0.8 > ratio.min()
-        loss, kl, _ = words.evaluate(model, batch, 0.2)
+        loss, kl, _ = words.evaluate(model, *batch, 0.2)
         torch.testing.assert_close(loss, -ratio.clamp(max=1.2).mean())
-        torch.testing.assert_close(words.evaluate(model, batch)[0], -ratio.mean())
+        torch.testing.assert_close(words.evaluate(model, *batch)[0], -ratio.mean())
         old = Categorical(logits=logits)
         torch.testing.assert_close(kl, torch.distributions.kl_divergence(old, new).mean())
 
