@@ -115,3 +115,9 @@ def derivatives(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return a value and its gradient as one vector."""
     slopes = torch.autograd.grad(value, parameters, retain_graph=True)
     return torch.cat([value.detach().reshape(1), *(each.flatten() for each in slopes)])
+
+
+def both(rollout: Rollout, closure: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """Return loss and mean KL of a closure, each with its gradient."""
+    loss, kl, _ = (*closure(), None)[:3]
+    return derivatives(loss, rollout.parameters), derivatives(kl.mean(), rollout.parameters)

@@ -60,6 +60,29 @@ def test_tokens_that_are_ruled_out_leave_the_kl_a_number(k: Any) -> None:
     assert 0.009 < report.kl <= 0.01
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_the_largest_kl_of_a_token_or_a_sequence_can_be_bounded(
+    per: Any, micro_batch: int | None
+) -> None:
+    rollout = Rollout()
+    before = Categorical(logits=rollout.logits().detach())
+    closures = token_closures(
+        rollout.logits,
+        rollout.tokens,
+        rollout.mask,
+        rollout.advantages,
+        old="logits",
+        per=per,
+        micro_batch=micro_batch,
+    )
+    report = TrustRegionOptimizer(rollout.parameters, constraint="max").step(closures)
+    assert report.accepted
+    kls = kl_divergence(before, Categorical(logits=rollout.logits())).where(rollout.mask, 0)
+    largest = kls.max() if per == "token" else kls.sum(1).max()
+    assert 0.005 < largest.item() <= 0.01
+
+
 def one_token(behaviour: Tensor | None, old: Any) -> tuple[Callable[[Tensor], Closures], Tensor]:
     """Return the closures at logits, (V,), for each token of the vocabulary drawn once."""
     tokens = torch.arange(VOCABULARY)[:, None]

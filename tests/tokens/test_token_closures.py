@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from language_model import PROMPT, VOCABULARY, Rollout, derivatives, evaluated
+from devices import each_device
+from language_model import VOCABULARY, Rollout, both, derivatives, evaluated
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
-from trpo_optim import Closures, TrustRegionError, TrustRegionOptimizer
-from trpo_optim.tokens import chunked_log_prob, token_closures
+from trpo_optim import Closures, TrustRegionOptimizer
+from trpo_optim.testing import assert_closure
+from trpo_optim.tokens import group_advantages, token_closures
 
 OLD = ["log_prob", "logits", 3]
 
@@ -26,12 +26,6 @@ def closures_of(rollout: Rollout, **options: Any) -> Closures:
     return token_closures(
         rollout.logits, rollout.tokens, rollout.mask, rollout.advantages, **options
     )
-
-
-def both(rollout: Rollout, closures: Closures) -> tuple[Tensor, Tensor]:
-    """Return loss and mean KL, each with its gradient."""
-    loss, kl, *_ = closures()
-    return derivatives(loss, rollout.parameters), derivatives(kl.mean(), rollout.parameters)
 
 
 @each_per
@@ -131,13 +125,21 @@ def test_a_step_is_that_of_a_closure_written_by_hand(
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-8)
 
 
+@each_device
 @each_old
-def test_the_third_value_serves_the_products_unnamed(old: Any) -> None:
+def test_the_third_value_serves_the_products_unnamed(old: Any, device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Tanh(), nn.Linear(6, VOCABULARY))
-    tokens = torch.randint(VOCABULARY, (8, 6))
+    model.to(device)
+    tokens = torch.randint(VOCABULARY, (8, 6)).to(device)
+    advantages = group_advantages(torch.randn(8, device=device), 4)
     closures = token_closures(
-        lambda rows: model(tokens[rows])[:, :-1], tokens[:, 1:], None, torch.randn(8), old=old
+        lambda rows: model(tokens[rows])[:, :-1],
+        tokens[:, 1:],
+        tokens[:, 1:] > 0,
+        advantages,
+        old=old,
+        curvature=0.5,
     )
     report = TrustRegionOptimizer(model.parameters()).step(closures)
     assert (report.accepted, report.engine) == (True, "Gauss-Newton"), report.fallback
@@ -215,76 +217,14 @@ def test_padding_may_hold_anything(old: Any) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def after_a_step(function: Callable[[Rollout, Any], Tensor]) -> Tensor:
-    """Return the parameters after a step on what a function returns for rows."""
-    rollout = Rollout()
-    closures = token_closures(
-        partial(function, rollout), rollout.tokens, rollout.mask, rollout.advantages
-    )
-    report = TrustRegionOptimizer(rollout.parameters, engine="Gauss-Newton").step(closures)
-    assert report.accepted
-    return torch.cat([each.detach().flatten() for each in rollout.parameters])
-
-
-def test_log_probabilities_in_chunks_take_the_step_of_the_logits() -> None:
-    def in_chunks(rollout: Rollout, rows: Any) -> Tensor:
-        hidden, head = rollout.model.hidden(rollout.whole[rows][:, :-1]), rollout.model.head
-        return chunked_log_prob(hidden, head, rollout.tokens[rows], rollout.mask[rows], chunk=5)
-
-    torch.testing.assert_close(
-        after_a_step(in_chunks), after_a_step(Rollout.logits), rtol=0, atol=1e-8
-    )
-
-
+@each_per
 @each_old
-def test_a_temperature_in_place_in_the_function_is_that_of_the_option(old: Any) -> None:
+def test_the_packages_own_checks_find_nothing(old: Any, per: Any) -> None:
     rollout = Rollout()
-    engines: list[Any] = [
-        "torch.func",
-        "double backward",
-        "Gauss-Newton",
-        "finite differences",
-        "auto",
-    ]
-    expected = both(rollout, closures_of(rollout, old=old, temperature=0.7))
-    closures = token_closures(
-        lambda rows: rollout.logits(rows).div_(0.7),
-        rollout.tokens,
-        rollout.mask,
-        rollout.advantages,
-        old=old,
+    assert_closure(
+        closures_of(rollout, old=old, per=per),
+        rollout.parameters,
+        log_prob=rollout.log_prob,
+        advantages=rollout.advantages,
+        mask=rollout.mask,
     )
-    for ours, theirs in zip(both(rollout, closures), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    for engine in engines:
-        report = TrustRegionOptimizer(rollout.parameters, engine=engine).step(
-            token_closures(
-                lambda rows: rollout.logits(rows).div_(0.7),
-                rollout.tokens,
-                rollout.mask,
-                rollout.advantages,
-                old=old,
-            )
-        )
-        assert report.accepted, report
-
-
-def test_only_the_logits_of_the_response_are_enough() -> None:
-    """As a function with ``logits_to_keep`` returns them, one more than there are tokens."""
-    rollout = Rollout()
-    kept = rollout.whole.shape[1] - PROMPT
-    response, mask = rollout.whole[:, PROMPT:], rollout.mask[:, PROMPT - 1 :]
-
-    def last(rows: Any, count: int) -> Tensor:
-        hidden = rollout.model.hidden(rollout.whole[rows])[:, -count:]
-        result: Tensor = rollout.model.head(hidden)
-        return result
-
-    closures = token_closures(
-        lambda rows: last(rows, kept + 1)[:, :-1], response, mask, rollout.advantages
-    )
-    expected = both(rollout, closures_of(rollout))
-    for ours, theirs in zip(both(rollout, closures), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    with pytest.raises(TrustRegionError, match=r"\(9, 7, 8\).*\(9, 6\).*logits\[:, :-1\]"):
-        token_closures(lambda rows: last(rows, kept + 1), response, mask, rollout.advantages)

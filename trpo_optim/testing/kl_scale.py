@@ -119,12 +119,20 @@ def _weights_may_explain(found: list[Measured]) -> bool:
 
 def _rough_flaw(found: list[Measured], mask: Tensor | None) -> str:
     ratios = [each.stated / float(masked_mean(each.rows, mask)) for each in found]
-    if min(ratios) < 3:
+    if min(ratios) < 3 * _actions_per_sequence(found[0].rows, mask):
         return ""
     return (
         f"The closure's KL is about {min(ratios):.2g} times what the log-probabilities of the "
         f"{found[0].rows.numel()} actions give: it is summed over the batch, not averaged."
     )
+
+
+def _actions_per_sequence(rows: Tensor, mask: Tensor | None) -> float:
+    """Return how many actions a sequence has, on average; 1 for a batch of single actions."""
+    if rows.dim() < 2:
+        return 1.0
+    counted = torch.ones_like(rows) if mask is None else mask.view(rows.shape).to(rows)
+    return float(counted.sum() / counted.flatten(1).any(1).sum())
 
 
 def _is(found: list[Measured], values: list[Tensor]) -> bool:

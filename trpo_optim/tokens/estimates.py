@@ -59,8 +59,6 @@ def token_surrogate(
         new_log_prob, mask, per, behaviour_log_prob=behaviour_log_prob, advantages=advantages
     )
     ratio = _log_ratio(new_log_prob, behaviour_log_prob, counted).exp()
-    if counted is not None:
-        advantages = advantages.masked_fill(~counted, 0)  # zero times NaN would be a slope of NaN
     return -masked_mean(ratio * advantages, counted, per)
 
 

@@ -67,10 +67,11 @@ def token_closures(
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
         old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
-            token; the KL is estimated on the tokens. ``"logits"``: all logits of tokens that count;
-            the KL is exact. An integer k: the k likeliest tokens, and all others as one event. This
-            KL is a lower bound of the exact KL (data-processing inequality), and equal to it if k
-            is V − 1 or more.
+            token. The KL is estimated on the tokens, without bias: with ``behaviour_log_prob``,
+            each token is weighted by π_old/π_behaviour. ``"logits"``: all logits of tokens that
+            count. The KL is exact. An integer k: the k likeliest tokens, and all others as one
+            event. This KL is a lower bound of the exact KL (data-processing inequality), and equal
+            to it if k is V − 1 or more.
         per: ``"token"``: loss and KL are means over tokens. ``"sequence"``: they are means over
             sequences of the sum over tokens.
         temperature: The temperature at which the tokens were drawn. Loss and KL are those of the
