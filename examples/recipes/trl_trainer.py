@@ -15,61 +15,68 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from trpo_optim import Closures, StepReport, TrustRegionOptimizer
+from trpo_optim import Closures, TrustRegionOptimizer
 from trpo_optim.tokens import token_closures
 
-ONLY = {
+LOSSES = ("dapo", "bnpo", "dr_grpo", "grpo")
+"""TRL's losses that this trainer has. It leaves their clip out."""
+
+ONLY: dict[str, Any] = {
     "importance_sampling_level": "token",
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
     "off_policy_mask_threshold": None,
-    "fp16": False,  # its GradScaler calls step() after a backward that never comes
+    "use_bias_correction_kl": True,
+    "fp16": False,
 }
-"""TRL's settings that change the loss in a way that this trainer does not, and their defaults."""
+"""TRL's settings that this trainer takes with one value only."""
 
 
 class TrustRegionGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer with another step: generation, rewards, advantages, logs, checkpoints are TRL's.
+    """GRPOTrainer with another step: rollouts, rewards, advantages, logs, checkpoints are TRL's.
 
-    The loss is that of ``loss_type="dapo"`` (TRL's default), ``"bnpo"``, ``"dr_grpo"`` or
-    ``"grpo"``, without the clip: the trust region takes its place. ``epsilon``, ``max_grad_norm``,
-    ``learning_rate`` and ``weight_decay`` are not used. ``lr_scheduler_type`` scales the step.
+    One step is taken per accumulated batch. ``epsilon``, ``learning_rate``, ``weight_decay`` and
+    ``max_grad_norm`` are not used. ``lr_scheduler_type`` scales the step; "constant" leaves it.
 
     Args:
         args: What GRPOTrainer takes.
-        max_kl: The radius of the trust region in nats per token.
+        max_kl: The radius of the trust region, in nats per token.
         old: What is kept of the old policy for the KL; see ``token_closures``.
         settings: What GRPOTrainer takes.
 
     Raises:
-        ValueError: If TRL's settings ask for a loss that this trainer does not have.
+        ValueError: If a setting of TRL's asks for what this trainer does not do.
     """
 
     def __init__(
-        self, *args: Any, max_kl: float = 0.01, old: Any = "log_prob", **settings: Any
+        self, *args: Any, max_kl: float = 0.01, old: int | str = "log_prob", **settings: Any
     ) -> None:
         super().__init__(*args, **settings)
+        if self.loss_type not in LOSSES:
+            raise ValueError(f"loss_type is {self.loss_type!r}; it must be one of {LOSSES}.")
+        for name, only in ONLY.items():
+            given = getattr(self.args, name)
+            if given != only:
+                raise ValueError(f"{name} is {given!r}; this trainer needs {only!r}.")
         self.max_kl, self.old = max_kl, old
         self.micro_batches: list[tuple[Any, dict[str, Any]]] = []
-        if self.loss_type not in ("dapo", "bnpo", "dr_grpo", "grpo"):
-            raise ValueError(
-                f"loss_type is {self.loss_type!r}; it must be 'dapo', 'bnpo', 'dr_grpo' or 'grpo'."
-            )
-        for name, only in ONLY.items():
-            if getattr(self.args, name) != only:
-                raise ValueError(f"{name} is {getattr(self.args, name)!r}; it must be {only!r}.")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer. Its hooks hand over the closures and log the report."""
+        """Make the optimizer. TRL calls ``step()``; hooks add the closures and log the report."""
         parameters = [each for each in (model or self.model).parameters() if each.requires_grad]
-        self.optimizer = TrustRegionOptimizer(parameters, max_kl=self.max_kl)
+        ranks = self.accelerator.num_processes > 1
+        self.optimizer = TrustRegionOptimizer(
+            parameters,
+            max_kl=self.max_kl,
+            process_group=torch.distributed.group.WORLD if ranks else None,
+        )
         self.optimizer.register_step_pre_hook(self.hand_over_closures)
         self.optimizer.register_step_post_hook(self.log_report)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Keep the micro-batch for the step, and evaluate TRL's loss for its metrics."""
+        """Keep a micro-batch for the step, and return TRL's loss, which also fills its metrics."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         self.micro_batches.append((model, inputs))
@@ -78,7 +85,7 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
             return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
     def hand_over_closures(self, optimizer: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the arguments of ``step``, which TRL calls without a closure."""
+        """Return the arguments of ``step``: all micro-batches since the last step."""
         each = [self.closures(*micro_batch) for micro_batch in self.micro_batches]
         self.micro_batches.clear()
         parts = [part for closures in each for part in closures.parts]
@@ -86,39 +93,54 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
         return (optimizer, Closures(parts, weights)), {}
 
     def closures(self, model: Any, inputs: dict[str, Any]) -> Closures:
-        """Return the closures of a micro-batch, whose weight is its number of tokens."""
-        tokens, mask = inputs["completion_ids"], inputs["completion_mask"]
+        """Return the closures of a micro-batch. Its weight is its number of tokens.
+
+        Args:
+            model: What computes the logits.
+            inputs: The micro-batch, as TRL made it.
+        """
+        tokens, attended = inputs["completion_ids"], inputs["completion_mask"]
         sequences = torch.cat([inputs["prompt_ids"], tokens], 1)
-        attention = torch.cat([inputs["prompt_mask"], mask], 1)
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        advantages = inputs["advantages"][:, None].expand(tokens.shape)
-        advantages = advantages * inputs.get("importance_sampling_ratio", 1.0)  # vLLM's, by TRL
+        attention = torch.cat([inputs["prompt_mask"], attended], 1)
+        mask = attended * inputs.get("tool_mask", 1)
+        if not mask.any():  # TRL masked all completions, so that there is nothing to learn
+            return nothing(self.optimizer)
+        advantages = inputs["advantages"][:, None] * inputs.get("importance_sampling_ratio", 1.0)
         if self.loss_type == "grpo":
             advantages = advantages / mask.sum(1, keepdim=True).clamp(min=1)
-        length = tokens.shape[1]
 
         def logits(rows: Any) -> Tensor:
             pair = sequences[rows], attention[rows]
-            return model(*pair, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+            told = model(*pair, use_cache=False, logits_to_keep=tokens.shape[1] + 1)
+            return told.logits[:, :-1]
 
         return token_closures(
             logits,
             tokens,
             mask,
-            advantages,
+            advantages.expand(tokens.shape),
             behaviour_log_prob=inputs.get("old_per_token_logps"),
-            reference_log_prob=inputs.get("ref_per_token_logps"),
-            reference_weight=self.beta,
             old=self.old,
             temperature=self.temperature,
+            reference_log_prob=inputs.get("ref_per_token_logps"),
+            reference_weight=self.beta,
         )
 
     def log_report(self, optimizer: Any, *_: Any) -> None:
         """Add the report to TRL's metrics."""
-        report: StepReport = optimizer.last_report
-        for name, value in report.as_dict().items():
+        for name, value in optimizer.last_report.as_dict().items():
             self._metrics["train"][f"trust_region/{name}"].append(value)
+
+
+def nothing(optimizer: Any) -> Closures:
+    """Return a closure that leaves every parameter where it is."""
+
+    def closure() -> tuple[Tensor, Tensor]:
+        groups = optimizer.param_groups
+        zero = sum(each.sum() for group in groups for each in group["params"]) * 0.0
+        return zero, zero
+
+    return Closures([closure], [1.0])
 
 
 def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
