@@ -18,10 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trpo_optim import Closures, TrustRegionOptimizer
 from trpo_optim.tokens import token_closures
 
-LOSSES = ("dapo", "bnpo", "dr_grpo", "grpo")
-"""TRL's losses that this trainer has. It leaves their clip out."""
-
 ONLY: dict[str, Any] = {
+    "loss_type": "dapo",
     "importance_sampling_level": "token",
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
@@ -36,8 +34,11 @@ ONLY: dict[str, Any] = {
 class TrustRegionGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with another step: rollouts, rewards, advantages, logs, checkpoints are TRL's.
 
-    One step is taken per accumulated batch. ``epsilon``, ``learning_rate``, ``weight_decay`` and
-    ``max_grad_norm`` are not used. ``lr_scheduler_type`` scales the step; "constant" leaves it.
+    One step is taken per accumulated batch. The loss is TRL's default, the mean over all tokens of
+    the batch, but without the clip. The trust region limits the step instead.
+
+    ``epsilon``, ``learning_rate``, ``weight_decay`` and ``max_grad_norm`` are not used.
+    ``lr_scheduler_type`` scales the step. With "constant", all steps have the same radius.
 
     Args:
         args: What GRPOTrainer takes.
@@ -53,8 +54,6 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
         self, *args: Any, max_kl: float = 0.01, old: int | str = "log_prob", **settings: Any
     ) -> None:
         super().__init__(*args, **settings)
-        if self.loss_type not in LOSSES:
-            raise ValueError(f"loss_type is {self.loss_type!r}; it must be one of {LOSSES}.")
         for name, only in ONLY.items():
             given = getattr(self.args, name)
             if given != only:
@@ -106,8 +105,6 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
         if not mask.any():  # TRL masked all completions, so that there is nothing to learn
             return nothing(self.optimizer)
         advantages = inputs["advantages"][:, None] * inputs.get("importance_sampling_ratio", 1.0)
-        if self.loss_type == "grpo":
-            advantages = advantages / mask.sum(1, keepdim=True).clamp(min=1)
 
         def logits(rows: Any) -> Tensor:
             pair = sequences[rows], attention[rows]

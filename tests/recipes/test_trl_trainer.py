@@ -125,8 +125,15 @@ def test_it_trains_with_the_default_settings_of_trl(tmp_path: Path) -> None:
     assert trainer.moved() == trainer.trainable()
 
 
-@pytest.mark.parametrize("words", [WORDS, GPT2])
-@pytest.mark.parametrize("settings", [{"bf16": False}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (WORDS, {"gradient_accumulation_steps": 2}),
+        (WORDS, {"bf16": False}),
+        (GPT2, {"bf16": False}),
+    ],
+    ids=str,
+)
 def test_the_reported_kl_is_the_kl_over_the_whole_vocabulary(
     words: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -167,15 +174,11 @@ def test_one_step_is_taken_per_accumulated_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(step_of_parts, step_of_whole, rtol=0.01, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "dr_grpo", "grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_the_loss_is_that_of_trl_without_its_clip(
-    loss_type: str, beta: float, tmp_path: Path
-) -> None:
-    """TRL has another factor, which changes no step, and wants a reference policy with LoRA."""
+def test_the_loss_is_that_of_trl_without_its_clip(beta: float, tmp_path: Path) -> None:
+    """With LoRA, the reference policy of ``beta`` is the model without adapters."""
     trainer = trained(
         tmp_path,
-        loss_type=loss_type,
         beta=beta,
         lora=True,
         max_kl=0.05,
@@ -185,6 +188,11 @@ def test_the_loss_is_that_of_trl_without_its_clip(
         max_steps=3,
     )
     model, inputs = trainer.steps[0]["batches"][0]
+    mask = inputs["completion_mask"]
+    inputs["tool_mask"] = tools = torch.randint(2, mask.shape)
+    inputs["importance_sampling_ratio"] = torch.rand(mask.shape)  # of an inference server
+    inputs["num_items_in_batch"] = (mask * tools).sum()
+    trainer.use_vllm = True
     closure = trainer.closures(model, inputs)
     ours, theirs = [], []
     for step in trainer.steps:
@@ -193,16 +201,21 @@ def test_the_loss_is_that_of_trl_without_its_clip(
             ours.append(float(closure()[0]))
             theirs.append(float(trainer.compute_loss(model, inputs)))
     assert len(set(ours)) == 3
-    factors = [(a - ours[0]) / (b - theirs[0]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-    assert factors[0] == pytest.approx(factors[1], rel=0.01)
-    assert factors[0] == pytest.approx(ours[0] / theirs[0], rel=0.01)
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_adapters_move_over_a_frozen_base_in_bfloat16(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    trainer = trained(tmp_path, lora=True, dtype=torch.bfloat16, max_steps=2, **settings)
+    trainer = trained(
+        tmp_path,
+        lora=True,
+        dtype=torch.bfloat16,
+        max_steps=2,
+        lr_scheduler_type="constant",
+        **settings,
+    )
     adapters = [name for name, trainable in trainer.trainable().items() if trainable]
     values = dict(trainer.model.named_parameters())
     assert {values[name].dtype for name in adapters} == {torch.float32}
@@ -241,8 +254,7 @@ def test_the_log_shows_the_report(tmp_path: Path) -> None:
 def test_the_schedule_of_trl_scales_the_step(tmp_path: Path) -> None:
     trainer = trained(tmp_path, max_steps=2, bf16=False, old="logits")
     assert trainer.args.lr_scheduler_type == "linear"
-    kls = [step["report"].kl for step in trainer.steps]
-    assert kls[1] < 0.3 * kls[0]  # half the step is a quarter of the KL
+    assert trainer.steps[1]["report"].kl == pytest.approx(0.01 / 4, rel=0.2)  # half the step
 
 
 def test_a_run_resumed_from_a_checkpoint_goes_on_with_its_radius(tmp_path: Path) -> None:
@@ -259,11 +271,8 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_with_its_radius(tmp_path: Path)
 
 
 def test_a_batch_of_truncated_completions_alone_moves_nothing(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, mask_truncated_completions=True, max_completion_length=1)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[0] = -100 * trainer.model.lm_head.weight.sum(0).sign()
-    trainer.generation_config.suppress_tokens = [0]  # no completion ends
-    trainer.train()
+    endless = {"generation_kwargs": {"suppress_tokens": [0]}}
+    trainer = trained(tmp_path, mask_truncated_completions=True, **endless)
     assert trainer.steps[0]["report"].outcome.value == "zero_gradient"
     assert not any(trainer.moved().values())
 
