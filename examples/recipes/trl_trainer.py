@@ -51,7 +51,7 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(
-        self, *args: Any, max_kl: float = 0.01, old: int | str = "log_prob", **settings: Any
+        self, *args: Any, max_kl: float = 0.01, old: Any = "log_prob", **settings: Any
     ) -> None:
         super().__init__(*args, **settings)
         for name, only in ONLY.items():
@@ -81,7 +81,8 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
         self.micro_batches.append((model, inputs))
         self._step += 1
         with torch.no_grad():
-            return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss
 
     def hand_over_closures(self, optimizer: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
         """Return the arguments of ``step``: all micro-batches since the last step."""
@@ -109,7 +110,8 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
         def logits(rows: Any) -> Tensor:
             pair = sequences[rows], attention[rows]
             told = model(*pair, use_cache=False, logits_to_keep=tokens.shape[1] + 1)
-            return told.logits[:, :-1]
+            result: Tensor = told.logits[:, :-1]
+            return result
 
         return token_closures(
             logits,
