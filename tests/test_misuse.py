@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -182,6 +183,16 @@ def test_a_missing_closure_is_an_error(mode: str, closure: object) -> None:
     with pytest.raises(TrustRegionError, match=f"got {closure!r} as its closure"):
         problem.optimizer(mode=mode).step(closure)  # type: ignore[arg-type]  # misuse on purpose
     assert before.differences(Snapshot.of(problem.policy)) == []
+
+
+def test_a_step_without_arguments_names_a_hook_that_serves() -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer()
+    with pytest.raises(TrustRegionError, match="got None as its closure") as caught:
+        optimizer.step()
+    hook = re.findall(r"register_step_pre_hook\((.*)\)\.", str(caught.value))
+    optimizer.register_step_pre_hook(eval(hook[0], {"closure": problem.closure}))
+    assert optimizer.step().accepted
 
 
 def test_a_value_error_of_the_closures_own_is_never_swallowed() -> None:

@@ -48,6 +48,12 @@ Example:
     [1.0, 0.0]
 """
 
+_CALLED_BY_A_LOOP = (
+    " If a library's training loop calls step() without arguments, register a hook that returns "
+    "them: optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((optimizer, closure), "
+    "{}))."
+)
+
 
 class Objective:
     """A closure that can be evaluated at stand-ins for the parameters, with a graph, or displaced.
@@ -83,6 +89,7 @@ class Objective:
             raise TrustRegionError(
                 f"step() got {reprlib.repr(closure)} as its closure. Pass a function without "
                 "arguments that returns (loss, kl) or (loss, kl, dist)."
+                + (_CALLED_BY_A_LOOP if closure is None else "")
             )
         self.name = name
         self.vector = vector
