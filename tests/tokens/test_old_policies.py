@@ -16,6 +16,8 @@ from torch.distributions import Categorical, kl_divergence
 from trpo_optim import Closures, TrustRegionError, TrustRegionOptimizer
 from trpo_optim.tokens import token_closures
 
+pytestmark = pytest.mark.usefixtures("flat_policies_pass")
+
 
 def moved_kl(rollout: Rollout, old: Any) -> Tensor:
     """Return the KL per token, or its estimate, after the parameters have moved by as much."""
@@ -231,3 +233,24 @@ def test_what_does_not_fit_is_an_error_with_its_remedy(
     with pytest.raises(TrustRegionError) as error:
         token_closures(**given)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def of_masses(likeliest: float, rows: int = 4) -> Callable[[Any], Tensor]:
+    """Return logits of 8 tokens, the first two of which share some probability."""
+    masses = torch.full((rows, 5, 8), (1 - likeliest) / 6, dtype=torch.float64)
+    masses[..., :2] = likeliest / 2
+    return lambda places: masses.log()[places]
+
+
+def test_a_k_whose_tokens_hold_too_little_probability_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    arguments = torch.zeros(4, 5, dtype=torch.long), None, torch.randn(4)
+    old: Any
+    for old in (2, "log_prob", "logits", 7):
+        token_closures(of_masses(0.91), *arguments, old=old)
+    for old in ("log_prob", "logits", 7):
+        token_closures(of_masses(0.89), *arguments, old=old)
+    with pytest.raises(TrustRegionError, match=r"old is 2, .* hold 89% .* at least 90%.*'logits'"):
+        token_closures(of_masses(0.89), *arguments, old=2)

@@ -16,6 +16,8 @@ from trpo_optim import Closures, TrustRegionOptimizer
 from trpo_optim.testing import assert_closure
 from trpo_optim.tokens import group_advantages, token_closures
 
+pytestmark = pytest.mark.usefixtures("flat_policies_pass")
+
 OLD = ["log_prob", "logits", 3]
 
 each_old = pytest.mark.parametrize("old", OLD)

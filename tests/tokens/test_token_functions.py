@@ -14,6 +14,8 @@ from torch import Tensor
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
 from trpo_optim.tokens import chunked_log_prob, token_closures
 
+pytestmark = pytest.mark.usefixtures("flat_policies_pass")
+
 
 def after_a_step(function: Callable[[Rollout, Any], Tensor]) -> Tensor:
     """Return the parameters after a step on what a function returns for rows."""

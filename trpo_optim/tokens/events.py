@@ -15,6 +15,9 @@ __all__ = ["Events", "OldPolicy", "events_of", "require_old"]
 OldPolicy: TypeAlias = int | Literal["log_prob", "logits"]
 """What is kept of the old policy."""
 
+_LEAST_MASS = 0.9
+"""The probability that the likeliest tokens must hold, on average over the positions."""
+
 
 @dataclass(frozen=True)
 class Events:
@@ -43,10 +46,21 @@ def events_of(logits: Tensor, old: int | Literal["logits"]) -> Events:
         logits: The old policy's logits, (m, V).
         old: ``"logits"``: all tokens. An integer k: the k likeliest tokens, and all others as one
             event. If k is V − 1 or more, all tokens are events.
+
+    Raises:
+        TrustRegionError: If the k likeliest tokens hold too little of the probability.
     """
     if old == "logits" or old >= logits.shape[-1] - 1:
         return Events(None)
-    return Events(logits.topk(old).indices)
+    likeliest = logits.topk(old)
+    mass = float((likeliest.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean())
+    if mass < _LEAST_MASS:
+        raise TrustRegionError(
+            f"old is {old}, and the {old} likeliest tokens hold {mass:.0%} of the probability on "
+            f"average; they must hold at least {_LEAST_MASS:.0%}. The KL does not see what moves "
+            "between the other tokens. Keep more tokens, or pass old='logits' or old='log_prob'."
+        )
+    return Events(likeliest.indices)
 
 
 def require_old(old: OldPolicy) -> None:

@@ -90,7 +90,8 @@ def token_closures(
 
     Raises:
         TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
-            token counts, or an option is outside its range.
+            token counts, an option is outside its range, or the k likeliest tokens hold less than
+            90 % of the probability.
 
     Example:
         >>> import torch
