@@ -36,7 +36,7 @@ LR = {"vanilla": 0.3, "adamw": 2e-4, "ppo": 1e-4}  # trpo and natural have a rad
 PASSES = {"adamw": 1, "ppo": 4}  # over a batch; also the number of minibatches of a pass
 EVERY = 5  # updates between two evaluations on held-out prompts
 FIGURES = ("reward", "kl", "entropy", "writing", "improving")  # of an update; the last two: CPU s
-CLIP = 0.2  # PPO ignores a character whose probability has changed by more than this
+CLIP = 0.2  # PPO gains nothing from moving a character's probability further than this
 
 
 def rotated(heads: Tensor, angles: Tensor) -> Tensor:
@@ -237,9 +237,7 @@ def train(
         prompts, answers = (x.repeat_interleave(COMPLETIONS, 0) for x in TASKS[task].draw(PROMPTS))
         tokens = complete(model, prompts, length)
         rewards = right(tokens, answers)
-        groups = rewards.view(
-            PROMPTS, COMPLETIONS
-        )  # an answer is compared with its prompt's others
+        groups = rewards.view(PROMPTS, COMPLETIONS)  # compare an answer with its prompt's others
         advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)
         with torch.no_grad():
             old = policy(model, tokens, length)

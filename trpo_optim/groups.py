@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trpo_optim.closure.parameter_memory import require_shapes
 from trpo_optim.closure.parameters import require_real, trainable
 from trpo_optim.hyperparameters import Hyperparameters
 
@@ -42,19 +43,22 @@ class AgreeingGroups(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the hyperparameters that ``state_dict()`` returned.
+        """Load what ``state_dict()`` returned: hyperparameters, and what was learned.
 
         Args:
             state_dict: The saved state.
 
         Raises:
-            TrustRegionError: If another kind of optimizer saved it.
+            TrustRegionError: If another kind of optimizer saved it, or the parameters have other
+                shapes.
         """
-        check = self.register_load_state_dict_pre_hook(Hyperparameters.require_saved)  # the last
+        checks = Hyperparameters.require_saved, require_shapes  # the last hooks
+        handles = [self.register_load_state_dict_pre_hook(check) for check in checks]
         try:
             super().load_state_dict(state_dict)
         finally:
-            check.remove()
+            for handle in handles:
+                handle.remove()
         self._lr_given |= Hyperparameters.of_groups(self.param_groups).lr_is_the_rate
 
     def _settings(self) -> Hyperparameters:

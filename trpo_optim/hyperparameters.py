@@ -174,6 +174,11 @@ class Hyperparameters:
                 "settings mean something else. Load the state of a TrustRegionOptimizer."
             )
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the optimizer keeps the running mean of squared gradients."""
+        return self.preconditioner != "none" and self.mode != "vanilla"
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all hyperparameters, as in ``param_groups``."""

@@ -181,8 +181,10 @@ class StepReport:
         gradient_norm: L2 length of the gradient of the loss.
         curvature: xᵀFx of the unscaled direction x, without damping.
         cg_iterations: Iterations of conjugate gradient.
-        cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at the end of the solve, typically below 0.1.
-        damping: λ of the solve: the hyperparameter, or the number that replaced None.
+        cg_residual: ‖g − (F + λI)x‖ / ‖g‖ at the end of the solve, typically below 0.1. With a
+            preconditioner: of the scaled solve.
+        damping: λ of the solve: the hyperparameter, or the number that replaced None. With a
+            preconditioner: the factor of D.
         backtracks: Further trials of the line search after the first, typically 0 or 1. They
             include a longer trial, and the trial that ``lr`` below 1 takes.
         trial_loss: The closure's first value at the last trial.

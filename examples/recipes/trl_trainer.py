@@ -88,8 +88,8 @@ class TrustRegionGRPOTrainer(GRPOTrainer):
 
     def hand_over_closures(self, optimizer: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
         """Return the arguments of ``step``: all micro-batches since the last step."""
-        each = [self.closures(*micro_batch) for micro_batch in self.micro_batches]
-        self.micro_batches.clear()
+        micro_batches, self.micro_batches = self.micro_batches, []
+        each = [self.closures(*micro_batch) for micro_batch in micro_batches]
         parts = [part for closures in each for part in closures.parts]
         weights = [weight for closures in each for weight in closures.weights or []]
         return (optimizer, Closures(parts, weights)), {}
@@ -138,7 +138,7 @@ def nothing(optimizer: Any) -> Closures:
 
     def closure() -> tuple[Tensor, Tensor]:
         groups = optimizer.param_groups
-        zero = sum(each.sum() for group in groups for each in group["params"]) * 0.0
+        zero = sum(each.float().sum() for group in groups for each in group["params"]) * 0.0
         return zero, zero
 
     return Closures([closure], [1.0])

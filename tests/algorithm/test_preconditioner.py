@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from solves import N, right_side, spd, with_eigenvalues
 from taken import settings, taken
 from torch import Tensor
 
-from trpo_optim import Outcome, TrustRegionOptimizer
+from trpo_optim import Outcome, TrustRegionError, TrustRegionOptimizer
 from trpo_optim.algorithm.modes import natural_direction
 from trpo_optim.algorithm.preconditioner import FLOOR, DiagonalPreconditioner
 
@@ -103,8 +104,6 @@ def test_a_resumed_run_continues_bit_for_bit(dtype: torch.dtype) -> None:
     other.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
     expected = further(problem, optimizer, range(3, 6))
     assert torch.equal(further(resumed, other, range(3, 6)), expected)
-    forgotten = copy.deepcopy(problem)
-    assert len(forgotten.optimizer(**DIAGONAL).state) == 0
 
 
 def test_a_step_depends_on_the_gradients_before_it() -> None:
@@ -183,3 +182,36 @@ def test_vanilla_keeps_no_memory() -> None:
     optimizer = problem.optimizer(mode="vanilla", lr=0.1, **DIAGONAL)
     further(problem, optimizer, range(1))
     assert not optimizer.state
+
+
+def test_a_memory_of_other_shapes_is_refused() -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer(**DIAGONAL)
+    further(problem, optimizer, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][0]["gradient_rms"] = saved["state"][0]["gradient_rms"].mT.clone()
+    with pytest.raises(TrustRegionError, match=r"gradient_rms of parameter 0 has shape \(4, 8\)"):
+        problem.optimizer(**DIAGONAL).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_of_an_optimizer_remember(copied: Callable[[Any], Any]) -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer(**DIAGONAL)
+    further(problem, optimizer, range(2))
+    other, twin = copied((problem, optimizer))
+    expected = further(problem, optimizer, range(2, 4))
+    assert torch.equal(further(other, twin, range(2, 4)), expected)
+
+
+def test_the_state_stays_one_object_and_room_is_made_on_request() -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer(**DIAGONAL)
+    state = optimizer.state
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert {own["gradient_rms"].isnan().all().item() for own in state.values()} == {True}
+    optimizer.param_groups[0]["lr"] = 1.0
+    further(problem, optimizer, range(1))
+    assert optimizer.state is state
+    assert all(own["gradient_rms"].isfinite().all() for own in state.values())

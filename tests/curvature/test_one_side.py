@@ -10,6 +10,7 @@ from problems import Problem
 from test_dear_products import Convolved, dear, kinked
 from test_finite_differences import MATRIX, slope_of
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
 from trpo_optim.algorithm.finite_differences import FiniteDifferences, UnresolvedError
 from trpo_optim.curvature.engine_choice import learned
@@ -84,3 +85,23 @@ def test_one_side_is_left_where_products_are_no_longer_symmetric(engine: Any, us
     problem = Problem(problem.policy, problem.observations, 1)
     assert optimizer.step(problem.closure_with_dist).engine == used
     assert not choice["one_sided"]
+
+
+@pytest.mark.parametrize("engine", ["auto", "finite differences"])
+def test_a_solve_of_one_product_looks_at_both_sides(engine: Any) -> None:
+    """Nothing compares a single product, and the KL's gradient may not be zero."""
+    problem = dear(Convolved)
+    optimizer = problem.optimizer(engine=engine, cg_iterations=1, mode="natural")
+    optimizer.step(problem.closure_with_dist)
+    problem = Problem(problem.policy, problem.observations, 1)
+    old = Categorical(logits=problem.policy(problem.observations).logits.detach() + 0.01)
+    old = Categorical(logits=old.logits + 0.01 * torch.randn(60, 3))
+
+    def drifted() -> Any:
+        loss, _, dist = problem.closure_with_dist()
+        return loss, kl_divergence(old, dist).mean(), dist
+
+    report = optimizer.step(drifted)
+    assert report.predicted_kl == pytest.approx(0.01)
+    assert report.kl == pytest.approx(0.01, rel=0.3)
+    assert not learned(optimizer.param_groups[0])["parts"]["one_sided"]

@@ -158,6 +158,14 @@ def another_place(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> 
     return {"mend": lambda: setattr(Transaction, "move", usual)}
 
 
+def other_memory(rank: int, task: Problem, optimizer: TrustRegionOptimizer) -> dict[str, Any]:
+    """Have rank 2 remember other gradients, as after a checkpoint that it did not load."""
+    optimizer.param_groups[0]["preconditioner"] = "diagonal"
+    for each in task.parameters():
+        optimizer.state[each]["gradient_rms"] = torch.full_like(each, 1.0 + rank // 2)
+    return {}
+
+
 PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "parameters": (other_values, "all", "The parameters of rank 2 differ from the other"),
     "hyperparameters": (
@@ -165,6 +173,7 @@ PARTED: dict[str, tuple[Callable[..., Any], str, str]] = {
         "all",
         "max_kl is 0.01 on rank 0, rank 2 and 0.02 on rank 1. Give every rank the same",
     ),
+    "memory": (other_memory, "all", "keeps of earlier gradients on rank 2 differs from the other"),
     "shapes": (other_shapes, "all", "shapes or types on rank 1 differ from the other ranks"),
     "invalid hyperparameters": (invalid_settings, "1", "damping"),
     "weights on one": (weights_on_one, "all", "given on rank 0 and left out on rank 1, rank 2"),

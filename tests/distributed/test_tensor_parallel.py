@@ -109,7 +109,11 @@ def test_parts_of_a_parameter_are_put_together_by_the_closure_after_a_clone(
 def saved_and_stepped(rank: int, folder: Path, first: bool) -> tuple[Tensor, Any, StepReport]:
     """Save after two steps, or load what was saved; then take one more step on the whole batch."""
     task = gaussian(0 if first else 3)
-    optimizer = task.optimizer(process_group=dist.group.WORLD, max_kl=0.02 if first else 0.01)
+    optimizer = task.optimizer(
+        process_group=dist.group.WORLD,
+        max_kl=0.02 if first else 0.01,
+        preconditioner="diagonal",
+    )
     torch.manual_seed(1)
     task.observations = torch.randn(64, 4, dtype=torch.float64)
     ranks = dist.get_world_size()

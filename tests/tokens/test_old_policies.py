@@ -252,5 +252,22 @@ def test_a_k_whose_tokens_hold_too_little_probability_is_refused(
         token_closures(of_masses(0.91), *arguments, old=old)
     for old in ("log_prob", "logits", 7):
         token_closures(of_masses(0.89), *arguments, old=old)
-    with pytest.raises(TrustRegionError, match=r"old is 2, .* hold 89% .* at least 90%.*'logits'"):
+    match = r"old is 2, .* hold 89.0% .* at least 90%.*'logits'"
+    with pytest.raises(TrustRegionError, match=match):
         token_closures(of_masses(0.89), *arguments, old=2)
+
+
+def test_the_probability_of_likeliest_tokens_is_the_mean_over_all_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    even, peaked = of_masses(0.85, rows=1), of_masses(0.96, rows=1)
+
+    def logits(rows: Any) -> Tensor:
+        every = torch.cat([even(slice(None)), *3 * [peaked(slice(None))]])
+        return every[rows]
+
+    arguments = torch.zeros(4, 5, dtype=torch.long), None, torch.randn(4)
+    for micro_batch in (None, 1, 2):
+        closures = token_closures(logits, *arguments, old=2, micro_batch=micro_batch, curvature=0.3)
+        assert len(closures.parts) == 4 // (micro_batch or 4)

@@ -40,7 +40,7 @@ class Solution:
         curvature: xᵀFx, undamped.
         damping: λ.
         asymmetry: The largest |pᵀFq − qᵀFp| of successive vectors p and q of the basis, relative to
-            the largest product of two; 0 of an exact F, but for rounding.
+            the largest entry of T. 0 for an exact F, up to rounding.
     """
 
     x: Tensor
@@ -147,7 +147,7 @@ class _Tridiagonal:
     """T = qᵀFq, and beneath it the length of what the last product adds to the basis.
 
     Attributes:
-        apart: By how much an entry below the diagonal differs from the one above, at most.
+        apart: The largest difference between an entry below the diagonal and the one above it.
     """
 
     diagonal: list[float]

@@ -34,8 +34,8 @@ class Direction:
         solution: The direction.
         engine: What made the products.
         fallback: Why no better engine did, or empty.
-        image: The product with the gradient's unit vector, shape (n,); None if it is to be taken on
-            trust.
+        image: The product with the gradient's unit vector, shape (n,), to be compared with a finite
+            difference; None if an earlier step has compared one.
         safe: Whether the closure gave numbers wherever it was evaluated.
         settled: Whether the step may go on. If not, it begins anew, with another engine.
     """
@@ -92,7 +92,7 @@ class DirectionSolver:
             return image
 
         solution = self.mode.direction(product, self.uphill, self.settings, self.scale)
-        if unproven and self.scale is not None:  # the solve began elsewhere
+        if unproven and self.scale is not None:  # the first product was not along the gradient
             images = [model.product(self.uphill)]
         return Direction(solution, model.engine, model.fallback, images[0] if images else None)
 
@@ -171,18 +171,19 @@ class DirectionSolver:
             return unsettled
         finally:
             self.parameters.move(self.uphill, 0.0)
-        if one_sided and not _is_sound(solution):
+        sound = _is_sound(solution)
+        if one_sided and not sound:
             self.batch.learn_sides(one_serves=False)
             return unsettled
         if not one_sided:
-            self.batch.learn_sides(one_serves=made.balanced and _is_sound(solution))
+            self.batch.learn_sides(one_serves=made.balanced and sound)
         return Direction(solution, model.engine, model.fallback)
 
 
 def _is_sound(solution: Solution) -> bool:
-    """Return whether products look like those of a Fisher matrix, as far as a solve shows it."""
+    """Return whether a solve compared its products, and found no sign of wrong ones."""
     bends = solution.ending is not Ending.NON_POSITIVE_CURVATURE
-    return bends and not solution.asymmetry > EVEN
+    return solution.products > 1 and bends and not solution.asymmetry > EVEN
 
 
 def differences_of(

@@ -56,18 +56,20 @@ class FiniteDifferences:
     The displacement is chosen by the KL that it makes: large against what rounding adds to the
     gradient, and small against where the KL stops to be quadratic. In single precision that KL is
     3e-8 nats, and products are then within 2e-3 of the exact ones for smooth policies. One side
-    takes 3e-9 nats, since nothing cancels the terms of third order in its first product. In double
-    precision it is 1e-15 nats, or 1e-12 where part of the policy computes in single precision.
+    takes 3e-9 nats, since nothing cancels the terms of third order in its first product. Its
+    products have more noise if a Gaussian is narrow: with a standard deviation of e⁻³, the step
+    gains 0.3 % less, with e⁻⁵ 1.6 % less. In double precision the KL is 1e-15 nats, or 1e-12 where
+    part of the policy computes in single precision.
 
     Args:
         slope: The KL and its gradient at displaced parameters.
         precision: The unit of rounding of the coarsest parameter and of the KL.
         most_uneven: By how much the differences on both sides may be apart, relative to their sum.
-        one_sided: Whether to look at one side alone, so that the first product costs as much as any
-            other. Whether the products are symmetric is then for the caller to look at.
+        one_sided: Whether to look at one side alone. The first product then costs as much as any
+            other. The caller must check that the products are symmetric.
 
     Attributes:
-        balanced: Whether both sides were found to be alike, so that one of them serves.
+        balanced: True if both sides agreed. Later steps may then use one side.
 
     Raises:
         UnresolvedError: If that is half precision.

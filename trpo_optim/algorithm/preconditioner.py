@@ -9,11 +9,11 @@ from torch import Tensor
 __all__ = ["FLOOR", "DiagonalPreconditioner"]
 
 FLOOR = 0.1
-"""The least entry of D. The gradient's mean square over all parameters is 1 in its units."""
+"""What D adds to the root, in units in which the gradient's mean square is 1."""
 
 
 class DiagonalPreconditioner:
-    """D, the root of the running mean of squared gradients: the solve is (F + λD) x = g.
+    """D = 0.1 + the root of the running mean of squared gradients: the solve is (F + λD) x = g.
 
     In the coordinates D^½x, conjugate gradient has the same radius and the same line search. It
     needs fewer products if parameters live on different scales, as embeddings, attention and norms
@@ -28,8 +28,8 @@ class DiagonalPreconditioner:
         decay: The share of the mean that a step keeps, in [0, 1).
 
     Attributes:
-        roots: The root of the mean square with this step's gradient; as given, until ``scale`` was
-            called.
+        roots: The root of the mean square with this step's gradient. Before ``scale`` is called,
+            the given root.
 
     Source:
         Martens, "Deep learning via Hessian-free optimization" (2010), section 4.7, for a diagonal

@@ -45,7 +45,7 @@ def take_step(
         parameters: What the closures depend on.
         settings: The hyperparameters.
         figures: Filled with the fields of a ``StepReport``, as far as the step comes.
-        preconditioner: Told of the gradient. None: the solve has the parameters' own coordinates.
+        preconditioner: Takes the gradient, and scales the solve. None: the solve is not scaled.
 
     Returns:
         How the step ended. On ``Outcome.ACCEPTED`` the parameters lie at the new point; otherwise

@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.closure.closures import Closures
+from trpo_optim.closure.parameter_memory import remembered
 from trpo_optim.closure.parameters import ParameterVector, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
@@ -38,6 +39,7 @@ class Ready:
         transaction: Holds their values.
         closures: This rank's.
         batch: The same, to be evaluated; None where there are none.
+        memory: The root of the mean squared gradient, shape (n,); None if it is not kept.
     """
 
     settings: Hyperparameters
@@ -45,10 +47,15 @@ class Ready:
     transaction: Transaction
     closures: Closures
     batch: Batch | None
+    memory: Tensor | None
 
     @classmethod
     def of(
-        cls, groups: Sequence[dict[str, Any]], settings: Hyperparameters, closures: Closures
+        cls,
+        groups: Sequence[dict[str, Any]],
+        settings: Hyperparameters,
+        closures: Closures,
+        state: Mapping[Tensor, dict[str, Any]],
     ) -> Ready:
         """Return closures on the parameters of all groups, not yet evaluated.
 
@@ -56,6 +63,7 @@ class Ready:
             groups: ``param_groups``.
             settings: The hyperparameters that they agree on.
             closures: This rank's.
+            state: What the optimizer keeps of every parameter.
         """
         vector = ParameterVector(trainable(groups))
         transaction = Transaction(vector)
@@ -64,7 +72,8 @@ class Ready:
         if closures.parts:
             batch = Batch(closures, vector, transaction, choices, settings.engine)
         transaction.hold(closures.every)
-        return cls(settings, vector, transaction, closures, batch)
+        memory = remembered(state, vector) if settings.keeps_gradients else None
+        return cls(settings, vector, transaction, closures, batch, memory)
 
     def row(self) -> list[float]:
         """Return, as numbers: shapes, hyperparameters, values, weight, whether it was given."""
@@ -72,7 +81,9 @@ class Ready:
         weight = len(self.closures.parts) if weights is None else sum(weights)
         counted = float(weights is not None) if weight > 0 else math.nan
         texts = (self.vector.shapes(), _written(self.settings))
-        return [*map(checksum, texts), *fingerprint(self.transaction.origin), weight, counted]
+        values, memory = self.transaction.origin, self.memory
+        kept = (0.0, 0.0) if memory is None else fingerprint(memory)
+        return [*map(checksum, texts), *fingerprint(values), weight, counted, *kept]
 
 
 def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, list[float]]:
@@ -94,8 +105,8 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
         own.append(prepare())
         return own[0].row()
 
-    rows = reduction.rows(work, 6)
-    shapes, settings, _, _, weights, flags = map(list, zip(*rows, strict=True))
+    rows = reduction.rows(work, 8)
+    shapes, settings, _, _, weights, flags, *_ = map(list, zip(*rows, strict=True))
     if others := odd_ones(shapes):
         texts = reduction.texts(own[0].vector.shapes())
         raise RankError(
@@ -115,6 +126,11 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             "torch.distributed.broadcast from one rank), and move them by step() only. Run every "
             "rank on the same type of machine, with the same torch and number of threads. If FSDP "
             "has sharded the parameters, keep a whole copy on every rank instead."
+        )
+    if others := odd_ones([tuple(row[6:]) for row in rows]):
+        raise RankError(
+            f"What the optimizer keeps of earlier gradients on {_names(reduction, others)} differs "
+            "from the other ranks. Load the same checkpoint of the optimizer on every rank."
         )
     if 0.0 in flags and 1.0 in flags:
         raise RankError(

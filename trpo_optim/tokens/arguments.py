@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = [
     "counted_tokens",
     "require_aligned",
     "require_numbers",
+    "require_sequences",
     "require_temperature",
     "require_vocabulary",
 ]
@@ -21,7 +24,7 @@ __all__ = [
 
 def require_temperature(temperature: float) -> None:
     """Check that a temperature is a finite number above 0."""
-    if not 0 < temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         raise TrustRegionError(
             f"temperature is {temperature!r}; it must be a finite number above 0. Pass the "
             "temperature at which the tokens were drawn."
@@ -64,6 +67,18 @@ def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     counted = checked_mask(mask)
     require_fit(counted, tokens)
     return counted
+
+
+def require_sequences(tokens: Any) -> None:
+    """Check that tokens are sequences of one length, (N, T)."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        given = f"a {type(tokens).__name__}"
+        if isinstance(tokens, Tensor):
+            given = f"a tensor of shape {tuple(tokens.shape)}"
+        raise TrustRegionError(
+            f"The tokens are {given}; they must be a tensor of shape (N, T). Pad the sequences to "
+            "one length, and pass a mask that is false for padding."
+        )
 
 
 def require_vocabulary(tokens: Tensor, size: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["Events", "OldPolicy", "events_of", "require_old"]
+__all__ = ["Events", "OldPolicy", "events_of", "require_mass", "require_old"]
 
 OldPolicy: TypeAlias = int | Literal["log_prob", "logits"]
 """What is kept of the old policy."""
@@ -25,9 +25,11 @@ class Events:
 
     Attributes:
         single: The tokens that are events of their own, (m, k). None: all tokens.
+        mass: The probability that these tokens hold, the sum over positions.
     """
 
     single: Tensor | None
+    mass: float
 
     def logits(self, logits: Tensor) -> Tensor:
         """Return the logits of the events, (m, k + 1), of logits of tokens, (m, V)."""
@@ -46,21 +48,30 @@ def events_of(logits: Tensor, old: int | Literal["logits"]) -> Events:
         logits: The old policy's logits, (m, V).
         old: ``"logits"``: all tokens. An integer k: the k likeliest tokens, and all others as one
             event. If k is V − 1 or more, all tokens are events.
-
-    Raises:
-        TrustRegionError: If the k likeliest tokens hold too little of the probability.
     """
     if old == "logits" or old >= logits.shape[-1] - 1:
-        return Events(None)
+        return Events(None, float(len(logits)))
     likeliest = logits.topk(old)
-    mass = float((likeliest.values.logsumexp(-1) - logits.logsumexp(-1)).exp().mean())
+    masses = (likeliest.values.logsumexp(-1) - logits.logsumexp(-1)).exp()
+    return Events(likeliest.indices, float(masses.sum()))
+
+
+def require_mass(old: OldPolicy, mass: float) -> None:
+    """Check that the tokens that are events of their own hold most of the probability.
+
+    Args:
+        old: What is kept of the old policy.
+        mass: The probability of these tokens, the mean over all positions that count.
+
+    Raises:
+        TrustRegionError: If it is too little.
+    """
     if mass < _LEAST_MASS:
         raise TrustRegionError(
-            f"old is {old}, and the {old} likeliest tokens hold {mass:.0%} of the probability on "
+            f"old is {old}, and the {old} likeliest tokens hold {mass:.1%} of the probability on "
             f"average; they must hold at least {_LEAST_MASS:.0%}. The KL does not see what moves "
             "between the other tokens. Keep more tokens, or pass old='logits' or old='log_prob'."
         )
-    return Events(likeliest.indices)
 
 
 def require_old(old: OldPolicy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from trpo_optim.tokens.arguments import (
     counted_tokens,
     require_aligned,
     require_numbers,
+    require_sequences,
     require_temperature,
     require_vocabulary,
 )
 from trpo_optim.tokens.estimates import reference_kl, token_surrogate, weighted_excess
-from trpo_optim.tokens.events import OldPolicy, events_of, require_old
+from trpo_optim.tokens.events import OldPolicy, events_of, require_mass, require_old
 from trpo_optim.tokens.log_prob import at_temperature, chosen, spread
 
 __all__ = ["token_closures"]
@@ -114,11 +116,7 @@ def token_closures(
     require_old(old)
     require_temperature(temperature)
     _require_options(micro_batch, curvature, reference_weight, reference_log_prob)
-    if tokens.dim() != 2:
-        raise TrustRegionError(
-            f"The tokens have shape {tuple(tokens.shape)}; it must be (N, T). Pad the sequences to "
-            "one length, and pass a mask that is false for padding."
-        )
+    require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
     require_vocabulary(tokens[counted], math.inf)
@@ -132,18 +130,20 @@ def token_closures(
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
     options = _Options(old, per, temperature, reference_weight)
 
-    def closure(rows: Tensor) -> Closure:
+    def closure(rows: Tensor) -> tuple[Closure, float]:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
         return _closure(lambda: logits(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
     pieces = used.split(micro_batch or len(used))
+    parts, masses = zip(*map(closure, pieces), strict=True)
+    require_mass(old, sum(masses) / int(counted.sum()))
     taken = max(1, round(curvature * len(used)))
     spaced = used[torch.arange(taken, device=used.device) * len(used) // taken]
     return Closures(
-        parts=[closure(rows) for rows in pieces],
+        parts=list(parts),
         weights=[float(len(rows) if per == "sequence" else counted[rows].sum()) for rows in pieces],
-        curvature=None if taken == len(used) else closure(spaced),
+        curvature=None if taken == len(used) else closure(spaced)[0],
     )
 
 
@@ -177,8 +177,13 @@ class _Options:
     reference_weight: float
 
 
-def _closure(evaluate: Callable[[], Tensor], part: _Part, options: _Options) -> Closure:
-    """Return the closure on some sequences, the policy as it is being the old one."""
+def _closure(
+    evaluate: Callable[[], Tensor], part: _Part, options: _Options
+) -> tuple[Closure, float]:
+    """Return the closure on some sequences, and the probability that its events see.
+
+    The policy at this call is the old policy. The probability is the sum over tokens that count.
+    """
     mask, per = part.mask, options.per
     picked = part.tokens[mask]
 
@@ -216,7 +221,7 @@ def _closure(evaluate: Callable[[], Tensor], part: _Part, options: _Options) -> 
         kl = joint_kl(old_dist, Categorical(logits=told))
         return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, told
 
-    return closure
+    return closure, float(len(picked)) if events is None else events.mass
 
 
 def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
@@ -250,7 +255,7 @@ def _require_options(
         raise TrustRegionError(
             f"micro_batch is {micro_batch!r}; it must be a whole number of at least 1, or None."
         )
-    if not 0 < curvature <= 1:
+    if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
         raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
     if not math.isfinite(weight):
         raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
