@@ -37,6 +37,8 @@ OTHER: dict[str, Any] = {
     "improvement_ratio": 0.2,
     "maximize": True,
     "engine": "finite differences",
+    "preconditioner": "diagonal",
+    "preconditioner_decay": 0.5,
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.recipes,
@@ -18,101 +17,7 @@ pytestmark = [
 ]
 pytest.importorskip("trl")
 recipe = pytest.importorskip("trl_trainer")
-peft = pytest.importorskip("peft")
-
-WORDS, GPT2 = 7, 50_257
-"""Sizes of vocabularies: the recipe's own and GPT-2's."""
-
-
-def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Reward even tokens. A completion may hold tokens that the tokenizer does not know."""
-    return [sum(token % 2 == 0 for token in ids) / 8 for ids in completion_ids]
-
-
-def make_trainer(
-    folder: Path,
-    *,
-    words: int = WORDS,
-    dtype: torch.dtype = torch.float32,
-    lora: bool = False,
-    max_kl: float = 0.01,
-    old: Any = "log_prob",
-    **settings: Any,
-) -> Any:
-    """Return a trainer of a small model. Its settings are TRL's, but for the sizes."""
-    torch.manual_seed(0)
-    model = recipe.make_model(words).to(dtype)
-    defaults: dict[str, Any] = {"per_device_train_batch_size": 16, "max_steps": 1}
-    quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
-    sizes = {"max_completion_length": 8, "save_strategy": "no"}
-    return Recorded(
-        model,
-        even,
-        recipe.GRPOConfig(output_dir=str(folder), **quiet | sizes | defaults | settings),
-        recipe.Dataset.from_dict({"prompt": ["red", "green blue", "white", "black"] * 16}),
-        processing_class=recipe.make_tokenizer(),
-        max_kl=max_kl,
-        old=old,
-        peft_config=peft.LoraConfig(target_modules="all-linear") if lora else None,
-    )
-
-
-class Recorded(recipe.TrustRegionGRPOTrainer):  # type: ignore[misc, name-defined]  # not typed
-    """Keeps every step's micro-batches, closures, report, and parameters before and after."""
-
-    def hand_over_closures(self, optimizer: Any, *rest: Any) -> Any:
-        self.__dict__.setdefault("steps", [])
-        batches = list(self.micro_batches)
-        handed = super().hand_over_closures(optimizer, *rest)
-        self.steps.append({"batches": batches, "closures": handed[0][1], "before": self.values()})
-        return handed
-
-    def log_report(self, optimizer: Any, *rest: Any) -> None:
-        super().log_report(optimizer, *rest)
-        self.steps[-1] |= {"report": optimizer.last_report, "after": self.values()}
-
-    def values(self) -> dict[str, Tensor]:
-        """Return copies of the parameters by name."""
-        return {name: each.detach().clone() for name, each in self.model.named_parameters()}
-
-    def moved(self, step: int = 0) -> dict[str, bool]:
-        """Return which parameters a step has moved."""
-        before, after = self.steps[step]["before"], self.steps[step]["after"]
-        return {name: not torch.equal(before[name], after[name]) for name in before}
-
-    def trainable(self) -> dict[str, bool]:
-        """Return which parameters are to be trained."""
-        return {name: each.requires_grad for name, each in self.model.named_parameters()}
-
-
-def trained(folder: Path, **settings: Any) -> Any:
-    trainer = make_trainer(folder, **settings)
-    trainer.train()
-    return trainer
-
-
-@torch.no_grad()
-def log_probs(trainer: Any, values: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
-    """Return ln π of all next tokens of the completions that count, (m, V), in float64."""
-    model = type(trainer.model)(trainer.model.config).double().train(False)
-    model.load_state_dict(values)
-    sequences = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    logits = model(sequences, attention, use_cache=False).logits
-    length = inputs["completion_ids"].shape[1]
-    told: Tensor = logits[:, -length - 1 : -1] / trainer.temperature
-    return told.log_softmax(-1)[inputs["completion_mask"].bool()]
-
-
-def exact_kl(trainer: Any, step: int = 0) -> float:
-    """Return the mean over tokens of the KL over the whole vocabulary, in float64."""
-    found = trainer.steps[step]
-    total = tokens = 0.0
-    for _, inputs in found["batches"]:
-        old, new = (log_probs(trainer, found[when], inputs) for when in ("before", "after"))
-        total += float((old.exp() * (old - new)).sum())
-        tokens += len(old)
-    return total / tokens
+runs: Any = pytest.importorskip("trained_by_trl")
 
 
 def test_it_learns_to_repeat_a_word() -> None:
@@ -120,7 +25,7 @@ def test_it_learns_to_repeat_a_word() -> None:
 
 
 def test_it_trains_with_the_default_settings_of_trl(tmp_path: Path) -> None:
-    trainer = trained(tmp_path)
+    trainer = runs.trained(tmp_path)
     assert trainer.args.gradient_checkpointing
     assert trainer.args.bf16
     assert (trainer.loss_type, trainer.beta, trainer.num_iterations) == ("dapo", 0.0, 1)
@@ -131,39 +36,39 @@ def test_it_trains_with_the_default_settings_of_trl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        (WORDS, {"gradient_accumulation_steps": 2}),
-        (WORDS, {"bf16": False}),
-        (GPT2, {"bf16": False}),
+        (runs.WORDS, {"gradient_accumulation_steps": 2}),
+        (runs.WORDS, {"bf16": False}),
+        (runs.GPT2, {"bf16": False}),
     ],
     ids=str,
 )
 def test_the_reported_kl_is_the_kl_over_the_whole_vocabulary(
     words: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    trainer = trained(tmp_path, words=words, old="logits", temperature=0.8, **settings)
+    trainer = runs.trained(tmp_path, words=words, old="logits", temperature=0.8, **settings)
     report = trainer.steps[0]["report"]
     assert 0.005 < report.kl <= 0.01
     rounding = 0.001 if "bf16" in settings else 0.01  # autocast to bfloat16 is TRL's default
-    assert report.kl == pytest.approx(exact_kl(trainer), rel=rounding)
+    assert report.kl == pytest.approx(runs.exact_kl(trainer), rel=rounding)
 
 
 def test_the_estimate_on_the_tokens_is_not_below_the_exact_kl(tmp_path: Path) -> None:
     """The step raises the very tokens on which the KL is estimated."""
-    trainer = trained(tmp_path, words=GPT2, bf16=False)
+    trainer = runs.trained(tmp_path, words=runs.GPT2, bf16=False)
     found = trainer.steps[0]
     inputs = found["batches"][0][1]
     tokens = inputs["completion_ids"][inputs["completion_mask"].bool()]
-    old, new = (log_probs(trainer, found[when], inputs) for when in ("before", "after"))
+    old, new = (runs.log_probs(trainer, found[when], inputs) for when in ("before", "after"))
     change = (new - old).gather(-1, tokens[:, None])
     estimate = float((change.expm1() - change).mean())
     assert found["report"].kl == pytest.approx(estimate, rel=0.001)
-    assert exact_kl(trainer) < estimate <= 0.01
+    assert runs.exact_kl(trainer) < estimate <= 0.01
 
 
 def test_one_step_is_taken_per_accumulated_batch(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"bf16": False, "max_steps": 2}
-    parts = trained(tmp_path, gradient_accumulation_steps=2, **settings)
-    whole = trained(tmp_path, per_device_train_batch_size=32, **settings)
+    parts = runs.trained(tmp_path, gradient_accumulation_steps=2, **settings)
+    whole = runs.trained(tmp_path, per_device_train_batch_size=32, **settings)
     assert len(parts.steps) == len(whole.steps) == 2
     for step in (0, 1):
         given, at_once = parts.steps[step], whole.steps[step]
@@ -180,7 +85,7 @@ def test_one_step_is_taken_per_accumulated_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_loss_is_that_of_trl_without_its_clip(beta: float, tmp_path: Path) -> None:
     """With LoRA, the reference policy of ``beta`` is the model without adapters."""
-    trainer = trained(
+    trainer = runs.trained(
         tmp_path,
         beta=beta,
         lora=True,
@@ -211,7 +116,7 @@ def test_the_loss_is_that_of_trl_without_its_clip(beta: float, tmp_path: Path) -
 def test_adapters_move_over_a_frozen_base_in_bfloat16(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    trainer = trained(
+    trainer = runs.trained(
         tmp_path,
         lora=True,
         dtype=torch.bfloat16,
@@ -235,18 +140,18 @@ def test_adapters_move_over_a_frozen_base_in_bfloat16(
 
 
 def test_a_second_step_on_a_rollout_starts_at_the_present_policy(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, num_iterations=2, max_steps=2, bf16=False, old="logits")
+    trainer = runs.trained(tmp_path, num_iterations=2, max_steps=2, bf16=False, old="logits")
     first, second = (step["report"] for step in trainer.steps)
     batches = [step["batches"][0][1]["completion_ids"] for step in trainer.steps]
     assert torch.equal(*batches)
     assert second.loss_before == pytest.approx(first.loss_after, rel=1e-3)  # the ratio goes on
     assert second.loss_after < first.loss_after
     for step, report in enumerate((first, second)):  # the KL starts anew
-        assert report.kl == pytest.approx(exact_kl(trainer, step), rel=0.001)
+        assert report.kl == pytest.approx(runs.exact_kl(trainer, step), rel=0.001)
 
 
 def test_the_log_shows_the_report(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, max_steps=2)
+    trainer = runs.trained(tmp_path, max_steps=2)
     rows = [row for row in trainer.state.log_history if "reward" in row]
     for row, step in zip(rows, trainer.steps, strict=True):
         named = {f"trust_region/{name}": value for name, value in step["report"].as_dict().items()}
@@ -255,7 +160,7 @@ def test_the_log_shows_the_report(tmp_path: Path) -> None:
 
 
 def test_the_schedule_of_trl_scales_the_step(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, max_steps=2, bf16=False, old="logits")
+    trainer = runs.trained(tmp_path, max_steps=2, bf16=False, old="logits")
     assert trainer.args.lr_scheduler_type == "linear"
     assert trainer.steps[1]["report"].kl == pytest.approx(0.01 / 4, rel=0.2)  # half the step
 
@@ -267,8 +172,8 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_with_its_radius(tmp_path: Path)
         "save_steps": 2,
         "bf16": False,
     }
-    whole = trained(tmp_path, max_kl=0.004, **settings)
-    resumed = make_trainer(tmp_path, **settings)
+    whole = runs.trained(tmp_path, max_kl=0.004, **settings)
+    resumed = runs.make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [step["report"] for step in resumed.steps] == [
         step["report"] for step in whole.steps[2:]
@@ -278,9 +183,12 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_with_its_radius(tmp_path: Path)
         assert torch.equal(resumed.steps[-1]["after"][name], value)
 
 
-def test_a_batch_of_truncated_completions_alone_moves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_truncated_completions_alone_moves_nothing(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     endless = {"generation_kwargs": {"suppress_tokens": [0]}}
-    trainer = trained(tmp_path, mask_truncated_completions=True, **endless)
+    trainer = runs.trained(tmp_path, dtype=dtype, mask_truncated_completions=True, **endless)
     assert trainer.steps[0]["report"].outcome.value == "zero_gradient"
     assert not any(trainer.moved().values())
 
@@ -318,4 +226,4 @@ def test_a_setting_that_asks_for_another_loss_is_refused(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        make_trainer(tmp_path, **settings)
+        runs.make_trainer(tmp_path, **settings)
