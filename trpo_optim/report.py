@@ -191,15 +191,16 @@ class StepReport:
         trial_kl: The closure's KL at the last trial, in nats.
         trial_largest_kl: The largest KL of a sample at the last trial, in nats, or NaN.
         closure_evaluations: Calls of all closures of the step, typically 2 or 3 after the first
-            step. With a process group: on the rank with the most calls.
+            step. Finite differences add one per product and closure. With a process group: on the
+            rank with the most calls.
         fisher_products: Fisher-vector products of the solve.
         engine: What differentiated the closure. ``"Gauss-Newton"``: its third value served.
             ``"torch.func"``: it returned two values. ``"double backward"``: neither was possible.
-            ``"finite differences"``: torch cannot differentiate it twice, or gets it wrong.
+            ``"finite differences"``: exact products cost more, are wrong, or do not exist.
             ``"autograd"``: first derivatives alone (mode ``"vanilla"``). If several closures have
             different engines, this is the last of them in this order. Empty: the step ended before.
-        fallback: Why the engine is not Gauss–Newton, the fastest one. Empty if it is, and in mode
-            ``"vanilla"``.
+        fallback: Why this engine served and not Gauss–Newton, or that you named it. Empty if
+            ``"auto"`` chose Gauss–Newton, and in mode ``"vanilla"``.
         max_kl: The radius δ, in nats. NaN without a radius, and in mode ``"vanilla"``.
 
     Example:

@@ -22,6 +22,10 @@ __all__ = [
 ]
 
 
+_ROUNDING = 0.1
+"""How far above 0 half precision may leave the logarithm of a probability of 1."""
+
+
 def require_temperature(temperature: float) -> None:
     """Check that a temperature is a finite number above 0."""
     if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
@@ -100,10 +104,11 @@ def require_vocabulary(tokens: Tensor, size: float) -> None:
 
 def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
     """Check that there is a finite number, without a graph, for every token that counts."""
+    per_sequence = ", or one per sequence, shape (N,)" if name == "advantages" else ""
     if values.shape != counted.shape:
         raise TrustRegionError(
             f"{name} has shape {tuple(values.shape)} and the tokens {tuple(counted.shape)}. Pass "
-            "one number per token."
+            f"one number per token, shape (N, T){per_sequence}."
         )
     if values.requires_grad:
         raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
@@ -113,4 +118,9 @@ def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
         raise TrustRegionError(
             f"{name} is {float(values[row, place])} at token {place} of sequence {row}; it must be "
             "a finite number where the mask is true."
+        )
+    if name != "advantages" and bool(((values > _ROUNDING) & counted).any()):
+        raise TrustRegionError(
+            f"{name} holds {float(values[counted].max()):g}; the logarithm of a probability is at "
+            "most 0. Pass ln π, neither π nor −ln π."
         )
