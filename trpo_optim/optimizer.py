@@ -231,7 +231,8 @@ class TrustRegionOptimizer(AgreeingGroups):
             RankError: If another rank raised, was lost or differs. Nothing has moved.
         """
         if closure is None and all(group["lr"] == 0 for group in self.param_groups):
-            if self._settings().keeps_gradients:  # torch.distributed.checkpoint asks for room so
+            # torch.distributed.checkpoint calls this to have the state made before it loads one.
+            if self._settings().keeps_gradients:
                 begin(self.state, trainable(self.param_groups))
             return StepReport(Outcome.ZERO_LEARNING_RATE)
         group = self.process_group

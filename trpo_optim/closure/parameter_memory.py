@@ -45,7 +45,8 @@ def begin(state: _State, parameters: Iterable[Tensor]) -> None:
         parameters: The parameters.
     """
     for each in parameters:
-        state[each].setdefault(_NAME, torch.full_like(each, torch.nan))
+        if _NAME not in state[each]:
+            state[each][_NAME] = torch.full_like(each, torch.nan)
 
 
 def remember(state: _State, vector: ParameterVector, roots: Tensor) -> None:
