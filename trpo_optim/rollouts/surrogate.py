@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_beside
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["surrogate"]
@@ -49,14 +50,7 @@ def surrogate(
     given = {"sampling_log_prob": sampling_log_prob, "advantages": advantages}
     if weights is not None:
         given["weights"] = weights
-    for name, value in given.items():
-        if value.shape != log_prob.shape:
-            raise TrustRegionError(
-                f"{name} has shape {tuple(value.shape)} and the log-probabilities "
-                f"{tuple(log_prob.shape)}. Pass one number per action in both."
-            )
-        if value.requires_grad:
-            raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
+    require_beside(log_prob, given, called="log-probabilities", unit="action")
     if log_prob.numel() == 0:
         raise TrustRegionError("The batch is empty. Pass at least one action.")
     terms = (log_prob - sampling_log_prob).exp() * advantages

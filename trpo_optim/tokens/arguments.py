@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_no_graph
 from trpo_optim.distributions.masks import checked_mask, require_fit
 from trpo_optim.errors import TrustRegionError
 
@@ -110,8 +111,7 @@ def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
             f"{name} has shape {tuple(values.shape)} and the tokens {tuple(counted.shape)}. Pass "
             f"one number per token, shape (N, T){per_sequence}."
         )
-    if values.requires_grad:
-        raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
+    require_no_graph(name, values)
     bad = (~values.isfinite() & counted).nonzero()
     if len(bad):
         row, place = bad[0].tolist()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_beside
 from trpo_optim.distributions.masks import Per, checked_mask, masked_mean, require_fit, require_per
 from trpo_optim.distributions.precision import widened
-from trpo_optim.errors import TrustRegionError
 
 __all__ = ["reference_kl", "token_surrogate", "weighted_excess"]
 
@@ -146,14 +146,7 @@ def _counted(
 ) -> Tensor | None:
     """Return the mask as one of bools, after checking all arguments."""
     require_per(per)
-    for name, value in others.items():
-        if value.shape != new_log_prob.shape:
-            raise TrustRegionError(
-                f"{name} has shape {tuple(value.shape)} and the new log-probabilities "
-                f"{tuple(new_log_prob.shape)}. Pass one number per token in both."
-            )
-        if value.requires_grad:
-            raise TrustRegionError(f"{name} requires grad. Compute it under no_grad before.")
+    require_beside(new_log_prob, others, called="new log-probabilities", unit="token")
     if mask is None:
         return None
     counted = checked_mask(mask)
