@@ -157,27 +157,50 @@ def test_the_kl_of_logits_in_half_precision_is_one_in_single(old: Any) -> None:
     assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def kept_elements(old: Any) -> int:
-    """The number of elements of the largest tensor with a vocabulary that the closures hold."""
+def kept_elements(old: Any, head: Callable[[Tensor], Tensor] | None = None) -> int:
+    """The number of elements of the largest tensor that the closures hold for 12 tokens of 24."""
     tokens, mask = torch.zeros(4, 6, dtype=torch.long), torch.ones(4, 6).bool()
     mask[:, :3] = False
-    weight = torch.zeros(500, requires_grad=True)
+    weight = torch.zeros(500 if head is None else 5, requires_grad=True)
     closures = token_closures(
-        lambda rows: weight.expand(4, 6, 500)[rows], tokens, mask, torch.zeros(4), old=old
+        lambda rows: weight.expand(4, 6, len(weight))[rows],
+        *(tokens, mask, torch.zeros(4)),
+        old=old,
+        head=head,
     )
     (closure,) = closures.parts
-    kept = [cell.cell_contents for cell in closure.__closure__ or ()]
-    found = [each for each in kept if isinstance(each, Tensor)]
-    found += [each.logits for each in kept if isinstance(each, Categorical)]
-    found += [each.single for each in kept if isinstance(getattr(each, "single", None), Tensor)]
-    return max(each.numel() for each in found)
+    sizes, seen = [], {id(weight), id(head)}
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            sizes.append(value.numel())
+        elif isinstance(value, list | tuple):
+            for each in value:
+                visit(each)
+        elif callable(value) and getattr(value, "__closure__", None):
+            visit([cell.cell_contents for cell in value.__closure__])
+        elif hasattr(value, "__dict__"):
+            visit(list(vars(value).values()))
+
+    visit(closure)
+    return max(sizes)
 
 
 def test_what_is_kept_of_the_old_policy_is_what_old_says() -> None:
-    """Of 12 tokens that count, among 24."""
     assert kept_elements("log_prob") == 24
     assert kept_elements(7) == 12 * 8
     assert kept_elements("logits") == 12 * 500
+
+
+def test_hidden_states_are_kept_of_a_head_that_is_not_trained() -> None:
+    head = nn.Linear(5, 500)
+    assert kept_elements("logits", head) == 12 * 500
+    head.requires_grad_(False)
+    assert kept_elements("logits", head) == 12 * 5
+    assert kept_elements(7, head) == 12 * 8
 
 
 @pytest.mark.parametrize("old", ["log_prob", "logits", 2])
@@ -221,19 +244,24 @@ NAN = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
         ({"micro_batch": 0}, ["micro_batch is 0"]),
         ({"curvature": 0.0}, ["curvature is 0.0", "(0, 1]"]),
         ({"curvature": 1.5}, ["curvature is 1.5"]),
-        ({"logits": lambda rows: {"logits": None}}, ["returned a dict", ".logits[:, :-1]"]),
-        ({"logits": lambda rows: torch.zeros(2, 4, 8)}, ["(2, 4, 8)", "logits[:, :-1]"]),
-        ({"logits": lambda rows: torch.zeros(2, 3), "old": 4}, ["log-probabilities", "old is 4"]),
+        ({"outputs": lambda rows: {"logits": None}}, ["returned a dict", ".logits[:, :-1]"]),
+        ({"outputs": lambda rows: torch.zeros(2, 4, 8)}, ["(2, 4, 8)", "logits[:, :-1]"]),
+        ({"outputs": lambda rows: torch.zeros(2, 3), "old": 4}, ["log-probabilities", "old is 4"]),
         (
-            {"logits": lambda rows: torch.zeros(2, 3), "temperature": 0.5},
+            {"outputs": lambda rows: torch.zeros(2, 3), "temperature": 0.5},
             ["log-probabilities", "temperature is 0.5"],
+        ),
+        ({"head": nn.Linear(8, 8), "chunk": 0}, ["chunk is 0"]),
+        (
+            {"outputs": lambda rows: torch.zeros(2, 4, 8), "head": nn.Linear(8, 8)},
+            ["(2, 4, 8)", "hidden[:, :-1]"],
         ),
     ],
 )
 def test_what_does_not_fit_is_an_error_with_its_remedy(
     change: dict[str, Any], words: list[str]
 ) -> None:
-    given: dict[str, Any] = {"logits": lambda rows: torch.zeros(2, 3, 8)[rows], **ROWS, **change}
+    given: dict[str, Any] = {"outputs": lambda rows: torch.zeros(2, 3, 8)[rows], **ROWS, **change}
     with pytest.raises(TrustRegionError) as error:
         token_closures(**given)
     assert all(word in str(error.value) for word in words), error.value

@@ -16,6 +16,8 @@ from trpo_optim.errors import TrustRegionError
 __all__ = [
     "counted_tokens",
     "require_aligned",
+    "require_chunk",
+    "require_hidden",
     "require_numbers",
     "require_sequences",
     "require_temperature",
@@ -47,6 +49,23 @@ def require_aligned(logits: Tensor, tokens: Tensor) -> None:
             "predict the token at t + 1, so a model that has read all tokens gives logits[:, :-1] "
             "for tokens[:, 1:]."
         )
+
+
+def require_hidden(hidden: Tensor, tokens: Tensor) -> None:
+    """Check that there is one hidden state per token."""
+    if hidden.shape[:-1] != tokens.shape or hidden.dim() == 0:
+        raise TrustRegionError(
+            f"The hidden states have shape {tuple(hidden.shape)} and the tokens "
+            f"{tuple(tokens.shape)}. Pass one hidden state per token, shape (*tokens.shape, H). "
+            "The hidden state at position t predicts the token at t + 1, so pass hidden[:, :-1] "
+            "with tokens[:, 1:]."
+        )
+
+
+def require_chunk(chunk: int) -> None:
+    """Check the number of positions in a chunk."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise TrustRegionError(f"chunk is {chunk!r}; it must be a whole number of at least 1.")
 
 
 def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:

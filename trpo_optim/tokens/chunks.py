@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trpo_optim.errors import TrustRegionError
-from trpo_optim.tokens.arguments import counted_tokens
+from trpo_optim.tokens.arguments import counted_tokens, require_chunk, require_hidden
 from trpo_optim.tokens.log_prob import spread, token_log_prob
 
-__all__ = ["chunked_log_prob"]
+__all__ = ["chunked_log_prob", "evaluated_again"]
+
+ResultT = TypeVar("ResultT")
+
+
+def evaluated_again(function: Callable[..., ResultT], *arguments: Tensor) -> ResultT:
+    """Evaluate a function whose backward pass evaluates it again, and so keeps nothing of it."""
+    result: Any = checkpoint(function, *arguments, use_reentrant=False)
+    return result  # type: ignore[no-any-return]
 
 
 def chunked_log_prob(
@@ -55,15 +62,8 @@ def chunked_log_prob(
         >>> torch.allclose(values, token_log_prob(head(hidden), tokens), atol=1e-5)
         True
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise TrustRegionError(f"chunk is {chunk!r}; it must be a whole number of at least 1.")
-    if hidden.shape[:-1] != tokens.shape or hidden.dim() == 0:
-        raise TrustRegionError(
-            f"The hidden states have shape {tuple(hidden.shape)} and the tokens "
-            f"{tuple(tokens.shape)}. Pass one hidden state per token, shape (*tokens.shape, H). "
-            "The hidden state at position t predicts the token at t + 1, so pass hidden[:, :-1] "
-            "with tokens[:, 1:]."
-        )
+    require_chunk(chunk)
+    require_hidden(hidden, tokens)
     counted = counted_tokens(tokens, mask)
     rows = hidden.flatten(0, -2) if counted is None else hidden[counted]
     picked = tokens.flatten() if counted is None else tokens[counted]
@@ -71,9 +71,7 @@ def chunked_log_prob(
     def of_chunk(part: Tensor, part_tokens: Tensor) -> Tensor:
         return token_log_prob(head(part), part_tokens, temperature=temperature)
 
-    parts: list[Any] = [
-        checkpoint(of_chunk, *each, use_reentrant=False)
-        for each in zip(rows.split(chunk), picked.split(chunk), strict=True)
-    ]
+    pairs = zip(rows.split(chunk), picked.split(chunk), strict=True)
+    parts = [evaluated_again(of_chunk, *each) for each in pairs]
     values = torch.cat(parts)
     return values.view(tokens.shape) if counted is None else spread(values, counted)

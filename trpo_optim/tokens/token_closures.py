@@ -10,35 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
 
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.random_state import random_state_kept
-from trpo_optim.distributions import frozen, joint_kl
 from trpo_optim.distributions.masks import Per, of_sequences, require_per
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import (
     counted_tokens,
     require_aligned,
+    require_chunk,
+    require_hidden,
     require_numbers,
     require_sequences,
     require_temperature,
     require_vocabulary,
 )
+from trpo_optim.tokens.comparison import Comparison, Head, Outputs
 from trpo_optim.tokens.estimates import reference_kl, token_surrogate, weighted_excess
-from trpo_optim.tokens.events import OldPolicy, events_of, require_mass, require_old
-from trpo_optim.tokens.log_prob import at_temperature, chosen, spread
+from trpo_optim.tokens.events import OldPolicy, require_mass, require_old
+from trpo_optim.tokens.log_prob import spread
 
 __all__ = ["token_closures"]
 
 
 def token_closures(
-    logits: Callable[[Any], Tensor],
+    outputs: Callable[[Any], Tensor],
     tokens: Tensor,
     mask: Tensor | None,
     advantages: Tensor,
     *,
+    head: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 1024,
     behaviour_log_prob: Tensor | None = None,
     old: OldPolicy = "log_prob",
     per: Per = "token",
@@ -60,20 +63,26 @@ def token_closures(
     that count are never evaluated.
 
     Args:
-        logits: Called with some rows, a slice or a tensor of indices. Returns what predicts
-            ``tokens[rows]``, shape (n, T, V). With ``old="log_prob"`` it may also return the
-            log-probabilities of ``tokens[rows]``, shape (n, T), as ``chunked_log_prob`` does.
+        outputs: Called with some rows, a slice or a tensor of indices. Returns the logits that
+            predict ``tokens[rows]``, shape (n, T, V). With a head, it returns the hidden states
+            that predict them, (n, T, H). With ``old="log_prob"`` it may also return the
+            log-probabilities of ``tokens[rows]``, (n, T).
         tokens: The tokens, integers of shape (N, T). Where the mask is false, any integers.
         mask: True where a token counts, shape (N, T). None: all count.
         advantages: One number per sequence, (N,), or per token, (N, T).
+        head: Maps hidden states, (n, H), to logits, (n, V); usually the model's last layer. Logits
+            are then made for ``chunk`` positions at a time, and made again in the backward pass.
+            None: the function returns logits.
+        chunk: With a head, the most positions whose logits exist at once.
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
         old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
             token. The KL is estimated on the tokens, without bias: with ``behaviour_log_prob``,
             each token is weighted by π_old/π_behaviour. ``"logits"``: all logits of tokens that
-            count. The KL is exact. An integer k: the k likeliest tokens, and all others as one
-            event. This KL is a lower bound of the exact KL (data-processing inequality), and equal
-            to it if k is V − 1 or more.
+            count. The KL is exact. If a head is given that is not trained, the hidden states are
+            kept instead. An integer k: the k likeliest tokens, and all others as one event. This KL
+            is a lower bound of the exact KL (data-processing inequality), and equal to it if k is
+            V − 1 or more.
         per: ``"token"``: loss and KL are means over tokens. ``"sequence"``: they are means over
             sequences of the sum over tokens.
         temperature: The temperature at which the tokens were drawn. Loss and KL are those of the
@@ -88,7 +97,8 @@ def token_closures(
         The closures. Their weights also weigh the ranks of a process group; every rank needs a
         token that counts. With ``old="log_prob"``, the KL is a scalar. Otherwise it is a vector
         with one KL per token or per sequence, so that ``constraint="max"`` works, too. The third
-        value is the log-probabilities, (n, T), or the logits that the KL is computed from.
+        value is what the KL is computed from, of the m tokens that count: log-probabilities, (m,),
+        logits, (m, V), or hidden states, (m, H).
 
     Raises:
         TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
@@ -115,7 +125,7 @@ def token_closures(
     require_per(per)
     require_old(old)
     require_temperature(temperature)
-    _require_options(micro_batch, curvature, reference_weight, reference_log_prob)
+    _require_options(micro_batch, chunk, curvature, reference_weight, reference_log_prob)
     require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
@@ -128,11 +138,12 @@ def token_closures(
         if values is not None:
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
-    options = _Options(old, per, temperature, reference_weight)
+    read = Outputs(temperature, None if head is None else Head(head, chunk))
+    options = _Options(read, old, per, reference_weight)
 
     def closure(rows: Tensor) -> tuple[Closure, float]:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
-        return _closure(lambda: logits(place), whole.of(place), options)
+        return _closure(lambda: outputs(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
     pieces = used.split(micro_batch or len(used))
@@ -171,9 +182,9 @@ class _Part:
 class _Options:
     """What ``token_closures`` was told about loss and KL."""
 
+    outputs: Outputs
     old: OldPolicy
     per: Per
-    temperature: float
     reference_weight: float
 
 
@@ -185,70 +196,67 @@ def _closure(
     The policy at this call is the old policy. The probability is the sum over tokens that count.
     """
     mask, per = part.mask, options.per
-    picked = part.tokens[mask]
 
     def of_counted() -> Tensor:
-        """Return the logits, (m, V), or the log-probabilities, (m,), of tokens that count."""
+        """Return the user's outputs at the m tokens that count, (m, …)."""
         outputs = evaluate()
         _require_outputs(outputs, part.tokens, options)
-        if outputs.dim() == 3:
-            require_vocabulary(picked, outputs.shape[-1])
-        return at_temperature(outputs[mask], options.temperature)
-
-    def log_prob(outputs: Tensor, told: Tensor) -> Tensor:
-        logs = chosen(outputs, picked) - told.logsumexp(-1) if outputs.dim() == 2 else outputs
-        return spread(logs, mask)
+        return outputs[mask]
 
     with torch.no_grad(), random_state_kept([mask.device]):
-        start = of_counted()
-        events = None if options.old == "log_prob" else events_of(start, options.old)
-        old_dist = None if events is None else frozen(Categorical(logits=events.logits(start)))
-        old_log_prob = log_prob(start, start)
-        del start
+        compare = Comparison(of_counted(), part.tokens[mask], options.outputs, options.old)
+    old_log_prob = spread(compare.log_prob, mask)
     base = old_log_prob if part.behaviour is None else part.behaviour
     weight = old_log_prob - base.masked_fill(~mask, 0)
 
     def closure() -> tuple[Tensor, Tensor, Tensor]:
-        outputs = of_counted()
-        told = outputs if events is None else events.logits(outputs)
-        new = log_prob(outputs, told)
+        log_prob, kl, third = compare(of_counted())
+        new = spread(log_prob, mask)
         loss = token_surrogate(new, base, part.advantages, mask, per=per)
         if part.reference is not None:
             penalty = reference_kl(new, part.reference, base, mask, per=per)
             loss = loss + options.reference_weight * penalty
-        if old_dist is None:
-            return loss, weighted_excess(weight, new - old_log_prob, mask, per), new
-        kl = joint_kl(old_dist, Categorical(logits=told))
-        return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, told
+        if kl is None:
+            return loss, weighted_excess(weight, new - old_log_prob, mask, per), third
+        return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, third
 
-    return closure, float(len(picked)) if events is None else events.mass
+    return closure, compare.mass
 
 
 def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
     """Check what the user's function returned for some rows."""
     if not isinstance(outputs, Tensor):
         raise TrustRegionError(
-            f"logits(rows) returned a {type(outputs).__name__}. Return a tensor, such as "
+            f"outputs(rows) returned a {type(outputs).__name__}. Return a tensor, such as "
             "model(...).logits[:, :-1]."
         )
-    if outputs.shape != tokens.shape:
+    if options.outputs.head is not None:
+        require_hidden(outputs, tokens)
+    elif outputs.shape != tokens.shape:
         require_aligned(outputs, tokens)
     elif options.old != "log_prob":
         raise TrustRegionError(
-            f"logits(rows) returned log-probabilities, shape {tuple(outputs.shape)}, and old is "
-            f"{options.old!r}, which needs logits of shape (n, T, V). Pass old='log_prob'."
+            f"outputs(rows) returned log-probabilities, shape {tuple(outputs.shape)}, and old is "
+            f"{options.old!r}, which needs logits of shape (n, T, V), or hidden states with a "
+            "head. Pass old='log_prob'."
         )
-    elif options.temperature != 1:
+    elif options.outputs.temperature != 1:
         raise TrustRegionError(
-            f"logits(rows) returned log-probabilities, and temperature is {options.temperature!r}. "
-            "Pass the temperature where you compute them, and leave it out here."
+            "outputs(rows) returned log-probabilities, and temperature is "
+            f"{options.outputs.temperature!r}. Pass the temperature where you compute them, and "
+            "leave it out here."
         )
 
 
 def _require_options(
-    micro_batch: int | None, curvature: float, weight: float, reference: Tensor | None
+    micro_batch: int | None,
+    chunk: int,
+    curvature: float,
+    weight: float,
+    reference: Tensor | None,
 ) -> None:
     """Check the options that are numbers."""
+    require_chunk(chunk)
     if micro_batch is not None and (
         isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
     ):

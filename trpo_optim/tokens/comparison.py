@@ -1,0 +1,166 @@
+"""The present policy beside the old one, at the tokens that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from trpo_optim.distributions import frozen, joint_kl
+from trpo_optim.tokens.arguments import require_vocabulary
+from trpo_optim.tokens.chunks import evaluated_again
+from trpo_optim.tokens.events import Events, OldPolicy, events_of
+from trpo_optim.tokens.log_prob import at_temperature, chosen
+
+__all__ = ["Compared", "Comparison", "Head", "Outputs"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What maps hidden states, (n, H), to logits, (n, V).
+
+    Attributes:
+        function: The user's.
+        chunk: The most positions whose logits exist at once.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """How log-probabilities are computed from what the user's function returns.
+
+    Attributes:
+        temperature: What logits are divided by.
+        head: What is applied to hidden states. None: the function returns logits, or the
+            log-probabilities themselves.
+    """
+
+    temperature: float
+    head: Head | None = None
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return the logits, (m, V), of outputs at m tokens."""
+        logits = rows if self.head is None else self.head.function(rows)
+        return at_temperature(logits, self.temperature)
+
+
+class Compared(NamedTuple):
+    """The present policy at m tokens.
+
+    Attributes:
+        log_prob: ln π of the tokens, (m,).
+        kl: KL(old ‖ present) at each token, (m,); None if it is to be estimated.
+        third: What both are computed from, for Gauss–Newton products.
+    """
+
+    log_prob: Tensor
+    kl: Tensor | None
+    third: Tensor
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What is kept of the old policy at some tokens. All but the tokens may be None.
+
+    Attributes:
+        tokens: (m,).
+        events: Between what the KL distinguishes.
+        dist: The old policy over the events.
+        hidden: In place of ``dist``: the old hidden states, (m, H), for a head that no step moves.
+    """
+
+    tokens: Tensor
+    events: Events | None = None
+    dist: Categorical | None = None
+    hidden: Tensor | None = None
+
+
+class Comparison:
+    """Compares the policy with what it was when this object was made.
+
+    Attributes:
+        log_prob: The old ln π of the tokens, (m,).
+        mass: The old probability of the events that are single tokens, summed over the tokens.
+    """
+
+    def __init__(self, start: Tensor, tokens: Tensor, outputs: Outputs, old: OldPolicy) -> None:
+        """Keep the old policy.
+
+        Args:
+            start: The old policy's outputs at the tokens: logits, (m, V), log-probabilities, (m,),
+                or hidden states, (m, H).
+            tokens: (m,).
+            outputs: How log-probabilities are computed from them.
+            old: What to keep.
+        """
+        self._outputs = outputs
+        self._chunks: list[_Chunk] = []
+        logs = []
+        self.mass = float(len(tokens)) if old == "log_prob" else 0.0
+        for rows, picked in zip(self._split(start), self._split(tokens), strict=True):
+            chunk, log_prob = self._kept(rows, picked, old)
+            self._chunks.append(chunk)
+            logs.append(log_prob)
+            self.mass += 0.0 if chunk.events is None else chunk.events.mass
+        self.log_prob = torch.cat(logs)
+
+    def __call__(self, rows: Tensor) -> Compared:
+        """Compare the present policy's outputs, in the shape of the old ones."""
+        measured = self._measured
+        head = self._outputs.head
+        pieces = [
+            measured(chunk, piece)
+            if head is None
+            else evaluated_again(lambda each, chunk=chunk: measured(chunk, each), piece)
+            for chunk, piece in zip(self._chunks, self._split(rows), strict=True)
+        ]
+        log_prob = torch.cat([each.log_prob for each in pieces])
+        kls = [each.kl for each in pieces if each.kl is not None]
+        if not kls:
+            return Compared(log_prob, None, log_prob)
+        return Compared(log_prob, torch.cat(kls), pieces[0].third if head is None else rows)
+
+    def _split(self, rows: Tensor) -> Sequence[Tensor]:
+        head = self._outputs.head
+        return (rows,) if head is None else rows.split(head.chunk)
+
+    def _kept(self, rows: Tensor, tokens: Tensor, old: OldPolicy) -> tuple[_Chunk, Tensor]:
+        """Return what to keep at some tokens, and their log-probabilities."""
+        if rows.dim() == 1:
+            return _Chunk(tokens), rows
+        logits = self._outputs.logits(rows)
+        require_vocabulary(tokens, logits.shape[-1])
+        if old == "log_prob":
+            return _Chunk(tokens), chosen(logits, tokens) - logits.logsumexp(-1)
+        events = events_of(logits, old)
+        told = events.logits(logits)
+        log_prob = chosen(logits, tokens) - told.logsumexp(-1)
+        if old == "logits" and self._outputs.head is not None and not self._head_is_moved(rows):
+            return _Chunk(tokens, events, hidden=rows.clone()), log_prob
+        return _Chunk(tokens, events, frozen(Categorical(logits=told))), log_prob
+
+    def _head_is_moved(self, rows: Tensor) -> bool:
+        """Return whether the logits depend on anything that is trained, besides the outputs."""
+        with torch.enable_grad():
+            return self._outputs.logits(rows[:1].detach()).requires_grad
+
+    def _measured(self, chunk: _Chunk, rows: Tensor) -> Compared:
+        """Compare the policies at some tokens."""
+        if rows.dim() == 1:
+            return Compared(rows, None, rows)
+        logits = self._outputs.logits(rows)
+        told = logits if chunk.events is None else chunk.events.logits(logits)
+        log_prob = chosen(logits, chunk.tokens) - told.logsumexp(-1)
+        old = chunk.dist
+        if chunk.hidden is not None:
+            with torch.no_grad():
+                old = Categorical(logits=self._outputs.logits(chunk.hidden))
+        kl = None if old is None else joint_kl(old, Categorical(logits=told))
+        return Compared(log_prob, kl, told)
