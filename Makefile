@@ -37,7 +37,7 @@ bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten min
 bench-words: .venv/bench ## one step of a small language model, held out (five minutes); writes docs/results/language.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_quality.py
 
-bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); writes docs/results/language-cost.md
+bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); writes docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md

@@ -1,8 +1,8 @@
-"""Memory and time of one step of a language model, beside AdamW's update.
+"""One step of a language model: its memory and time beside AdamW's update, and its exact KL.
 
     make bench-language
 
-It writes docs/results/language-cost.md. It needs transformers and peft.
+It writes docs/results/language-steps.md. It needs transformers and peft.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import tyro
+from language_kls import section
 from memory import peak_bytes
 from peft import LoraConfig, get_peft_model
 from table import table
@@ -30,9 +31,11 @@ LAYERS, WIDTH, HIDDEN, HEADS, RANK = 4, 256, 688, 4, 8
 CHUNK = 256
 """Positions whose logits exist at once, with a head."""
 
-PAGE = """# What a step of a language model costs
+PAGE = """# One step of a language model
 
 This page was written by `make bench-language` {setting}.
+
+## Memory and time
 
 The model is a Llama of {layers} layers and {width} features with LoRA of rank {rank} in all linear
 layers. It has random weights. The vocabulary has {vocabulary} tokens. A batch has {sequences}
@@ -48,6 +51,10 @@ Times are CPU times, medians of {rounds} steps.
 - All steps take ten Fisher-vector products, by finite differences. The first step of an optimizer
   also takes an exact product, which needs more memory. With `engine="finite differences"`, it does
   not.
+
+## The exact KL of a step
+
+{kls}
 """
 
 
@@ -65,7 +72,7 @@ class Setting:
     """sequences that are evaluated at once"""
     rounds: int = 3
     """timed steps of each row"""
-    page: Path = Path("docs/results/language-cost.md")
+    page: Path = Path("docs/results/language-steps.md")
     """what is written"""
 
 
@@ -223,7 +230,7 @@ def main(setting: Setting) -> None:
     sizes |= {name: getattr(setting, name) for name in names}
     machine = f"with torch {torch.__version__}, on one core"
     setting.page.write_text(
-        PAGE.format(setting=machine, rows=table(*rows(found)), **sizes), "utf-8"
+        PAGE.format(setting=machine, rows=table(*rows(found)), kls=section(), **sizes), "utf-8"
     )
 
 
