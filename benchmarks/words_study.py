@@ -26,8 +26,8 @@ from table import table
 from tqdm import tqdm
 from workers import pool
 
-RADII = "max_kl", (0.0025, 0.005, 0.01, 0.02, 0.04)
-RATES = "lr", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+RADII = "max_kl", (0.003, 0.01, 0.03, 0.1)
+RATES = "lr", (1e-4, 3e-4, 1e-3, 3e-3)
 BEST: tuple[str, ...] = (
     *("variant", "best setting", "seeds", "mean reward", "95 % interval"),
     *("greedy at the end", "CPU s of updates"),
@@ -54,7 +54,7 @@ class Variant:
 
 VARIANTS = {
     "trpo": Variant("trpo", *RADII),
-    "natural": Variant("natural", *RADII),
+    "trpo, diagonal": Variant("trpo", "max_kl", RADII[1][:3], {"preconditioner": "diagonal"}),
     "adamw": Variant("adamw", *RATES),
     "ppo": Variant("ppo", *RATES),
 }
@@ -65,11 +65,11 @@ VARIANTS = {
 class Study:
     """Which runs to make."""
 
-    tasks: tuple[words.TaskName, ...] = ("addition", "sorting")
+    tasks: tuple[words.TaskName, ...] = tuple(words.TASKS)
     """tasks of examples/words.py"""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """names of VARIANTS"""
-    seeds: int = 3
+    seeds: int = 5
     """runs of each setting"""
     updates: int | None = None
     """updates of a run; None: the task's number"""
