@@ -71,6 +71,11 @@ def success(runs: Mapping[int, Run]) -> dict[int, float]:
     return {seed: fmean(run["reward"]) for seed, run in sorted(runs.items())}
 
 
+def chosen(settings: Mapping[float, Mapping[int, Run]]) -> float:
+    """Return the setting to compare: the one radius, or the best of the rates."""
+    return ONE_RADIUS if ONE_RADIUS in settings else best(settings)
+
+
 def best(settings: Mapping[float, Mapping[int, Run]]) -> float:
     """Return the setting with the highest mean reward, of those that have runs of all seeds."""
     most = max(len(runs) for runs in settings.values())
@@ -105,7 +110,7 @@ def section(task: str, runs: Runs) -> str:
     first: list[Sequence[str]] = [HEADER]
     grid: list[Sequence[str]] = [("variant", "mean reward by setting", "worst run")]
     for variant, settings in runs.items():
-        value = best(settings)
+        value = chosen(settings)
         first.append(row(variant, value, settings[value], ppo))
         cells = [f"{x:g}: {fmean(success(settings[x]).values()):.3f}" for x in sorted(settings)]
         worst = min(min(success(each).values()) for each in settings.values())
@@ -148,7 +153,7 @@ def draw(tasks: Mapping[str, Runs], path: Path) -> None:
     answers = words.PROMPTS * words.COMPLETIONS
     for (task, runs), (left, middle, right) in zip(tasks.items(), rows, strict=True):
         for variant, settings in runs.items():
-            value = best(settings)
+            value = chosen(settings)
             colour, label = COLOURS[variant], f"{variant}, {value:g}"
             rewards = np.array([run["reward"] for run in settings[value].values()])
             curve = np.apply_along_axis(np.convolve, 1, rewards, np.full(5, 0.2), "valid").mean(0)
