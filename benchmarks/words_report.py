@@ -18,8 +18,8 @@ Run: TypeAlias = dict[str, list[float]]
 Runs: TypeAlias = dict[str, dict[float, dict[int, Run]]]
 """Runs of one task: by variant, setting and seed."""
 
-PPO, ONE_RADIUS = "ppo", 0.01
-"""What others are compared with, and the radius that serves all tasks."""
+PPO, ONE_RADIUS, ONE_RATE = "ppo", 0.01, 3e-4
+"""What others are compared with, the radius that serves all tasks, and a rate to plot rates by."""
 COLOURS = {"trpo": "#0072B2", "trpo, diagonal": "#56B4E9", "adamw": "#E69F00", "ppo": "#D55E00"}
 HEADER: tuple[str, ...] = (
     *("variant", "setting", "mean reward", "less PPO's"),
@@ -166,17 +166,17 @@ def draw(tasks: Mapping[str, Runs], path: Path) -> None:
             samples = answers * np.arange(3, 3 + len(curve)) / 1000
             left.plot(samples, curve, color=colour, linewidth=2.5, label=label)
             middle.plot(seconds[2 : 2 + len(curve)], curve, color=colour, linewidth=2.5)
+            centre = ONE_RADIUS if ONE_RADIUS in settings else ONE_RATE
             grid = sorted(settings)
+            places = [x / centre for x in grid]
             means = [fmean(success(settings[x]).values()) for x in grid]
-            right.plot(range(len(grid)), means, "o-", color=colour, label=variant)
-            for place, x in enumerate(grid):
+            right.semilogx(places, means, "o-", color=colour, linewidth=2.5)
+            for place, x in zip(places, grid, strict=True):
                 each = list(success(settings[x]).values())
                 right.plot([place] * len(each), each, ".", color=colour, alpha=0.4)
         left.set(ylabel=f"{task}:\nmean reward", xlabel="thousand answers")
         middle.set(xlabel="CPU s of the run")
-        right.set(
-            xlabel="setting of the grid, from small to large", xticks=range(4), xticklabels="1234"
-        )
+        right.set(xlabel=f"δ / {ONE_RADIUS:g}, or rate / {ONE_RATE:g}")
         left.legend(fontsize=12)
     figure.savefig(path, dpi=90)
     plt.close(figure)
