@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-language bench-learning format clean
+.PHONY: demo test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/advanced/demo.py
@@ -34,11 +34,14 @@ bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single
 bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/results/scaling.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/scaling.py
 
-bench-words: .venv/bench ## one step of a small language model, held out (five minutes); writes docs/results/language.md
+bench-words: .venv/bench ## one step of a small language model, held out (five minutes); writes docs/results/language-gain.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_quality.py
 
 bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); writes docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
+
+bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); writes docs/results/language.md
+	PYTHONPATH=examples $(BIN)/python benchmarks/words_study.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms trpo random

@@ -2,7 +2,7 @@
 
     make bench-words
 
-It writes docs/results/language.md.
+It writes docs/results/language-gain.md.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from trpo_optim import TrustRegionOptimizer
 
 TASKS: tuple[words.TaskName, ...] = ("addition", "sorting")
 PRODUCTS = (3, 5, 10, 20)
+PROMPTS = 32
 BEFORE, STEPS, HELD_OUT = 12, 4, 12
 """Batches whose gradients the preconditioner has seen, steps, and batches to judge them by."""
 
-PAGE = """# Language models
+PAGE = """# Language models: what a step gains
 
 This page was written by `make bench-words`. The models are the pretrained ones of
 [`words.py`](../../examples/words.py), with seed 0. A batch has 256 answers.
-
-## What a step gains
 
 The table shows the gain over √KL of one step with δ = 0.01. The first number is the gain on the
 batch of the step, the second the gain on {held_out} held-out batches. Both are means over {steps}
@@ -48,11 +47,11 @@ small, and its noise is large. The preconditioner gains 2 to 8 % more on the bat
 
 def batch(model: words.Llama, task: words.TaskName) -> words.Batch:
     """Return answers that the model wrote, as ``words.train`` makes them."""
-    drawn = words.TASKS[task].draw(words.PROMPTS)
+    drawn = words.TASKS[task].draw(PROMPTS)
     prompts, answers = (each.repeat_interleave(words.COMPLETIONS, 0) for each in drawn)
     length = answers.shape[1]
     tokens = words.complete(model, prompts, length)
-    groups = words.right(tokens, answers).view(words.PROMPTS, -1)
+    groups = words.right(tokens, answers).view(PROMPTS, -1)
     with torch.no_grad():
         old = words.policy(model, tokens, length)
     return tokens, old.logits, (groups - groups.mean(1, keepdim=True)).view(-1, 1)
@@ -125,7 +124,7 @@ def main() -> None:
     head = ["task", "products", "own", "held out", "diagonal: own", "held out"]
     rows = [row for task in TASKS for row in quality(task, folder)]
     page = PAGE.format(held_out=HELD_OUT, steps=STEPS, before=BEFORE, quality=table(head, *rows))
-    Path("docs/results/language.md").write_text(page, encoding="utf-8")
+    Path("docs/results/language-gain.md").write_text(page, encoding="utf-8")
     print(page)
 
 

@@ -1,11 +1,11 @@
 """Small language models trained by reward: trust-region steps beside AdamW and PPO.
 
-    PYTHONPATH=examples python benchmarks/words_study.py --seeds 5
-    PYTHONPATH=examples python benchmarks/words_study.py --report
+    make bench-words-learning
 
 Every variant runs on every task with every setting of its grid and every seed. Each finished run is
 one line of runs/words/study.jsonl. If you stop the study, the same command makes only the runs that
-are missing. All variants start from the same pretrained models.
+are missing. All variants start from the same pretrained models. At the end, it writes
+docs/results/language.md and docs/results/language.png.
 """
 
 from __future__ import annotations
@@ -16,23 +16,16 @@ from collections.abc import Mapping
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import tyro
 import words
-from table import table
 from tqdm import tqdm
+from words_report import write
 from workers import pool
 
-RADII = "max_kl", (0.0025, 0.005, 0.01, 0.02, 0.04)
-RATES = "lr", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-BEST: tuple[str, ...] = (
-    *("variant", "best setting", "seeds", "mean reward", "95 % interval"),
-    *("greedy at the end", "CPU s of updates"),
-)
-WHOLE: tuple[str, ...] = ("variant", "mean over the grid", "worst", "mean reward by setting")
+FEW = 2
+"""Seeds of the settings that only show how much a setting matters."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +35,42 @@ class Variant:
     Attributes:
         optimizer: As ``words.train`` calls it.
         name: The setting: ``"max_kl"`` or ``"lr"``.
-        grid: Its values.
+        grid: Its values, for every seed.
+        wider: Further values, for the first ``FEW`` seeds.
         options: Further arguments of the optimizer's class.
     """
 
     optimizer: words.OptimizerName
     name: str
     grid: tuple[float, ...]
+    wider: tuple[float, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def values(self, seed: int) -> tuple[float, ...]:
+        """Return the settings of a seed's runs."""
+        return self.grid + self.wider if seed < FEW else self.grid
 
+
+RATES = "lr", (1e-4, 3e-4, 1e-3), (3e-3,)
+DIAGONAL = {"preconditioner": "diagonal"}
 VARIANTS = {
-    "trpo": Variant("trpo", *RADII),
-    "natural": Variant("natural", *RADII),
+    "trpo": Variant("trpo", "max_kl", (0.01,), (0.003, 0.03, 0.1)),
+    "trpo, diagonal": Variant("trpo", "max_kl", (0.01,), options=DIAGONAL),
     "adamw": Variant("adamw", *RATES),
     "ppo": Variant("ppo", *RATES),
 }
-"""What is compared. Add a variant of an optimizer here, with its options."""
+"""What is compared: trpo at one radius, the others at the best of several rates."""
 
 
 @dataclass(frozen=True)
 class Study:
     """Which runs to make."""
 
-    tasks: tuple[words.TaskName, ...] = ("addition", "sorting")
+    tasks: tuple[words.TaskName, ...] = tuple(words.TASKS)
     """tasks of examples/words.py"""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """names of VARIANTS"""
-    seeds: int = 3
+    seeds: int = 5
     """runs of each setting"""
     updates: int | None = None
     """updates of a run; None: the task's number"""
@@ -80,7 +81,9 @@ class Study:
     folder: Path = Path("runs/words")
     """where runs and pretrained models are kept"""
     report: bool = False
-    """print the tables of the finished runs, and run nothing"""
+    """write the page of the finished runs, and run nothing"""
+    page: Path = Path("docs/results/language.md")
+    """what is written, with a picture beside it"""
 
     @property
     def lines(self) -> Path:
@@ -95,7 +98,7 @@ class Study:
             for seed in range(self.seeds)
             for task in self.tasks
             for variant in self.variants
-            for value in VARIANTS[variant].grid
+            for value in VARIANTS[variant].values(seed)
         ]
 
 
@@ -146,45 +149,12 @@ def make(study: Study) -> None:
             workers.shutdown(cancel_futures=True)  # after a failure, start no further run
 
 
-def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean over seeds."""
-    drawn = np.random.default_rng(0).choice(values, (draws, len(values)))
-    low, high = np.percentile(drawn.mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def report(lines: list[dict[str, Any]]) -> str:
-    """Return two tables per task: each variant at its best setting, and over its whole grid."""
-    grouped: dict[str, dict[str, dict[float, list[Any]]]] = {}
-    for line in lines:
-        value = line[VARIANTS[line["variant"]].name]
-        settings = grouped.setdefault(line["task"], {}).setdefault(line["variant"], {})
-        settings.setdefault(value, []).append(line["run"])
-    parts = []
-    for task, variants in grouped.items():
-        best, whole = [BEST], [WHOLE]
-        for variant, settings in variants.items():
-            success = {x: [fmean(run["reward"]) for run in settings[x]] for x in sorted(settings)}
-            means = {x: fmean(success[x]) for x in success}
-            top = max(means, key=lambda x: means[x])
-            low, high = interval(success[top])
-            final = fmean(run["greedy"][-1] for run in settings[top])
-            seconds = fmean(sum(run["improving"]) for run in settings[top])
-            row = f"{means[top]:.3f}", f"{low:.3f} to {high:.3f}", f"{final:.3f}", f"{seconds:.1f}"
-            best.append((variant, f"{top:g}", str(len(success[top])), *row))
-            cells = ", ".join(f"{x:g}: {mean:.3f}" for x, mean in means.items())
-            whole.append(
-                (variant, f"{fmean(means.values()):.3f}", f"{min(means.values()):.3f}", cells)
-            )
-        parts += [f"## {task}", table(*best), table(*whole)]
-    return "\n\n".join(parts)
-
-
 def main(study: Study) -> None:
-    """Make the runs that are missing, and print the tables."""
+    """Make the runs that are missing, and write the page."""
     if not study.report:
         make(study)
-    print(report(finished(study.lines)))
+    names = {variant: each.name for variant, each in VARIANTS.items()}
+    write(finished(study.lines), names, study.page)
 
 
 if __name__ == "__main__":

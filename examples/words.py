@@ -4,7 +4,7 @@
 
 The model learns from right answers until a quarter of its own are right. From then on, it sees only
 the reward of what it writes: 1 for a right answer, 0 for a wrong one. An update has three parts:
-write 8 answers to each of 32 prompts, compare the 8 with each other, improve the model.
+write 8 answers to each of 64 prompts, compare the 8 with each other, improve the model.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ OptimizerName = Literal["trpo", "natural", "vanilla", "adamw", "ppo"]
 CHARACTERS = "0123456789+* ="  # a digit's token is the digit
 LAYERS, WIDTH, HEADS, HIDDEN = 2, 64, 4, 240  # of the model: 127 000 parameters
 ROTARY_BASE = 1000  # Llama has 10 000 or more, for longer texts
-PROMPTS, COMPLETIONS = 32, 8  # an update sees 8 answers to each of 32 prompts
+PROMPTS, COMPLETIONS = 64, 8  # an update sees 8 answers to each of 64 prompts
 MAX_KL = 0.01  # radius in nats per character
 LR = {"vanilla": 0.3, "adamw": 2e-4, "ppo": 1e-4}  # trpo and natural have a radius instead
 PASSES = {"adamw": 1, "ppo": 4}  # over a batch; also the number of minibatches of a pass
@@ -126,9 +126,9 @@ class Task(NamedTuple):
 
 
 TASKS: dict[TaskName, Task] = {
-    "addition": Task(6, "+", lambda x: spelled(number(x[:, :3]) + number(x[:, 3:]), 4), 60),
+    "addition": Task(6, "+", lambda x: spelled(number(x[:, :3]) + number(x[:, 3:]), 4), 30),
     "sorting": Task(6, " ", lambda x: x.sort(1).values, 30),
-    "multiplication": Task(4, "*", lambda x: spelled(number(x[:, :3]) * x[:, 3], 4), 60),
+    "multiplication": Task(4, "*", lambda x: spelled(number(x[:, :3]) * x[:, 3], 4), 30),
 }
 
 

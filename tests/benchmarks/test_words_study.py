@@ -1,4 +1,4 @@
-"""The study of language models goes on where it stopped, and reports the best setting."""
+"""The study of language models goes on where it stopped, and its page says what the runs say."""
 
 from __future__ import annotations
 
@@ -9,12 +9,32 @@ from typing import Any
 
 import pytest
 import words_study
-from words_study import Study, finished, make, report
+from words_report import best, grouped, section, verdict, write
+from words_study import VARIANTS, Study, finished, make
 
 
 def line(case: dict[str, Any], reward: float) -> dict[str, Any]:
-    run = {"reward": [reward, reward], "improving": [1.0, 2.0], "greedy": [0.5]}
-    return {**case, "run": run}
+    figures = {
+        "reward": [reward] * 8,
+        "improving": [1.0] * 8,
+        "writing": [0.5] * 8,
+        "greedy": [0.5],
+    }
+    return {**case, "run": figures}
+
+
+NAMES = {variant: each.name for variant, each in VARIANTS.items()}
+
+
+def lines(study: Study, ahead: float = 0.02) -> list[dict[str, Any]]:
+    """Return runs in which trpo is ahead of PPO's best rate, 3e-4, by about as much."""
+    found = []
+    for case in study.cases():
+        noise = 0.01 * (case["seed"] % 3)
+        ours = 0.4 + ahead + 0.1 * noise if case["variant"].startswith("trpo") else 0.3
+        reward = (0.4 if case.get("lr") == 3e-4 else ours) + noise
+        found.append(line(case, reward))
+    return found
 
 
 def test_only_missing_runs_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,9 +67,41 @@ def test_only_missing_runs_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert made == cases[4:]
 
 
-def test_the_report_shows_the_best_setting_and_the_worst() -> None:
-    study = Study(tasks=("addition",), variants=("trpo",), seeds=2)
-    runs = [line(case, 0.1 if case["max_kl"] != 0.01 else 0.4) for case in study.cases()]
-    text = report(runs)
-    assert "| trpo | 0.01 | 2 | 0.400 | 0.400 to 0.400 | 0.500 | 3.0 |" in text
-    assert "| trpo | 0.160 | 0.100 |" in text
+def test_wider_settings_have_runs_of_the_first_seeds_alone() -> None:
+    cases = Study(tasks=("sorting",)).cases()
+    seeds = {
+        value: {
+            each["seed"] for each in cases if (each["variant"], each.get("lr")) == ("ppo", value)
+        }
+        for value in (3e-4, 3e-3)
+    }
+    assert seeds == {3e-4: {0, 1, 2, 3, 4}, 3e-3: {0, 1}}
+
+
+def test_the_best_setting_is_one_with_runs_of_all_seeds() -> None:
+    run = {"reward": [0.4]}
+    better = {"reward": [0.9]}
+    assert best({1.0: {0: run, 1: run}, 2.0: {0: better}, 3.0: {0: run, 1: better}}) == 3.0
+
+
+def test_the_tables_say_what_the_runs_say() -> None:
+    study = Study(tasks=("addition",))
+    text = section("addition", grouped(lines(study), NAMES)["addition"])
+    assert "| ppo | 0.0003 | 0.408 (0.398 to 0.418) |  | 0.500 | 8 | 12 |" in text
+    assert "| trpo | 0.01 | 0.429 (0.417 to 0.440) | +0.021 (+0.020 to +0.022) | 0.500 |" in text
+    assert "0.0001: 0.308, 0.0003: 0.408, 0.001: 0.308, 0.003: 0.305 | 0.300 |" in text
+
+
+@pytest.mark.parametrize(("ahead", "side"), [(0.02, "above"), (-0.02, "below")])
+def test_the_verdict_counts_intervals_on_either_side_of_zero(ahead: float, side: str) -> None:
+    study = Study(tasks=("addition", "sorting"))
+    text = verdict(grouped(lines(study, ahead), NAMES))
+    counts = {"above": "0 (none)", "below": "0 (none)", side: "2 (addition, sorting)"}
+    assert f"is above zero on {counts['above']}, and below zero on {counts['below']}" in text
+
+
+def test_the_page_and_its_picture_are_written(tmp_path: Path) -> None:
+    page = tmp_path / "language.md"
+    write(lines(Study()), NAMES, page)
+    assert "There are 5 seeds" in page.read_text("utf-8")
+    assert page.with_suffix(".png").stat().st_size > 20_000
