@@ -240,12 +240,13 @@ class TrustRegionOptimizer(AgreeingGroups):
         def prepare() -> Ready:
             settings = self._settings()
             closures = collected(closure, weights, curvature, shared=group is not None)
-            return Ready.of(self.param_groups, settings, closures, self.state)
+            return Ready.of(self.param_groups, settings, closures, self.state, group)
 
         with torch.inference_mode(False), torch.no_grad():
             ready, batch = prepared(prepare, group, self.param_groups)
             figures: dict[str, Any] = {}
-            with ready.transaction as transaction, unwrapped(group, ready.vector):
+            ranks = unwrapped(group, ready.vector, batch.in_step)
+            with batch.sums(), ready.transaction as transaction, ranks:
                 transaction.begin()
                 preconditioner = None
                 if ready.memory is not None:
