@@ -75,12 +75,22 @@ def task_of(kind: str = "all parameters", dtype: torch.dtype = torch.float64) ->
     return Problem(Policy(kind).to(dtype), torch.randn(SAMPLES, 4, dtype=dtype))
 
 
+def core_of(task: Problem) -> Any:
+    """Return what ``fully_shard`` gets of a task's policy."""
+    return task.policy.core
+
+
 def sharded(task: Problem, **options: Any) -> Problem:
     """Shard every block of a task's policy, and the core around them."""
-    for block in task.policy.core.blocks:  # type: ignore[union-attr]  # a module list
+    for block in core_of(task).blocks:
         fully_shard(block, **options)
-    fully_shard(task.policy.core, **options)  # type: ignore[arg-type]  # a module
+    fully_shard(core_of(task), **options)
     return task
+
+
+def half(task: Problem, rank: int) -> Any:
+    """Return the closure of a rank's half of the batch."""
+    return closure_on(task, slice(32 * rank, 32 * (rank + 1)))
 
 
 def steps_on(

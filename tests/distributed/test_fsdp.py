@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fsdp_policies import (
     SAMPLES,
     alone,
+    core_of,
     sharded,
     steps_on,
     task_of,
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from wrapped_steps import closure_on
 
 from trpo_optim import Outcome
@@ -127,11 +129,11 @@ def rejected(rank: int, options: dict[str, Any]) -> list[Any]:
         each.grad = gradient
     before = [each.to_local().clone() for each in parameters]
     with torch.no_grad():
-        said = task.policy.core(task.observations)
+        said = core_of(task)(task.observations)
     report = optimizer.step(closure_on(task, slice(32 * rank, 32 * (rank + 1))))
     kept = [one is other for one, other in zip(parameters, task.parameters(), strict=True)]
     with torch.no_grad():
-        same = list(map(torch.equal, task.policy.core(task.observations), said))
+        same = list(map(torch.equal, core_of(task)(task.observations), said))
     assert all(map(torch.equal, before, [each.to_local() for each in parameters]))
     grads = [
         each.grad is own and bool((own.to_local() == 1).all())
@@ -146,11 +148,81 @@ def test_a_rejected_step_leaves_every_bit(keep: bool) -> None:
         assert found == [Outcome.NO_IMPROVEMENT, True, True, True]
 
 
+def set_otherwise(rank: int, name: str) -> Tensor:
+    """Return the parameters after two steps with FSDP set in another way."""
+    task = sharded(task_of())
+    blocks = core_of(task).blocks
+    if name == "divide factor":
+        core_of(task).set_gradient_divide_factor(1.0)  # the blocks keep the number of ranks
+    elif name == "prefetch":
+        core_of(task).set_modules_to_forward_prefetch([*blocks])
+        blocks[1].set_modules_to_backward_prefetch([blocks[0]])
+    else:
+        core_of(task).set_reshard_after_backward(False)
+    steps_on(task, [32], 32 * rank, process_group=dist.group.WORLD)
+    core_of(task).reshard()
+    return vector_of(task.policy)
+
+
+@pytest.mark.parametrize("name", ["divide factor", "prefetch", "whole after backward"])
+def test_how_fsdp_is_set_changes_no_step(name: str) -> None:
+    before, expected, _ = alone("all parameters", torch.float64, engine=DIFFERENCES)
+    for vector in values_of(on_ranks(2, set_otherwise, name)):
+        assert apart(vector, expected, before) < 1e-7
+
+
+def on_a_part(rank: int, share: bool) -> Tensor:
+    """Return the parameters after a step whose curvature is that of some rows."""
+    task = sharded(task_of()) if share else task_of()
+    rows = slice(40 * rank, 40 + 24 * rank) if share else slice(64)
+    settings = {"process_group": dist.group.WORLD} if share else {"engine": DIFFERENCES}
+    optimizer = task.optimizer(**settings)
+    if share:
+        part = closure_on(task, slice(rows.start, rows.start + 8))
+        weights = rows.stop - rows.start
+        optimizer.step(closure_on(task, rows), curvature=part, weights=weights)
+        return vector_of(task.policy)
+    first, second = (closure_on(task, slice(start, start + 8)) for start in (0, 40))
+
+    def part_of_both() -> Any:
+        return tuple(
+            (40 * one + 24 * other) / 64
+            for one, other in zip(first()[:2], second()[:2], strict=True)
+        )
+
+    optimizer.step(closure_on(task, rows), curvature=part_of_both)
+    return vector_of(task.policy)
+
+
+def test_the_curvature_of_a_part_weighs_as_the_ranks_whole_batch() -> None:
+    before, expected = vector_of(task_of().policy), on_a_part(0, share=False)
+    for vector in values_of(on_ranks(2, on_a_part, True)):
+        assert apart(vector, expected, before) < 1e-7
+
+
+def in_half_precision(rank: int) -> tuple[Outcome, Tensor]:
+    """Return how a vanilla step goes that computes in half precision."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    task = sharded(task_of(dtype=torch.float32), mp_policy=policy)
+    shares = {"mode": "vanilla", "max_norm": 0.1, "process_group": dist.group.WORLD}
+    (report,) = steps_on(task, [32], 32 * rank, count=1, **shares)
+    return report.outcome, vector_of(task.policy)
+
+
+def test_a_vanilla_step_may_compute_in_half_precision() -> None:
+    task = task_of(dtype=torch.float32)
+    before = vector_of(task.policy)
+    steps_on(task, [SAMPLES], 0, count=1, mode="vanilla", max_norm=0.1)
+    for outcome, vector in values_of(on_ranks(2, in_half_precision)):
+        assert outcome is Outcome.ACCEPTED
+        assert apart(vector, vector_of(task.policy), before) < 0.05
+
+
 def trained_after(rank: int, steps: int) -> Tensor:
     """Return a gradient of the user's own backward, after some steps."""
     task = sharded(task_of())
     steps_on(task, [32], 32 * rank, count=steps, process_group=dist.group.WORLD, lr=1e-12)
-    mean, _ = task.policy.core(task.observations[32 * rank : 32 * (rank + 1)])
+    mean, _ = core_of(task)(task.observations[32 * rank : 32 * (rank + 1)])
     mean.square().mean().backward()
     gradients: list[Any] = [each.grad for each in task.parameters()]
     return torch.cat([each.full_tensor().reshape(-1) for each in gradients if each is not None])
@@ -166,7 +238,7 @@ def saved_and_stepped(rank: int, folder: Path, first: bool) -> tuple[Tensor, Any
     task = task_of()
     if not first:
         with torch.no_grad():
-            task.policy.core.log_std.add_(1.0)
+            core_of(task).log_std.add_(1.0)
     sharded(task)
     radius = 0.02 if first else 0.01
     optimizer = task.optimizer(

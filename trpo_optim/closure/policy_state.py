@@ -163,10 +163,12 @@ class PolicyState:
         return key
 
     def _is_part_of(self, tensor: Tensor) -> bool:
-        """Whether a tensor has no memory of its own: it is on meta, or a view of parameters."""
+        """Whether a tensor has no memory of its own: on meta, freed by FSDP, or parameters'."""
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
             return tensor.is_meta
         held = local(tensor)
+        if held.numel() and held.untyped_storage().size() == 0:
+            return True
         candidates = self._memories.get(held.untyped_storage().data_ptr(), [])
         return any(share_memory(held, each) for each in candidates)
 

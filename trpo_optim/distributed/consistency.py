@@ -123,7 +123,8 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
         raise RankError(
             f"The parameters' shapes or types on {_names(reduction, others)} differ from the other "
             f"ranks ({texts[others[0]]}). Build the same policy on every rank, and pass the same "
-            "parameters to the optimizer."
+            "parameters to the optimizer. FullyShardedDataParallel gives every rank other shapes; "
+            "use fully_shard instead."
         )
     if odd_ones(settings):
         raise RankError(
@@ -135,7 +136,8 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             f"The parameters of {_names(reduction, others)} differ from the other ranks. Start "
             "from the same parameters (the same seed, the same checkpoint, or "
             "torch.distributed.broadcast from one rank), and move them by step() only. Run every "
-            "rank on the same type of machine, with the same torch and number of threads."
+            "rank on the same type of machine, with the same torch and number of threads. If "
+            "FullyShardedDataParallel has sharded the parameters, use fully_shard instead."
         )
     if others := odd_ones([tuple(row[6:8]) for row in rows]):
         raise RankError(
