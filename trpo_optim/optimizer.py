@@ -98,7 +98,7 @@ class TrustRegionOptimizer(AgreeingGroups):
         maximize: Whether the closure's first value is an objective to be raised.
         engine: What makes Fisher-vector products. ``"auto"``: Gauss–Newton with the third value,
             ``torch.func`` without it, and finite differences for micro-batches, recurrence,
-            convolutions, attention and checkpoints.
+            convolutions, attention, checkpoints and parameters in FSDP.
         preconditioner: ``"diagonal"``: the direction is (F + λD)⁻¹ g, where D is 0.1 plus the root
             of the running mean of squared gradients. ``state_dict`` saves this root. ``"none"``:
             D = I, the default, which gained more on held-out batches. Mode ``"vanilla"`` has no
