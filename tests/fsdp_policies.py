@@ -17,7 +17,6 @@ from wrapped_steps import closure_on
 from trpo_optim import StepReport
 
 SAMPLES = 64
-KINDS = ("all parameters", "adapters", "checkpoints")
 
 
 class Block(nn.Module):
@@ -46,6 +45,9 @@ class Core(nn.Module):
         self.mean = nn.Linear(7, 2).requires_grad_(not adapter)
         self.log_std = nn.Parameter(torch.full((1,), -0.3))
         self.checkpointed = kind == "checkpoints"
+        if kind == "one number":  # of which the first rank has all
+            self.requires_grad_(False)
+            self.log_std.requires_grad_(True)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         hidden: Any = observations

@@ -165,7 +165,7 @@ def compiler_is_imported() -> bool:
 def fsdp_states() -> list[tuple[Any, Any]]:
     """Return the modules of this process that ``fully_shard`` took, each with its state."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is None:
+    if kind is None or torch.__version__ < "2.13":  # before, parameters in parts are refused
         return []
     known = sys.modules["torch.distributed._composable_state"]._module_state_mapping
     modules: list[Any] = [each for each in known if isinstance(each, kind)]

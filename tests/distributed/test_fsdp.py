@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from wrapped_steps import closure_on
 
-from trpo_optim import Outcome
+from trpo_optim import Outcome, StepReport, long_vectors
 from trpo_optim.algorithm import krylov_basis
 
 pytestmark = [
@@ -63,6 +63,7 @@ def apart(vector: Tensor, expected: Tensor, before: Tensor) -> float:
         ("all parameters", "2 in micro-batches", "preconditioner", {}),
         ("all parameters", "2 uneven", "vanilla", {"reshard_after_forward": True}),
         ("adapters", "2 uneven", "trpo", {}),
+        ("one number", "2 uneven", "trpo", {}),
         ("checkpoints", "2 uneven", "trpo", {"reshard_after_forward": True}),
     ],
 )
@@ -84,12 +85,20 @@ def test_sharded_parameters_take_the_step_of_whole_ones(
         assert report.step_norm == pytest.approx(own.step_norm, rel=1e-6)
 
 
-def test_sharded_parameters_in_single_precision_gain_as_whole_ones_do() -> None:
-    before, expected, own = alone("all parameters", torch.float32, engine="double backward")
-    shares = CUTS["2 even"]
-    for vector, report in values_of(
-        on_ranks(2, together, "all parameters", shares, torch.float32, {}, {})
-    ):
+def in_single_precision(rank: int, kind: str, compact: bool) -> tuple[Tensor, StepReport]:
+    """Step in single precision, maybe with the solve of long vectors, in half their memory."""
+    if compact:
+        long_vectors._LONG = 1
+    return together(rank, kind, CUTS["2 even"], torch.float32, {}, {})
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["", "as long vectors"])
+@pytest.mark.parametrize("kind", ["all parameters", "one number"])
+def test_sharded_parameters_in_single_precision_gain_as_whole_ones_do(
+    kind: str, compact: bool
+) -> None:
+    before, expected, own = alone(kind, torch.float32, engine="double backward")
+    for vector, report in values_of(on_ranks(2, in_single_precision, kind, compact)):
         assert apart(vector, expected, before) < 0.05
         assert report.improvement == pytest.approx(own.improvement, rel=0.01)
 

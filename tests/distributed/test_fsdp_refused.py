@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_policies import core_of, half, sharded, task_of
-from ranks import Raised, on_ranks
+from ranks import Raised, on_ranks, values_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -18,11 +18,7 @@ from torch.torch_version import TorchVersion
 
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.no_cover,
-    pytest.mark.skipif(torch.__version__ < "2.13", reason="refused"),
-]
+pytestmark = [pytest.mark.ranks, pytest.mark.no_cover]
 
 
 Case = tuple[Any, str]
@@ -234,6 +230,24 @@ def refusals(rank: int, names: list[str]) -> list[str]:
     return said
 
 
+def old_torch_itself(rank: int) -> str:
+    """Return what a step says of sharded parameters."""
+    task = task_of()
+    fully_shard(core_of(task))
+    try:
+        task.optimizer(**world()).step(task.closure)
+    except TrustRegionError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.13", reason="serves them")
+def test_an_older_torch_is_named() -> None:
+    for text in values_of(on_ranks(2, old_torch_itself)):
+        assert re.search(r"DTensors, which torch .* cannot.*Use torch 2.13 or later", text)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="as tested above")
 def test_what_cannot_be_names_the_way_out() -> None:
     results = on_ranks(2, refusals, list(REFUSED))
     for rank, found in enumerate(results):
