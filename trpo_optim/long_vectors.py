@@ -29,7 +29,7 @@ sums are right to 1e-4. At it, less memory costs a step no more than 10 % of its
 class _Parts:
     """How the parts of vectors on several ranks become sums over whole vectors."""
 
-    add_up: Callable[[Tensor], None]
+    add_up: Callable[[Tensor], object]
     each: Callable[[float], list[float]]
     length: int
 
@@ -39,7 +39,7 @@ _parts: ContextVar[_Parts | None] = ContextVar("parts", default=None)
 
 @contextmanager
 def in_parts(
-    add_up: Callable[[Tensor], None], each: Callable[[float], list[float]], length: int
+    add_up: Callable[[Tensor], object], each: Callable[[float], list[float]], length: int
 ) -> Iterator[None]:
     """Have every vector stand for this rank's part of a vector that lies on several ranks.
 

@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "preconditioner": {"preconditioner": "diagonal"},
 }
 CUTS = {
+    "1": [[64]],
     "2 even": [[32], [32]],
     "2 uneven": [[40], [24]],
     "3 uneven": [[30], [24], [10]],
@@ -62,6 +63,7 @@ def apart(vector: Tensor, expected: Tensor, before: Tensor) -> float:
         ("all parameters", "3 uneven", "natural", {"reshard_after_forward": False}),
         ("all parameters", "2 in micro-batches", "preconditioner", {}),
         ("all parameters", "2 uneven", "vanilla", {"reshard_after_forward": True}),
+        ("all parameters", "1", "trpo", {}),
         ("adapters", "2 uneven", "trpo", {}),
         ("one number", "2 uneven", "trpo", {}),
         ("checkpoints", "2 uneven", "trpo", {"reshard_after_forward": True}),
