@@ -120,6 +120,13 @@ def no_sums(rank: int) -> Any:
     return task, world(), half(task, rank), {}
 
 
+@refused_case(r"set_all_reduce_hook\(\) has given FSDP a hook that changes gradients")
+def hooks_on_sums(rank: int) -> Any:
+    task = sharded(task_of())
+    core_of(task).set_all_reduce_hook(lambda gradients: None)
+    return task, world(), half(task, rank), {}
+
+
 @refused_case("The closures or weights of rank 1 are left out.*every rank a closure with samples")
 def no_samples(rank: int) -> Any:
     task = sharded(task_of())
