@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from problems import Problem, gaussian
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
@@ -54,7 +52,6 @@ def closure_on(task: Problem, rows: slice, *, third: bool = True) -> Any:
 def refused(rank: int, wrap: str) -> str:
     """Return what a step says of a wrapper."""
     task = gaussian()
-    settings: dict[str, Any] = {}
     if wrap == "DDP without group":
         task.policy = DistributedDataParallel(task.policy)
     elif wrap == "zero redundancy":
@@ -64,15 +61,12 @@ def refused(rank: int, wrap: str) -> str:
             ZeroRedundancyOptimizer(task.policy.parameters(), TrustRegionOptimizer, max_kl=0.01)
         except TrustRegionError as error:
             return str(error)
-    elif wrap == "tensor parallelism of old":
+    else:
         mesh, network = init_device_mesh("cpu", (2,)), task.policy.network
         assert isinstance(network, nn.Module)
         parallelize_module(network, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))  # noqa: B010 (typed as final)
-    else:
-        fully_shard(task.policy)
-        settings = {"process_group": dist.group.WORLD}
-    optimizer = task.optimizer(**settings)
+    optimizer = task.optimizer()
     try:
         optimizer.step(task.closure)
     except TrustRegionError as error:

@@ -93,6 +93,6 @@ def blaming(name: str) -> Iterator[None]:
     try:
         yield
     except TrustRegionError as error:
-        if not name:
+        if not name or isinstance(error, RankError):
             raise
         raise TrustRegionError(f"In {name}: {error}") from error

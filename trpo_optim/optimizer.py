@@ -98,7 +98,7 @@ class TrustRegionOptimizer(AgreeingGroups):
         maximize: Whether the closure's first value is an objective to be raised.
         engine: What makes Fisher-vector products. ``"auto"``: Gauss–Newton with the third value,
             ``torch.func`` without it, and finite differences for micro-batches, recurrence,
-            convolutions, attention and checkpoints.
+            convolutions, attention, checkpoints and parameters in FSDP.
         preconditioner: ``"diagonal"``: the direction is (F + λD)⁻¹ g, where D is 0.1 plus the root
             of the running mean of squared gradients. ``state_dict`` saves this root. ``"none"``:
             D = I, the default, which gained more on held-out batches. Mode ``"vanilla"`` has no
@@ -240,12 +240,13 @@ class TrustRegionOptimizer(AgreeingGroups):
         def prepare() -> Ready:
             settings = self._settings()
             closures = collected(closure, weights, curvature, shared=group is not None)
-            return Ready.of(self.param_groups, settings, closures, self.state)
+            return Ready.of(self.param_groups, settings, closures, self.state, group)
 
         with torch.inference_mode(False), torch.no_grad():
             ready, batch = prepared(prepare, group, self.param_groups)
             figures: dict[str, Any] = {}
-            with ready.transaction as transaction, unwrapped(group, ready.vector):
+            ranks = unwrapped(group, ready.vector, batch.in_step)
+            with batch.sums(), ready.transaction as transaction, ranks:
                 transaction.begin()
                 preconditioner = None
                 if ready.memory is not None:

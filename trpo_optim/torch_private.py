@@ -15,7 +15,10 @@ Some are attributes, which cannot be imported:
 - ``_categorical`` of ``OneHotCategorical``, ``_param`` of ``Categorical``, ``Bernoulli`` and
   ``Binomial``, ``_unbroadcasted_*`` of ``LowRankMultivariateNormal`` and ``Wishart``, and
   ``_cached_x_y`` and ``_inv`` of transforms, in ``distributions``;
-- ``_validate_args`` of ``Distribution``, in ``testing.argument_checks``.
+- ``_validate_args`` of ``Distribution``, in ``testing.argument_checks``;
+- ``_is_root``, ``_fsdp_param_groups`` and ``_unsharded_param`` of FSDP's states and parameters, and
+  what its groups of parameters are set to, in ``closure.fsdp`` and ``distributed.fsdp``; from torch
+  2.13 on.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ __all__ = [
     "compiler_is_imported",
     "copy_each",
     "current_mode",
+    "fsdp_states",
     "is_transformed",
     "kl_of_bases",
     "kl_rule",
@@ -60,6 +64,7 @@ __all__ = [
     "own_again",
     "pop_mode",
     "saves_by_hooks",
+    "storage_of",
     "swap_contents",
     "transforms_undone",
     "untransformed",
@@ -142,6 +147,26 @@ def saves_by_hooks() -> bool:
     return _hooks is not None and _hooks(False) is not None
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others, even while its memory is freed.
+
+    Args:
+        tensor: Strided.
+    """
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
 def compiler_is_imported() -> bool:
     """Return whether something can have been compiled."""
     return "torch._dynamo" in sys.modules
+
+
+def fsdp_states() -> list[tuple[Any, Any]]:
+    """Return the modules of this process that ``fully_shard`` took, each with its state."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or torch.__version__ < "2.13":  # before, parameters in parts are refused
+        return []
+    known = sys.modules["torch.distributed._composable_state"]._module_state_mapping
+    modules: list[Any] = [each for each in known if isinstance(each, kind)]
+    return [(each, each._get_fsdp_state()) for each in modules]

@@ -15,7 +15,8 @@ from problems import MODES
 from torch import Tensor, nn
 
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
-from trpo_optim.closure.parameters import share_memory, trainable
+from trpo_optim.closure.parameters import trainable
+from trpo_optim.closure.shared_memory import share_memory
 
 BASE = torch.arange(24.0)
 

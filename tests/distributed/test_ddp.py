@@ -253,12 +253,6 @@ def test_a_compiled_policy_is_compiled_no_more_often_than_without_steps(wrap: bo
         ),
         ("zero redundancy", r"a part of the parameters.*on every rank.*process_group="),
         ("tensor parallelism of old", r"torch 2.12.1\+cpu cannot.*Use torch 2.13 or later"),
-        (
-            "FSDP",
-            "sharded by FSDP.*Keep a whole copy on every rank.*parallelize_module"
-            if torch.__version__ >= "2.13"
-            else "Use torch 2.13 or later; or keep a whole copy on every rank",
-        ),
     ],
 )
 def test_what_cannot_be_names_the_way_out(wrap: str, text: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim.algorithm.krylov_basis import krylov_basis
+from trpo_optim.long_vectors import length
 
 __all__ = ["RELATIVE_DAMPING", "Ending", "Solution", "conjugate_gradient"]
 
@@ -93,15 +94,15 @@ def conjugate_gradient(
         Hestenes & Stiefel (1952); Paige & Saunders, "Solution of sparse indefinite systems of
         linear equations" (1975), for the Lanczos form; Schulman et al. (2015), appendix C.
     """
-    basis = krylov_basis(b, min(iterations, len(b)))
-    length = basis.rest_length
+    basis = krylov_basis(b, min(iterations, length(b)))
+    size = basis.rest_length
     small = _Tridiagonal([], [], 0.0)
-    best = _Iterate([], 1.0 if math.isfinite(length) else math.nan, damping or 0.0)
+    best = _Iterate([], 1.0 if math.isfinite(size) else math.nan, damping or 0.0)
     products = 0
     ending = Ending.ITERATION_LIMIT
-    if length == 0:
+    if size == 0:
         best, ending = replace(best, residual=0.0), Ending.CONVERGED
-    elif not math.isfinite(length):
+    elif not math.isfinite(size):
         ending = Ending.NON_FINITE
     while ending is Ending.ITERATION_LIMIT and products < iterations:
         forth = basis.rest_length if products else 0.0
@@ -117,10 +118,10 @@ def conjugate_gradient(
             break
         best = iterate
         negligible = torch.finfo(b.dtype).eps * abs(bend)
-        exhausted = basis.rest_length <= negligible or products == len(b)
+        exhausted = basis.rest_length <= negligible or products == length(b)
         if best.residual <= tolerance or exhausted:
             ending = Ending.CONVERGED
-    y = [length * each for each in best.y]
+    y = [size * each for each in best.y]
     return Solution(
         x=basis.combined(y),
         ending=ending,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trpo_optim.long_vectors import PIECE, is_long, norm
+from trpo_optim.long_vectors import PIECE, is_long, length, norm, total
 
 __all__ = ["CompactBasis", "FullBasis", "krylov_basis"]
 
@@ -63,9 +63,11 @@ class FullBasis:
         """
         known = self._vectors[: self._count]
         with torch.autocast(image.device.type, enabled=False):
-            components = known @ image
+            components = total(known @ image)
             self._rest = image - known.T @ components
-            self._rest -= known.T @ (known @ self._rest)  # what rounding left of the components
+            self._rest -= known.T @ total(
+                known @ self._rest
+            )  # what rounding left of the components
             *back, bend, self.rest_length = torch.cat(
                 [components[-2:], norm(self._rest)[None]]
             ).tolist()
@@ -118,7 +120,7 @@ class CompactBasis:
         if earlier == 0:
             self._vectors[0], self._factors[0] = self._b, 1 / self._length
         elif earlier > 0:
-            scale = min(math.sqrt(len(self._b)), _LARGEST_SCALE)
+            scale = min(math.sqrt(length(self._b)), _LARGEST_SCALE)
             self._vectors[earlier] = _in_half_precision(self._vectors[earlier], scale)
             self._factors[earlier] = 1 / scale
         self._vectors.append(self._rest.div_(self.rest_length))
@@ -160,11 +162,11 @@ class CompactBasis:
 
     def _taken_off(self, components: Tensor) -> Tensor:
         """Take components off the rest, in place; return those that are left."""
-        left = []
+        left = [torch.zeros_like(components)]
         for known, part in self._pieces(self._rest):
             part.addmv_(known.T, components, alpha=-1)
             left.append(known @ part)
-        return torch.stack(left).sum(0)
+        return total(torch.stack(left).sum(0))
 
     def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the pieces of all vectors, as they are kept, with those of another vector."""

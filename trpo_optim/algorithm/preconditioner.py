@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from trpo_optim.long_vectors import length
+
 __all__ = ["FLOOR", "DiagonalPreconditioner"]
 
 FLOOR = 0.1
@@ -46,7 +48,7 @@ class DiagonalPreconditioner:
         Args:
             unit: The gradient's unit vector, shape (n,).
         """
-        present = unit.abs().mul_(math.sqrt(len(unit)))
+        present = unit.abs().mul_(math.sqrt(length(unit)))
         mean = self._before.square().lerp_(present.square(), 1 - self._decay)
         self.roots = mean.sqrt_().where(self._before.isfinite(), present)
         return (self.roots + FLOOR).rsqrt_()

@@ -22,7 +22,7 @@ from trpo_optim.algorithm.modes import MODES
 from trpo_optim.algorithm.preconditioner import DiagonalPreconditioner
 from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.long_vectors import dot, norm
+from trpo_optim.long_vectors import dot, largest, norm
 from trpo_optim.report import Outcome
 
 __all__ = ["take_step"]
@@ -158,12 +158,12 @@ def _or_nan(value: float | None) -> float:
 
 def _normalize(vector: Tensor) -> float:
     """Make a vector one of length 1, in place, and return the length that it had."""
-    largest = float(vector.abs().max())
-    if largest == 0 or not math.isfinite(largest):
-        return largest
-    length = norm(vector.div_(largest))  # so that no square under- or overflows
+    peak = largest(vector)
+    if peak == 0 or not math.isfinite(peak):
+        return peak
+    length = norm(vector.div_(peak))  # so that no square under- or overflows
     vector.div_(length)
-    return float(length) * largest
+    return float(length) * peak
 
 
 def _flaw_of_model(model: LocalModel, gradient_norm: float) -> Outcome | None:

@@ -19,6 +19,7 @@ from trpo_optim.closure.failures import (
     passed_through_backward,
 )
 from trpo_optim.closure.interception import RefusedError, Watch
+from trpo_optim.closure.lockstep import Lockstep, told
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.torch_switches import without_cudnn
 from trpo_optim.closure.transaction import Transaction
@@ -73,6 +74,9 @@ class Objective:
             as before.
         dear: What makes second derivatives dear, or empty. Known after an evaluation.
         calls_python: Whether an ``autograd.Function`` lies behind its KL; None until that is known.
+        share: Its weight among the closures of all ranks, if ``backward()`` adds up the gradients
+            of all ranks, as FSDP has it; else None.
+        lockstep: The ranks that evaluate together with this one, or None.
 
     Raises:
         TrustRegionError: If there is no closure, or it cannot be called.
@@ -98,6 +102,8 @@ class Objective:
         self.drew = False
         self.dear = ""
         self.calls_python: bool | None = None
+        self.share: float | None = None
+        self.lockstep: Lockstep | None = None
         self.closure = closure
         self._transaction = transaction
         # Until seen; then every evaluation runs what draws the same dropout masks.
@@ -144,21 +150,19 @@ class Objective:
 
     def with_graph(self) -> Values:
         """Evaluate at the parameters themselves, recording the graph and checking what is used."""
-        self.rewind()
-        with torch.enable_grad():
-            values = self._watched(self._watch({}))
-        self._random |= self.drew_random_numbers()
-        return values
+        with told(self.lockstep):
+            return self._with_graph()
 
     def with_graph_elsewhere(self) -> Values | None:
         """Evaluate with a graph, after an evaluation that checked; None at an overflow."""
         if self._keeps_graphs is None:  # of the last evaluation, outside of the policy
             self.rewind()
             kept = self._transaction.kept
-            self._keeps_graphs = kept.any_with_graph(self.vector.parameters)
+            self._keeps_graphs = kept.any_with_graph(self.vector.leaves)
         watched = self._interfered or self._keeps_graphs
         try:
-            return self.with_graph() if watched else self._plain(graph=True)
+            with told(self.lockstep, overflow=True):
+                return self._with_graph() if watched else self._plain(graph=True)
         except Exception as error:
             if not is_overflow(error):
                 raise
@@ -200,11 +204,23 @@ class Objective:
             ValueError: Whatever else the closure raises.
         """
         try:
-            return self._plain(graph=False).numbers()
+            with told(self.lockstep, overflow=True):
+                return self._plain(graph=False).numbers()
         except Exception as error:
             if not is_overflow(error):
                 raise
             return Numbers(math.nan, math.nan)
+
+    def everywhere(self, flag: bool) -> bool:
+        """Return whether a flag is true on all ranks that evaluate together."""
+        return flag if self.lockstep is None else self.lockstep.everywhere(flag)
+
+    def _with_graph(self) -> Values:
+        self.rewind()
+        with torch.enable_grad():
+            values = self._watched(self._watch({}))
+        self._random |= self.drew_random_numbers()
+        return values
 
     def _plain(self, *, graph: bool) -> Values:
         """Evaluate unwatched, so that compiled modules run compiled."""
@@ -226,7 +242,8 @@ class Objective:
             return self._plain(graph=graph)
 
     def _watch(self, twins: dict[int, Tensor]) -> Watch:
-        return Watch(self._transaction, self.vector.parameters, twins)
+        own = () if self.vector.fsdp else self.vector.parameters  # FSDP itself takes their memory
+        return Watch(self._transaction, own, twins)
 
     def _watched(self, watch: Watch) -> Values:
         try:

@@ -9,7 +9,17 @@ from types import CodeType
 import torch
 import torch.distributions
 
-__all__ = ["is_overflow", "is_refusal", "needs_graph", "passed_through_backward"]
+from trpo_optim.errors import RankError
+
+__all__ = [
+    "ElsewhereError",
+    "OutOfStepError",
+    "OverflowElsewhereError",
+    "is_overflow",
+    "is_refusal",
+    "needs_graph",
+    "passed_through_backward",
+]
 
 _OF_TRANSFORMS = (
     "functorch",
@@ -21,6 +31,18 @@ _OF_TRANSFORMS = (
     "TensorWrapper",
 )
 """Words in torch's errors that show that a transform of torch.func is the reason."""
+
+
+class OutOfStepError(RankError):
+    """An evaluation of all ranks has ended, and all ranks know."""
+
+
+class ElsewhereError(OutOfStepError):
+    """It has ended on another rank, which says why."""
+
+
+class OverflowElsewhereError(ElsewhereError):
+    """It has ended on another rank, by an overflow."""
 
 
 def is_refusal(error: BaseException, failure: BaseException | None) -> bool:
@@ -47,7 +69,7 @@ def is_overflow(error: Exception) -> bool:
     Args:
         error: What came out of the closure.
     """
-    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # documented, not in __all__
+    if isinstance(error, OverflowElsewhereError | torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # documented, not in __all__
         return True
     return isinstance(error, ValueError) and _raised_in(error, torch.distributions.__file__)
 

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
-from trpo_optim.closure.parameters import share_memory
+from trpo_optim.closure.fsdp import gathered
+from trpo_optim.closure.shared_memory import share_memory
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
@@ -25,6 +26,7 @@ from trpo_optim.torch_private import (
     may_draw,
     pop_mode,
     saves_by_hooks,
+    storage_of,
 )
 
 __all__ = ["RefusedError", "Watch"]
@@ -110,6 +112,8 @@ class Watch(TorchFunctionMode):
         self._since = self._kept.count()
         self._twins = twins
         self._own = {*map(id, parameters), *map(id, twins.values())}
+        self._gathered = set(map(storage_of, whole := gathered()))
+        self._own |= set(map(id, whole))
         self._storages: dict[int, list[Tensor]] = {}
         self._parts: set[int] = set()  # the storages of DTensor parameters
         for each in parameters:
@@ -165,7 +169,7 @@ class Watch(TorchFunctionMode):
             )
         if func == _SET_DATA and self._twins:
             raise RefusedError("the closure assigns to the .data of a tensor")
-        if func in _HOOKS:
+        if func in _HOOKS and not _is_of_fsdp(*args[1:], *keywords.values()):
             self.interfered = True
             return _not_registered()
         if self._twins and func == _DATA:
@@ -252,6 +256,8 @@ class Watch(TorchFunctionMode):
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
         if not plain or is_transformed(tensor):
             return False
+        if self._gathered and storage_of(tensor) in self._gathered:
+            return True
         candidates = self._storages.get(tensor.untyped_storage().data_ptr())
         if candidates is None:
             return False
@@ -261,6 +267,12 @@ class Watch(TorchFunctionMode):
 @cache
 def _is_special(func: Callable[..., Any]) -> bool:
     return func in _SPECIAL or is_recurrence(func)
+
+
+def _is_of_fsdp(*arguments: Any) -> bool:
+    """Whether a hook is one by which FSDP gathers parameters and adds up gradients."""
+    owners = [type(getattr(each, "__self__", None)) for each in arguments]
+    return any(each.__module__.startswith("torch.distributed.fsdp") for each in owners)
 
 
 def _of_outsiders(

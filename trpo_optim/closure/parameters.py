@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import compress, product, repeat
+from collections.abc import Iterable, Sequence
+from itertools import compress, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trpo_optim.closure.dtensor import local, part_like, require_differentiable, whole
+from trpo_optim.closure.fsdp import FsdpParameters, require_sharded
+from trpo_optim.closure.shared_memory import repeats, share_memory, span
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import copy_each, norm_of_each
 
-__all__ = ["ParameterVector", "require_real", "share_memory", "trainable"]
-
-_Dimensions = tuple[tuple[int, int], ...]
-"""Strides in bytes, rising, and sizes: a tensor's elements by where they lie after the first."""
+__all__ = ["ParameterVector", "require_real", "trainable"]
 
 
 class ParameterVector:
@@ -26,14 +24,17 @@ class ParameterVector:
 
     Vectors are at least float32, so that the solve does not lose the precision that half-precision
     parameters lack. Of parameters that several ranks hold in parts (``DTensor``) every one of these
-    ranks has the whole vector.
+    ranks has the whole vector. Of parameters that FSDP has sharded, every rank has its own part.
 
     Args:
         parameters: The parameters, all on one device; those that occur twice are taken once.
 
+    Attributes:
+        fsdp: The parameters, if FSDP has sharded them; else None.
+
     Raises:
-        TrustRegionError: If there are none, they lie on several devices or on "meta", or torch is
-            too old for those that are in parts.
+        TrustRegionError: If there are none, they lie on several devices or on "meta", torch is too
+            old for those that are in parts, or FSDP has sharded some and not others.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -61,16 +62,35 @@ class ParameterVector:
             torch.promote_types, (parameter.dtype for parameter in self.parameters), torch.float32
         )
         self.precision = max(torch.finfo(each.dtype).eps for each in self.parameters)
-        self._sizes = [parameter.numel() for parameter in self.parameters]
+        self.fsdp, plain = FsdpParameters.among(self.parameters)
+        if self.fsdp and plain:
+            raise TrustRegionError(
+                f"FSDP has sharded {len(self.parameters) - len(plain)} of the parameters, and not "
+                f"{len(plain)} others, such as one of shape {tuple(plain[0].shape)}. Call "
+                "fully_shard on the module that holds all of them, without ignored_params, and "
+                "make the optimizer afterwards."
+            )
+        self._sizes = [self._held(parameter).numel() for parameter in self.parameters]
         self._begins_oddly = any(size % 2 for size in self._sizes[:-1])
 
     def __len__(self) -> int:
         """Return the vectors' length."""
         return sum(self._sizes)
 
+    @property
+    def whole_length(self) -> int:
+        """The length of whole vectors, of which this rank may have a part."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that a graph shows in the place of the parameters."""
+        return self.parameters if self.fsdp is None else self.fsdp.leaves
+
     def shapes(self) -> str:
         """Return the parameters' shapes and types as a text."""
-        return ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in self.parameters)
+        shapes = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in self.parameters)
+        return f"sharded by FSDP: {shapes}" if self.fsdp else shapes
 
     def current(self) -> Tensor:
         """Return the parameters as they are now, shape (n,)."""
@@ -83,7 +103,7 @@ class ParameterVector:
     def flat(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Return tensors shaped like the parameters as the pieces of a vector."""
         pieces = [
-            whole(torch.zeros_like(parameter) if tensor is None else tensor)
+            self._held(torch.zeros_like(parameter) if tensor is None else tensor)
             for tensor, parameter in zip(tensors, self.parameters, strict=True)
         ]
         dense = [each.to_dense() if each.is_sparse else each for each in pieces]
@@ -111,10 +131,15 @@ class ParameterVector:
 
     def scatter(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's pieces in the parameters' shapes and dtypes."""
+        held = map(local, self.parameters) if self.fsdp else self.parameters
         return [
-            part_like(_of_dtype(piece.view(parameter.shape), parameter.dtype), parameter)
-            for piece, parameter in zip(self.split(vector), self.parameters, strict=True)
+            part_like(_of_dtype(piece.view(each.shape), each.dtype), each)
+            for piece, each in zip(self.split(vector), held, strict=True)
         ]
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """Return what vectors hold of a tensor."""
+        return local(tensor) if self.fsdp else whole(tensor)
 
     def reached(self, vector: Tensor) -> list[bool]:
         """Return of every parameter whether a vector is anything but zero there."""
@@ -162,7 +187,8 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
     Raises:
         TrustRegionError: If an element in memory belongs to two parameters, or stands for several
-            elements of one: a step would move it more than once. They are named.
+            elements of one: a step would move it more than once. They are named. Or if FSDP drops
+            a parameter again.
     """
     names: dict[Tensor, str] = {}
     for index, group in enumerate(groups):
@@ -172,12 +198,13 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
         ):
             if parameter.requires_grad:
                 names.setdefault(parameter, f"{name!r}{place}")
+    require_sharded(names)
     held = {each: local(each) for each in names if each.device.type != "meta"}
-    spans = [(each, _span(mine)) for each, mine in held.items() if _lies_in_memory(mine)]
+    spans = [(each, span(mine)) for each, mine in held.items() if _lies_in_memory(mine)]
     order = {each: index for index, each in enumerate(names)}
     before: list[tuple[Tensor, tuple[str, int, int]]] = []
     for parameter, (device, start, end) in sorted(spans, key=lambda pair: pair[1]):
-        if _repeats(held[parameter]):
+        if repeats(held[parameter]):
             raise TrustRegionError(
                 f"Parameter {names[parameter]} has {parameter.numel()} elements, and several of "
                 "them are one number in memory, as after expand(); every element must have its "
@@ -194,92 +221,6 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
                 )
         before.append((parameter, (device, start, end)))
     return list(names)
-
-
-def share_memory(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors have an element, or a part of one, in common.
-
-    Columns of one matrix lie between each other and have none.
-
-    Args:
-        first: A strided tensor.
-        second: Another, on the same device.
-    """
-    if not (first.numel() and second.numel()):
-        return False
-    offset = second.data_ptr() - first.data_ptr()
-    return _overlap(offset, _dimensions(first), _dimensions(second))
-
-
-@functools.lru_cache(maxsize=1024)
-def _overlap(offset: int, first: _Dimensions, second: _Dimensions) -> bool:
-    """Return whether bytes coincide; the second's begin at an offset from the first's."""
-    if offset >= _extent(first) or -offset >= _extent(second):
-        return False
-    if len(first) == len(second) == 1:  # without gaps
-        return True
-    period = math.gcd(*(stride for stride, _ in first[1:] + second[1:]))
-    if offset % period >= first[0][1] and offset % period + second[0][1] <= period:
-        return False  # as columns of one matrix lie
-    covered = _covered(first)
-    for start, stride, size in _runs(second, offset):
-        skipped = max(0, -(start // stride))  # before the first's bytes
-        end = max(0, start + (size - 1) * stride + 1)
-        if 1 in covered[start + skipped * stride : end : stride]:
-            return True
-    return False
-
-
-def _repeats(tensor: Tensor) -> bool:
-    """Return whether one element in memory stands for several of a tensor."""
-    dimensions, reach = _dimensions(tensor), 0
-    distinct = math.prod(size for _, size in dimensions)
-    for stride, size in dimensions:
-        if stride <= reach:
-            distinct = _covered(dimensions).count(1)
-            break
-        reach += stride * (size - 1)
-    return distinct < tensor.numel() * tensor.element_size()
-
-
-def _dimensions(tensor: Tensor) -> _Dimensions:
-    """Return where a tensor's bytes lie; dimensions that follow without a gap are one."""
-    width = tensor.element_size()
-    if tensor.is_contiguous():
-        return ((1, width * tensor.numel()),)
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    found = [(1, width)]
-    for stride, size in sorted((width * stride, n) for stride, n in pairs if n > 1 and stride > 0):
-        last, count = found[-1]
-        if stride == last * count:
-            found[-1] = (last, count * size)
-        else:
-            found.append((stride, size))
-    return tuple(found)
-
-
-def _covered(dimensions: _Dimensions) -> bytearray:
-    """Return a 1 for every byte that is an element's, 0 for those between."""
-    covered = bytearray(_extent(dimensions))
-    for start, stride, size in _runs(dimensions, 0):
-        covered[start : start + (size - 1) * stride + 1 : stride] = b"\1" * size
-    return covered
-
-
-def _runs(dimensions: _Dimensions, start: int) -> Iterator[tuple[int, int, int]]:
-    """Yield start, stride and size along the longest dimension, for all others."""
-    *others, longest = sorted(dimensions, key=lambda dimension: dimension[1])
-    for places in product(*(range(0, stride * size, stride) for stride, size in others)):
-        yield start + sum(places), *longest
-
-
-def _extent(dimensions: _Dimensions) -> int:
-    return 1 + sum(stride * (size - 1) for stride, size in dimensions)
-
-
-def _span(tensor: Tensor) -> tuple[str, int, int]:
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + _extent(_dimensions(tensor))
 
 
 def _lies_in_memory(tensor: Tensor) -> bool:

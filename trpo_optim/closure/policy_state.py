@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
+from trpo_optim.closure.fsdp import reshard
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
-from trpo_optim.closure.parameters import share_memory
 from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
+from trpo_optim.closure.shared_memory import share_memory
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
@@ -58,6 +59,7 @@ class PolicyState:
         Args:
             closures: What the step is taken on.
         """
+        reshard()
         for found, holds_parameters in reached(closures, self._own):
             if isinstance(found, nn.Module):
                 for module in found.modules():
@@ -118,6 +120,7 @@ class PolicyState:
             TrustRegionError: If a tensor was written that was too large to be copied.
             RuntimeError: If torch refuses to write a tensor.
         """
+        reshard()
         moved: set[int] = set()
         errors: list[Exception] = []
         keys = dict.fromkeys(key for held in self._active.values() for key in held.contents)
@@ -160,10 +163,12 @@ class PolicyState:
         return key
 
     def _is_part_of(self, tensor: Tensor) -> bool:
-        """Whether a tensor has no memory of its own: it is on meta, or a view of parameters."""
+        """Whether a tensor has no memory of its own: on meta, freed by FSDP, or parameters'."""
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
             return tensor.is_meta
         held = local(tensor)
+        if held.numel() and held.untyped_storage().size() == 0:
+            return True
         candidates = self._memories.get(held.untyped_storage().data_ptr(), [])
         return any(share_memory(held, each) for each in candidates)
 

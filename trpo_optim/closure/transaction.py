@@ -262,7 +262,7 @@ class Transaction:
                 if self.unwatched:
                     for tensor in self._policy.held_tensors():
                         self.kept.add(tensor)
-                self.kept.make_plain(self._vector.parameters)
+                self.kept.make_plain(self._vector.leaves)
             finally:
                 for parameter, name, value in self._hidden:
                     if getattr(parameter, name) is not value:

@@ -192,7 +192,7 @@ def summary(value: Tensor) -> GraphSummary:
         names.add(node.name())
         if isinstance(variable := getattr(node, "variable", None), Tensor):
             leaves.add(id(variable))
-        elif isinstance(node, BackwardCFunction):
+        elif _is_python(node):
             python = True
             function = _function_of(node)
             if getattr(function.backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
@@ -207,7 +207,7 @@ def calls_python(value: Tensor) -> bool:
     Args:
         value: With its graph.
     """
-    return any(isinstance(node, BackwardCFunction) for node, _ in _nodes([value]))
+    return any(_is_python(node) for node, _ in _nodes([value]))
 
 
 def require_kl_reaches(
@@ -240,6 +240,14 @@ def require_kl_reaches(
             f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
             "the value loss out of the closure, and train the critic with its own optimizer."
         )
+
+
+def _is_python(node: Any) -> bool:
+    """Whether an ``autograd.Function`` made a node, other than FSDP's, which hide nothing."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    module = str(getattr(_function_of(node), "__module__", ""))
+    return not module.startswith("torch.distributed.fsdp")
 
 
 def _function_of(node: Any) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +13,10 @@ from torch import Tensor
 from trpo_optim.closure.checks import Numbers
 from trpo_optim.closure.closures import Closures, shares
 from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.lockstep import Lockstep
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.averages import largest_of, least_of, weighted_mean
 from trpo_optim.curvature.engine_choice import EngineChoice
 from trpo_optim.curvature.local_model import LocalModel, first_order, slope, without_products
 from trpo_optim.curvature.second_order import product_again, refuse, second_order
@@ -23,7 +24,7 @@ from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import EngineName
 from trpo_optim.report import Engine, StepReport
 
-__all__ = ["Batch", "largest_of", "least_of", "weighted_mean"]
+__all__ = ["Batch"]
 
 _MOST_DOUBTS = 3
 """How often an optimizer compares its products anew. A policy whose KL is far from quadratic within
@@ -55,6 +56,7 @@ class Batch:
         choices: Mapping[str, EngineChoice],
         engine: EngineName = "auto",
     ) -> None:
+        self.in_step = None
         self._choices = choices
         self._engine = engine
         self._part_engines: list[Engine] = []
@@ -69,6 +71,21 @@ class Batch:
         if closures.curvature is not None:
             with blaming("curvature"):
                 self._curvature = Objective(closures.curvature, vector, transaction, "curvature")
+
+    def sums(self) -> AbstractContextManager[None]:
+        """Return what sums over vectors need for the time of a step: nothing."""
+        return nullcontext()
+
+    def evaluate_together(self, lockstep: Lockstep, share: float) -> None:
+        """Have ``backward()`` add up the gradients of all ranks, which evaluate together.
+
+        Args:
+            lockstep: The ranks.
+            share: The weight of this rank's closures among those of all ranks.
+        """
+        own = [] if self._curvature is None else [(1.0, self._curvature)]
+        for weight, part in [*zip(self._weights, self._parts, strict=True), *own]:
+            part.lockstep, part.share = lockstep, share * weight
 
     @property
     def evaluations(self) -> int:
@@ -108,7 +125,7 @@ class Batch:
             with blaming(part.name):
                 kl, share = slope(part, loss=own is None)
             total += weight * kl
-            share.mul_(weight)
+            share.mul_(_left_of(weight, part))
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
         return total, gradient
@@ -122,7 +139,9 @@ class Batch:
 
     def prefers_differences(self) -> bool:
         """Return whether finite differences are to serve where the KL is smooth."""
-        return self._engine == "auto" and bool(self._dear()) and not self._choice["flaw"]
+        others = self._parts[0].vector.fsdp is None  # else no other engine serves
+        wanted = self._engine == "auto" and bool(self._dear()) and not self._choice["flaw"]
+        return others and wanted
 
     def prove(self, flaw: str, *, smooth: bool | None) -> None:
         """Note that products have been compared with finite differences.
@@ -223,7 +242,7 @@ class Batch:
             engines.append((model.engine, model.fallback))
             resolutions.append(model.kl_resolution)
             precisions.append(model.precision)
-            share = model.gradient.mul_(weight)
+            share = model.gradient.mul_(_left_of(weight, part))
             gradient = share if gradient is None else gradient.add_(share)
         assert gradient is not None  # there is at least one part
         engine, fallback = least_of(engines)
@@ -253,32 +272,6 @@ class Batch:
         return weighted_mean(self._weights, values)
 
 
-def least_of(engines: Sequence[tuple[Engine, str]]) -> tuple[Engine, str]:
-    """Return the last resort among several engines, with its reason.
-
-    Args:
-        engines: The engine of every closure, and why no better one serves it.
-    """
-    return max(engines, key=lambda each: get_args(Engine).index(each[0]))
-
-
-def weighted_mean(parts: Sequence[float], values: Sequence[float]) -> float:
-    """Return the mean of values, given the share of each.
-
-    Args:
-        parts: Their shares, of the sum 1.
-        values: As many.
-    """
-    return sum(part * value for part, value in zip(parts, values, strict=True))
-
-
-def largest_of(kls: Sequence[float | None]) -> float | None:
-    """Return the largest of several largest KLs; None where one of them is not known.
-
-    Args:
-        kls: In nats.
-    """
-    known = [kl for kl in kls if kl is not None]
-    if len(known) < len(kls):
-        return None
-    return math.nan if any(map(math.isnan, known)) else max(known)
+def _left_of(weight: float, part: Objective) -> float:
+    """Return by what a gradient is still to be weighted."""
+    return weight if part.share is None else 1.0

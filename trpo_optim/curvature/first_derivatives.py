@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,9 @@ def gradient_of(
 ) -> Tensor:
     """Return the gradient of a scalar, shape (n,).
 
+    If ``backward()`` adds up the gradients of all ranks, it is the weighted sum over the closures
+    of all ranks, of which this rank gets its part.
+
     Args:
         value: The scalar, with its graph.
         objective: The closure that made it.
@@ -40,6 +43,8 @@ def gradient_of(
     if not value.requires_grad:
         raise TrustRegionError(DETACHED)
     vector = objective.vector
+    if objective.share is not None:
+        return _by_backward(value, objective, retain_graph=retain_graph)
     if may_refuse is None:
         may_refuse = calls_python(value)
     try:
@@ -62,14 +67,29 @@ def gradient_of(
 
 
 def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> Tensor:
-    vector = objective.vector
-    with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_leaves()]):
+    vector, share = objective.vector, objective.share
+    leaves = list(graph_leaves(value))
+    if vector.fsdp:
+        _require_gathered_by_fsdp(leaves, vector.parameters)
+    with _hidden([*leaves, *vector.parameters, *objective.other_leaves()]):
         with objective.kernels():
-            value.backward(retain_graph=retain_graph)
+            value.backward(None if share is None else value.new_tensor(share), retain_graph)
         slopes = [parameter.grad for parameter in vector.parameters]
     if all(each is None for each in slopes):
         raise TrustRegionError(DETACHED)
-    return vector.gather(slopes)
+    return vector.gather(slopes if vector.fsdp is None else vector.fsdp.summed(slopes))
+
+
+def _require_gathered_by_fsdp(leaves: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
+    """Check that a closure takes no sharded parameter itself: FSDP does not see that gradient."""
+    own = set(map(id, parameters))
+    used = [tuple(each.shape) for each in leaves if id(each) in own]
+    if used:
+        raise TrustRegionError(
+            f"The closure uses a parameter of shape {used[0]} that FSDP has sharded, outside of "
+            "its module, where FSDP does not add up its gradient over the ranks. Use the parameter "
+            "in the forward() of the module that fully_shard got, and return what depends on it."
+        )
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     """
     started = now()
     values = objective.with_graph()
-    require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    require_attached((values.loss, values.kl), objective.vector.leaves, started)
     behind = summary(values.kl) if curved else None
     gradient = gradient_of(values.loss, objective)
     if behind is not None:
@@ -105,8 +105,8 @@ def require_kl_behind(
     Raises:
         TrustRegionError: If it does not.
     """
-    if gradient is not None and not behind.leaves.issuperset(map(id, vector.parameters)):
-        require_kl_reaches(vector.split(gradient), behind, vector.parameters)
+    if gradient is not None and not behind.leaves.issuperset(map(id, vector.leaves)):
+        require_kl_reaches(vector.split(gradient), behind, vector.leaves)
 
 
 def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
@@ -122,7 +122,7 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     values = objective.with_graph_elsewhere()
     numbers = Numbers(math.nan, math.nan) if values is None else values.numbers()
     finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
-    if values is None or not finite:
+    if not objective.everywhere(finite) or values is None:
         return math.nan, torch.full_like(objective.vector.current(), math.nan)
     if objective.calls_python is None:
         objective.calls_python = calls_python(values.kl)
@@ -139,7 +139,7 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
     """
     started = now()
     values = objective.with_graph()
-    require_attached((values.loss, values.kl), objective.vector.parameters, started)
+    require_attached((values.loss, values.kl), objective.vector.leaves, started)
     behind = summary(values.kl)
     objective.dear = objective.dear or behind.dear
     slopes = gradient_of(values.loss, objective) if gradient else None

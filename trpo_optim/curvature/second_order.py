@@ -35,11 +35,24 @@ from trpo_optim.errors import TrustRegionError
 from trpo_optim.hyperparameters import EngineName
 from trpo_optim.report import Engine
 
-__all__ = ["NO_THIRD_VALUE", "named", "product_again", "refuse", "second_order"]
+__all__ = [
+    "FIRST_DERIVATIVES_ALONE",
+    "NO_THIRD_VALUE",
+    "named",
+    "product_again",
+    "refuse",
+    "second_order",
+]
 
 NO_THIRD_VALUE = (
     "the closure returned no third value; with (loss, kl, dist) products would be Gauss-Newton, at "
     "about half the cost"
+)
+
+
+FIRST_DERIVATIVES_ALONE = (
+    "FSDP has sharded the parameters and gives first derivatives alone, so the engine is 'finite "
+    "differences'"
 )
 
 
@@ -98,6 +111,11 @@ def second_order(
         RuntimeError: Whatever the closure itself raises.
     """
     choice = nothing_learned() if choice is None else choice
+    if objective.vector.fsdp:
+        if engine not in {"auto", "finite differences"}:
+            refuse(engine, FIRST_DERIVATIVES_ALONE)
+        reason = named(engine) or FIRST_DERIVATIVES_ALONE
+        return without_products(objective, reason, gradient=gradient)
     if engine == "finite differences":
         return without_products(objective, named(engine), gradient=gradient)
     if engine == "auto" and choice["flaw"]:

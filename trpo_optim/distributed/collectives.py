@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trpo_optim.closure.failures import ElsewhereError
 from trpo_optim.errors import RankError, TrustRegionError
 
 if TYPE_CHECKING:
@@ -97,10 +98,42 @@ class Reduction:
         if own is not None:
             table[self.rank, 1:] = torch.tensor(own, dtype=torch.float64)
         table[self.rank, 0] = _status(error)
-        self._add_up(table)
+        self.add_up(table)
         found = table.tolist()
         self._raise_together(error, [row[0] for row in found])
         return [row[1:] for row in found]
+
+    def same(self, work: Callable[[], _Result]) -> _Result:
+        """Return what this rank's part gives, once it is known that no rank raised.
+
+        Args:
+            work: Makes it.
+
+        Raises:
+            RankError: If a rank raised, or was lost. A rank that raised does so again.
+        """
+        made: list[_Result] = []
+
+        def row() -> list[float]:
+            made.append(work())
+            return []
+
+        self.rows(row, 0)
+        return made[0]
+
+    def each(self, own: float) -> list[float]:
+        """Return every rank's number, in the order of the ranks; none may have raised.
+
+        Args:
+            own: This rank's.
+
+        Raises:
+            RankError: If a rank was lost.
+        """
+        table = torch.zeros(self.size, dtype=torch.float64, device=self._device)
+        table[self.rank] = own
+        self.add_up(table)
+        return table.tolist()
 
     def total(self, work: Callable[[], Tensor | None], length: int, dtype: torch.dtype) -> Tensor:
         """Return the sum of every rank's vector, by one collective.
@@ -121,7 +154,7 @@ class Reduction:
         if own is not None:
             buffer[:length] = own
         buffer[length + self.rank] = _status(error)
-        self._add_up(buffer)
+        self.add_up(buffer)
         self._raise_together(error, buffer[length:].tolist())
         return buffer[:length]
 
@@ -143,7 +176,15 @@ class Reduction:
         """Return what a rank of the group is called, by its number among all processes."""
         return f"rank {dist.get_global_rank(self._group, rank)}"
 
-    def _add_up(self, buffer: Tensor) -> None:
+    def add_up(self, buffer: Tensor) -> None:
+        """Replace a buffer by the sum of the buffers of all ranks; none may have raised.
+
+        Args:
+            buffer: Of one shape and type on all ranks.
+
+        Raises:
+            RankError: If a rank was lost.
+        """
         _last_sent[:] = [buffer]
         with _within_time():
             dist.all_reduce(buffer, group=self._group)
@@ -151,8 +192,8 @@ class Reduction:
     def _raise_together(self, error: BaseException | None, raised: Sequence[float]) -> None:
         if not any(raised):
             return
-        texts = self.texts("" if error is None else _described(error))
-        if error is not None:
+        texts = self.texts(_described(error) if _status(error) else "")
+        if error is not None and not isinstance(error, ElsewhereError):
             raise error
         whose = "; ".join(
             f"{self.name(rank)} raised {text}" for rank, text in enumerate(texts) if text
@@ -191,12 +232,12 @@ def _attempted(work: Callable[[], _Result]) -> tuple[_Result | None, BaseExcepti
 
 def _status(error: BaseException | None) -> int:
     """Return what a rank says of its own part."""
-    if error is None:
+    if error is None or isinstance(error, ElsewhereError):
         return 0
     return _RAISED if isinstance(error, Exception) else _INTERRUPTED
 
 
-def _described(error: BaseException) -> str:
+def _described(error: BaseException | None) -> str:
     """Return an exception's type and text, whatever its ``__str__`` does."""
     return "".join(traceback.format_exception_only(error)).strip()
 

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.distributed.collectives import Reduction
+from trpo_optim.distributed.fsdp import require_closures, require_served
 from trpo_optim.errors import RankError
 from trpo_optim.hyperparameters import Hyperparameters
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Ready", "agreed", "checksum", "fingerprint", "odd_ones"]
 
@@ -56,6 +60,7 @@ class Ready:
         settings: Hyperparameters,
         closures: Closures,
         state: Mapping[Tensor, dict[str, Any]],
+        group: ProcessGroup | None,
     ) -> Ready:
         """Return closures on the parameters of all groups, not yet evaluated.
 
@@ -64,8 +69,10 @@ class Ready:
             settings: The hyperparameters that they agree on.
             closures: This rank's.
             state: What the optimizer keeps of every parameter.
+            group: The processes that step together, or None.
         """
         vector = ParameterVector(trainable(groups))
+        require_served(vector, group, settings)
         transaction = Transaction(vector)
         choices = learned(groups[0])
         batch = None
@@ -76,14 +83,18 @@ class Ready:
         return cls(settings, vector, transaction, closures, batch, memory)
 
     def row(self) -> list[float]:
-        """Return, as numbers: shapes, hyperparameters, values, weight, whether it was given."""
+        """Return, as numbers: shapes, hyperparameters, values, weight, whether given, closures."""
         weights = self.closures.weights
         weight = len(self.closures.parts) if weights is None else sum(weights)
         counted = float(weights is not None) if weight > 0 else math.nan
         texts = (self.vector.shapes(), _written(self.settings))
-        values, memory = self.transaction.origin, self.memory
-        kept = (0.0, 0.0) if memory is None else fingerprint(memory)
-        return [*map(checksum, texts), *fingerprint(values), weight, counted, *kept]
+        vectors = (self.transaction.origin, self.memory)
+        prints = [
+            (0.0, 0.0) if each is None or self.vector.fsdp else fingerprint(each)
+            for each in vectors  # with FSDP, every rank has its own part
+        ]
+        count = len(self.closures.every)
+        return [*map(checksum, texts), *prints[0], weight, counted, *prints[1], count]
 
 
 def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, list[float]]:
@@ -105,14 +116,15 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
         own.append(prepare())
         return own[0].row()
 
-    rows = reduction.rows(work, 8)
-    shapes, settings, _, _, weights, flags, *_ = map(list, zip(*rows, strict=True))
+    rows = reduction.rows(work, 9)
+    shapes, settings, _, _, weights, flags, *_, counts = map(list, zip(*rows, strict=True))
     if others := odd_ones(shapes):
         texts = reduction.texts(own[0].vector.shapes())
         raise RankError(
             f"The parameters' shapes or types on {_names(reduction, others)} differ from the other "
             f"ranks ({texts[others[0]]}). Build the same policy on every rank, and pass the same "
-            "parameters to the optimizer. FSDP is not supported: keep a whole copy on every rank."
+            "parameters to the optimizer. FullyShardedDataParallel gives every rank other shapes; "
+            "use fully_shard instead."
         )
     if odd_ones(settings):
         raise RankError(
@@ -124,10 +136,10 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             f"The parameters of {_names(reduction, others)} differ from the other ranks. Start "
             "from the same parameters (the same seed, the same checkpoint, or "
             "torch.distributed.broadcast from one rank), and move them by step() only. Run every "
-            "rank on the same type of machine, with the same torch and number of threads. If FSDP "
-            "has sharded the parameters, keep a whole copy on every rank instead."
+            "rank on the same type of machine, with the same torch and number of threads. If "
+            "FullyShardedDataParallel has sharded the parameters, use fully_shard instead."
         )
-    if others := odd_ones([tuple(row[6:]) for row in rows]):
+    if others := odd_ones([tuple(row[6:8]) for row in rows]):
         raise RankError(
             f"What the optimizer keeps of earlier gradients on {_names(reduction, others)} differs "
             "from the other ranks. Load the same checkpoint of the optimizer on every rank."
@@ -137,6 +149,8 @@ def agreed(reduction: Reduction, prepare: Callable[[], Ready]) -> tuple[Ready, l
             f"weights was given on {_names(reduction, _where(flags, 1.0))} and left out on "
             f"{_names(reduction, _where(flags, 0.0))}. Give it on every rank, or on none."
         )
+    if own[0].vector.fsdp:
+        require_closures(reduction, counts, weights)
     if not sum(weights) > 0:
         raise RankError("No rank has a sample: all closures or weights are left out. Pass some.")
     return own[0], weights

@@ -8,15 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.distributed.fsdp import RanksInStep
 from trpo_optim.errors import TrustRegionError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class _Step:
 
     group: ProcessGroup | None
     vector: ParameterVector
+    in_step: RanksInStep | None
 
     def moves(self, module: nn.Module) -> bool:
         """Return whether the step moves a parameter of a module."""
@@ -61,7 +63,9 @@ def require_all_parameters() -> None:
 
 
 @contextmanager
-def unwrapped(group: ProcessGroup | None, vector: ParameterVector) -> Iterator[None]:
+def unwrapped(
+    group: ProcessGroup | None, vector: ParameterVector, in_step: RanksInStep | None
+) -> Iterator[None]:
     """Have ``DistributedDataParallel`` run its module and nothing else, until the step ends.
 
     Its own forward prepares for a ``backward()`` that never comes, and sends buffers and sometimes
@@ -71,23 +75,26 @@ def unwrapped(group: ProcessGroup | None, vector: ParameterVector) -> Iterator[N
     Args:
         group: The optimizer's.
         vector: What the step moves. DDP around other modules, as a frozen encoder, needs no group.
+        in_step: Keeps the ranks in step if FSDP has sharded the parameters; else None.
 
     Yields:
         Nothing.
 
     Raises:
         TrustRegionError: From the policy's forward: if DDP wraps it and the optimizer has no group,
-            or if FSDP has sharded it.
+            if FSDP's first version has sharded it, or if FSDP has sharded it and not the
+            optimizer's parameters.
     """
-    step = _Step(group, vector)
+    step = _Step(group, vector, in_step)
     with ExitStack() as stack:
         if dist.is_available() and dist.is_initialized():
             stack.enter_context(
                 _other(DistributedDataParallel, "forward", _run_replica).within(step)
             )
-            for name in ("FSDPModule", "FullyShardedDataParallel"):
+            ways = {"FSDPModule": _run_in_step, "FullyShardedDataParallel": _refuse}
+            for name, way in ways.items():
                 if wrapper := getattr(sys.modules.get("torch.distributed.fsdp"), name, None):
-                    call = _other(wrapper, "__call__", _refuse)  # which comes before its hooks
+                    call = _other(wrapper, "__call__", way)  # which comes before its hooks
                     stack.enter_context(call.within(step))
         yield
 
@@ -149,10 +156,38 @@ def _run_replica(module: DistributedDataParallel, step: _Step, *args: Any, **nam
     return module.module(*args, **named)
 
 
+def _run_in_step(module: Any, step: _Step, *args: Any, **named: Any) -> Any:
+    if step.in_step is None:
+        raise TrustRegionError(
+            f"The policy holds a {type(module).__name__}, sharded by FSDP, and FSDP has not "
+            "sharded the optimizer's parameters. Call fully_shard on the module that holds all of "
+            "them, and make the optimizer afterwards, from its parameters."
+        )
+    step.in_step.about_to_run()
+    kind = sys.modules["torch.distributed.fsdp"].FSDPModule
+    returned = super(kind, module).__call__(*args, **named)
+    if not _holds_tensors(returned):
+        raise TrustRegionError(
+            f"The {type(module).__name__} returns a {type(returned).__name__}, in which FSDP finds "
+            "no tensors, so it would not add up the gradients. Return tensors from its forward(), "
+            "and make the distribution from them outside of it."
+        )
+    return returned
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether FSDP finds a tensor in what a module returns."""
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    if is_dataclass(value):
+        return any(map(_holds_tensors, vars(value).values()))
+    return isinstance(value, Tensor)
+
+
 def _refuse(module: Any, step: _Step, *args: Any, **named: Any) -> Any:  # noqa: ARG001 (called as others are)
     raise TrustRegionError(
-        f"The policy holds a {type(module).__name__}, sharded by FSDP. FSDP gathers its parameters "
-        "outside of autograd, which cannot differentiate them twice. Keep a whole copy on every "
-        "rank, plain or in DistributedDataParallel, and pass process_group. Or shard it with "
-        "tensor parallelism (parallelize_module)."
+        f"The policy holds a {type(module).__name__}, the first version of FSDP, which flattens "
+        "parameters. Use its second version: torch.distributed.fsdp.fully_shard(policy)."
     )

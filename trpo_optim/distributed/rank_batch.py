@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from trpo_optim.closure.checks import Numbers
 from trpo_optim.closure.closures import shares
 from trpo_optim.closure.parameters import ParameterVector
-from trpo_optim.curvature.batch import Batch, largest_of, least_of, weighted_mean
+from trpo_optim.curvature.averages import largest_of, least_of, weighted_mean
+from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.distributed.consistency import Ready, agreed, checksum, fingerprint, odd_ones
+from trpo_optim.distributed.fsdp import RanksInStep, sums_over_parts
 from trpo_optim.errors import RankError
 from trpo_optim.report import Engine, StepReport
 
@@ -63,6 +66,9 @@ class SharedBatch:
         weights: How many samples each rank has, in their order.
         vector: The parameters.
         reduction: The collectives.
+
+    Attributes:
+        in_step: Keeps the ranks in step while FSDP sends between them; None without FSDP.
     """
 
     def __init__(
@@ -78,6 +84,14 @@ class SharedBatch:
         self._vector = vector
         self._reduction = reduction
         self._unproven = self._prefers_differences = self._one_side_serves = False
+        self.in_step = RanksInStep(reduction) if vector.fsdp else None
+        if self.in_step is not None and own is not None:
+            own.evaluate_together(self.in_step, self._shares[reduction.rank])
+
+    def sums(self) -> AbstractContextManager[None]:
+        """Return what sums over vectors need for the time of a step."""
+        whole = self._vector.fsdp is None
+        return nullcontext() if whole else sums_over_parts(self._vector, self._reduction)
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
@@ -176,7 +190,8 @@ class SharedBatch:
         evaluations = 0 if self._own is None else self._own.evaluations
 
         def work() -> list[float]:
-            ends = fingerprint(self._vector.current()) if report.accepted else (0.0, 0.0)
+            whole = report.accepted and not self._vector.fsdp
+            ends = fingerprint(self._vector.current()) if whole else (0.0, 0.0)
             return [evaluations, checksum(repr(report)), *ends]
 
         rows = self._reduction.rows(work, 4)
@@ -238,6 +253,8 @@ class SharedBatch:
         return least_of([tuple(json.loads(text)) for text in texts if text])
 
     def _total(self, work: Callable[[], Tensor | None]) -> Tensor:
+        if self._vector.fsdp:  # FSDP has added up what the ranks have weighted
+            return self._reduction.same(lambda: _made(work()))
         share = self._shares[self._reduction.rank]
 
         def weighted() -> Tensor | None:
@@ -248,6 +265,11 @@ class SharedBatch:
 
     def _mean(self, values: Sequence[float]) -> float:
         return weighted_mean([self._shares[rank] for rank in self._present], values)
+
+
+def _made(vector: Tensor | None) -> Tensor:
+    assert vector is not None  # as require_closures requires
+    return vector
 
 
 def _row(values: Numbers) -> list[float]:
