@@ -23,7 +23,6 @@ def check_loss(subject: ClosureSubject) -> Finding:
         sign = 1.0 if subject.maximize else -1.0
         terms = sign * logs * advantages
         values = {
-            "loss": subject.objective.with_graph().loss,
             "right": terms[mask].mean(),
             "of sequences": _mean_of_sequences(terms, mask),
             "broadcast": logs[mask].mean(),  # of a loss whose every ratio meets every advantage
@@ -31,6 +30,9 @@ def check_loss(subject: ClosureSubject) -> Finding:
         if not mask.all():
             values["outside"] = terms[~mask].mean()
         slopes = {label: _slope(subject, value) for label, value in values.items()}
+        slopes["loss"] = torch.zeros_like(slopes["right"])
+        for weight, part in zip(subject.batch.weights, subject.batch.parts, strict=True):
+            slopes["loss"] += weight * _slope(subject, part.with_graph().loss)
     right = max(
         (slopes["right"], slopes["of sequences"]), key=lambda each: _cosine(slopes["loss"], each)
     )
