@@ -164,6 +164,11 @@ def _averages(
         "averaged.": inside.sum(),
     }
     if not counted.all():
+        left_out = f"{int((~counted).sum())} of {count} elements that the mask leaves out"
+        faulty[
+            f"The closure's KL is averaged over the {left_out}, and over none that count: one of "
+            "the two masks is inverted."
+        ] = (rows * ~counted).sum() / (~counted).sum()
         outside = f"prompt or padding: {int((~counted).sum())} of {count} elements"
         faulty[f"The closure's KL is averaged over {outside} that the mask leaves out count."] = (
             rows.mean()

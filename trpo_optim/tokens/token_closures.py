@@ -21,6 +21,7 @@ from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import (
     counted_tokens,
     require_aligned,
+    require_drawn,
     require_numbers,
     require_sequences,
     require_temperature,
@@ -64,7 +65,9 @@ def token_closures(
             ``tokens[rows]``, shape (n, T, V). With ``old="log_prob"`` it may also return the
             log-probabilities of ``tokens[rows]``, shape (n, T), as ``chunked_log_prob`` does.
         tokens: The tokens, integers of shape (N, T). Where the mask is false, any integers.
-        mask: True where a token counts, shape (N, T). None: all count.
+        mask: True where a token counts, shape (N, T): in the response, not in prompt or padding. An
+            inverted mask raises no error, since prompts and padding are tokens, too. To check the
+            mask, decode ``tokens[mask]``: it holds the responses and nothing else. None: all count.
         advantages: One number per sequence, (N,), or per token, (N, T).
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
@@ -92,8 +95,8 @@ def token_closures(
 
     Raises:
         TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
-            token counts, an option is outside its range, or the k likeliest tokens hold less than
-            90 % of the probability.
+            token counts, ``behaviour_log_prob`` is 0 wherever one does, an option is outside its
+            range, or the k likeliest tokens hold less than 90 % of the probability.
 
     Example:
         >>> import torch
@@ -130,14 +133,16 @@ def token_closures(
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
     options = _Options(old, per, temperature, reference_weight)
 
-    def closure(rows: Tensor) -> tuple[Closure, float]:
+    def closure(rows: Tensor) -> tuple[Closure, float, float]:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
         return _closure(lambda: logits(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
     pieces = used.split(micro_batch or len(used))
-    parts, masses = zip(*map(closure, pieces), strict=True)
+    parts, masses, log_probs = zip(*map(closure, pieces), strict=True)
     require_mass(old, sum(masses) / int(counted.sum()))
+    if behaviour_log_prob is not None:
+        require_drawn(behaviour_log_prob, counted, sum(log_probs) / int(counted.sum()))
     taken = max(1, round(curvature * len(used)))
     spaced = used[torch.arange(taken, device=used.device) * len(used) // taken]
     return Closures(
@@ -179,10 +184,10 @@ class _Options:
 
 def _closure(
     evaluate: Callable[[], Tensor], part: _Part, options: _Options
-) -> tuple[Closure, float]:
-    """Return the closure on some sequences, and the probability that its events see.
+) -> tuple[Closure, float, float]:
+    """Return the closure on some sequences, the probability that its events see, and ln π_old.
 
-    The policy at this call is the old policy. The probability is the sum over tokens that count.
+    The policy at this call is the old policy. Both numbers are sums over tokens that count.
     """
     mask, per = part.mask, options.per
     picked = part.tokens[mask]
@@ -221,7 +226,8 @@ def _closure(
         kl = joint_kl(old_dist, Categorical(logits=told))
         return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, told
 
-    return closure, float(len(picked)) if events is None else events.mass
+    mass = float(len(picked)) if events is None else events.mass
+    return closure, mass, float(old_log_prob.sum())
 
 
 def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
