@@ -239,3 +239,14 @@ def test_the_largest_kl_needs_the_logits_and_its_error_says_so() -> None:
         optimizer.step(closures_of(rollout))
     report = optimizer.step(closures_of(rollout, old="logits"))
     assert 0 < report.kl < report.largest_kl <= 0.01
+
+
+@pytest.mark.parametrize("weight", [0, 0.0])
+def test_a_weight_of_0_leaves_the_penalty_out(weight: float) -> None:
+    rollout = Rollout()
+    plain = both(rollout, closures_of(rollout))
+    nothing = torch.full(rollout.tokens.shape, math.nan, dtype=torch.float64)
+    penalty = {"reference_log_prob": nothing, "reference_weight": weight}
+    for ours, expected in zip(both(rollout, closures_of(rollout, **penalty)), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    closures_of(rollout, reference_weight=weight)

@@ -47,7 +47,7 @@ def token_closures(
     micro_batch: int | None = None,
     curvature: float = 1.0,
     reference_log_prob: Tensor | None = None,
-    reference_weight: float = 0.0,
+    reference_weight: float | None = None,
 ) -> Closures:
     """Return the closures for one ``optimizer.step`` on sequences of tokens.
 
@@ -84,8 +84,8 @@ def token_closures(
         micro_batch: The most sequences to evaluate at once. None: all.
         curvature: The share of the sequences, in (0, 1], that Fisher-vector products are taken on.
             These sequences are evenly spaced, and evaluated at once. 1: all, in micro-batches.
-        reference_log_prob: ln π of a reference policy, (N, T), for ``reference_weight``.
-        reference_weight: The weight of ``reference_kl`` in the loss.
+        reference_log_prob: ln π of a reference policy, (N, T). It needs ``reference_weight``.
+        reference_weight: The weight of ``reference_kl`` in the loss. 0 leaves the penalty out.
 
     Returns:
         The closures. Their weights also weigh the ranks of a process group; every rank needs a
@@ -118,20 +118,21 @@ def token_closures(
     require_per(per)
     require_old(old)
     require_temperature(temperature)
-    _require_options(micro_batch, curvature, reference_weight, reference_log_prob)
+    _require_options(micro_batch, curvature)
+    penalty = _penalty(reference_weight, reference_log_prob)
     require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
     require_vocabulary(tokens[counted], math.inf)
     if advantages.shape == tokens.shape[:1]:
         advantages = advantages[:, None].expand(tokens.shape)
-    reference = reference_log_prob if reference_weight else None
+    reference = reference_log_prob if penalty else None
     named = {"behaviour_log_prob": behaviour_log_prob, "reference_log_prob": reference}
     for name, values in {"advantages": advantages, **named}.items():
         if values is not None:
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
-    options = _Options(old, per, temperature, reference_weight)
+    options = _Options(old, per, temperature, penalty)
 
     def closure(rows: Tensor) -> tuple[Closure, float, float]:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
@@ -251,10 +252,8 @@ def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
         )
 
 
-def _require_options(
-    micro_batch: int | None, curvature: float, weight: float, reference: Tensor | None
-) -> None:
-    """Check the options that are numbers."""
+def _require_options(micro_batch: int | None, curvature: float) -> None:
+    """Check the options that say how much is evaluated at once."""
     if micro_batch is not None and (
         isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
     ):
@@ -263,6 +262,18 @@ def _require_options(
         )
     if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
         raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
+
+
+def _penalty(weight: float | None, reference: Tensor | None) -> float:
+    """Return the weight of the penalty to a reference policy, 0 without one."""
+    if weight is None:
+        if reference is None:
+            return 0.0
+        raise TrustRegionError(
+            "reference_log_prob is given and reference_weight is not, so the penalty has no "
+            "weight. Pass both, such as reference_weight=0.05, or leave both out. A weight of 0 "
+            "leaves the penalty out."
+        )
     if not math.isfinite(weight):
         raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
     if weight and reference is None:
@@ -270,3 +281,4 @@ def _require_options(
             f"reference_weight is {weight!r} and reference_log_prob is None. Pass the reference "
             "policy's log-probabilities of the tokens."
         )
+    return weight
