@@ -51,7 +51,8 @@ class Askew(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grads[0] * (1 + 0.8 * (1e4 * x).sin())
+        slope: Tensor = grads[0] * (1 + 0.8 * (1e4 * x).sin())
+        return slope
 
 
 class Once(Function):
