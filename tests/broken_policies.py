@@ -210,7 +210,7 @@ BROKEN_POLICIES: dict[str, Broken] = {
     "a backward that forbids a second, and a KL in half precision": Broken(
         lambda: Policy(middle=OnceInHalf()).bfloat16(),
         "second order",
-        "the KL computes in half precision",
+        "the KL is computed in half precision",
         observations=lambda: torch.randn(SAMPLES, OBSERVATIONS).bfloat16(),
         options={"kl": in_half_precision},
     ),

@@ -39,21 +39,6 @@ def test_products_are_taken_on_both_sides_and_far_enough() -> None:
         assert float((differences.product(vector) - image).norm()) < 0.04 * float(image.norm())
 
 
-class Askew(Function):
-    """Nothing, with a slope that is far from exact and differs from place to place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * (1 + 0.8 * (1e4 * x).sin())
-
-
 class Once(Function):
     """Nothing, but what forbids a second backward."""
 
@@ -108,7 +93,6 @@ class Setting:
 
     def __post_init__(self) -> None:
         """Draw the batch."""
-        self.function: Any = Once
         torch.manual_seed(1)
         self.observations, self.advantages = torch.randn(256, 6), torch.randn(256)
         with torch.no_grad():
@@ -118,7 +102,7 @@ class Setting:
         weight = next(self.network.parameters())
         with torch.autocast("cpu", self.cast or BF16, enabled=self.cast is not None):
             logits = self.network(self.observations[rows].to(weight.dtype))
-        once: Any = self.function.apply if self.once else nn.Identity()
+        once: Any = Once.apply if self.once else nn.Identity()
         logits = once(logits)
         return Categorical(logits=logits if weight.dtype is torch.float64 else logits.float())
 
@@ -188,16 +172,6 @@ def test_a_step_without_second_derivatives_gains_what_the_exact_step_gains(
     assert gains[True] > 0.96 * gains[False] > 0
 
 
-def test_products_that_are_not_symmetric_are_an_error_and_nothing_has_moved() -> None:
-    case = setting(perceptron, "autocast to bfloat16", once=True)
-    case.function = Askew
-    before = [each.detach().clone() for each in case.network.parameters()]
-    closure = case.closure()
-    with pytest.raises(TrustRegionError, match=r"half precision.*evaluate the policy in float32"):
-        TrustRegionOptimizer(case.network.parameters()).step(closure)
-    assert all(map(torch.equal, before, case.network.parameters()))
-
-
 def test_micro_batches_are_served_too() -> None:
     case = setting(perceptron, "autocast to bfloat16", once=True)
     optimizer = TrustRegionOptimizer(case.network.parameters())
@@ -220,6 +194,6 @@ def test_a_kl_in_half_precision_is_an_error_that_says_what_to_set() -> None:
     closure = case.closure()
     before = [each.detach().clone() for each in case.network.parameters()]
     optimizer = TrustRegionOptimizer(case.network.parameters(), mode="natural", max_kl=0.5)
-    with pytest.raises(TrustRegionError, match=r"the policy or the KL computes in half precision"):
+    with pytest.raises(TrustRegionError, match=r"KL is computed in half precision.*mean_kl"):
         optimizer.step(lambda: (closure()[0], closure()[1].bfloat16()))
     assert all(map(torch.equal, before, case.network.parameters()))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
 from trpo_optim.algorithm.finite_differences import (
-    COARSE_TARGETS,
     EVEN,
-    TOO_COARSE,
+    NOTE_ON_HALF_PRECISION,
     FiniteDifferences,
     Slope,
     UnresolvedError,
@@ -23,15 +22,9 @@ from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.long_vectors import norm
 
-__all__ = ["NOTE_ON_HALF_PRECISION", "Direction", "DirectionSolver", "differences_of"]
+__all__ = ["Direction", "DirectionSolver", "differences_of"]
 
 _FINITE_DIFFERENCES = "finite differences"
-
-NOTE_ON_HALF_PRECISION = "in half precision, finite differences are off by a few percent"
-
-_COARSE_ASYMMETRY = 0.03
-"""By how much uᵀFv and vᵀFu may be apart in half precision, relative to their size. Above it, and
-at negative curvature, steps on transformers lost up to two thirds of their gain."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +155,9 @@ class DirectionSolver:
         return self.batch.prefers_differences() and resolves(model.precision)
 
     def _by_finite_differences(self, model: LocalModel) -> Direction:
-        if not resolves(model.precision):
-            return self._by_coarse_differences(model)
-        preferred, one_sided = self.batch.prefers_differences(), self.batch.one_side_serves()
+        fine = resolves(model.precision)
+        preferred = self.batch.prefers_differences()
+        one_sided = fine and self.batch.one_side_serves()
         unsettled = Direction(Solution(self.uphill), model.engine, model.fallback, settled=False)
         try:
             made = differences_of(
@@ -187,21 +180,8 @@ class DirectionSolver:
             return unsettled
         if not one_sided:
             self.batch.learn_sides(one_serves=made.balanced and sound)
-        return Direction(solution, model.engine, model.fallback)
-
-    def _by_coarse_differences(self, model: LocalModel) -> Direction:
-        """Solve with displacements of several lengths, until the products are symmetric."""
-        for target in COARSE_TARGETS:
-            try:
-                made = differences_of(self.batch, self.parameters, model, coarse_target=target)
-                solution = self.mode.direction(made.product, self.uphill, self.settings, self.scale)
-            finally:
-                self.parameters.move(self.uphill, 0.0)
-            bends = solution.ending is not Ending.NON_POSITIVE_CURVATURE
-            if bends and not solution.asymmetry > _COARSE_ASYMMETRY:
-                note = f"{model.fallback}; {NOTE_ON_HALF_PRECISION}"
-                return Direction(solution, model.engine, note)
-        raise UnresolvedError(TOO_COARSE)
+        note = "" if fine else f"; {NOTE_ON_HALF_PRECISION}"
+        return Direction(solution, model.engine, model.fallback + note)
 
 
 def _is_sound(solution: Solution) -> bool:
@@ -217,7 +197,6 @@ def differences_of(
     *,
     preferred: bool = False,
     one_sided: bool = False,
-    coarse_target: float = COARSE_TARGETS[0],
 ) -> FiniteDifferences:
     """Return what makes products for a model that has none.
 
@@ -227,7 +206,6 @@ def differences_of(
         model: The closures near the current parameters.
         preferred: Whether another engine serves where the KL is not smooth.
         one_sided: Whether to look at one side alone.
-        coarse_target: The KL of a displacement in half precision, in nats.
 
     Returns:
         The finite differences.
@@ -235,7 +213,7 @@ def differences_of(
     slope, known = _slope_of(batch, parameters), (model.precision, model.kl_resolution)
     if preferred:
         return FiniteDifferences(slope, *known, most_uneven=EVEN, one_sided=one_sided)
-    return FiniteDifferences(slope, *known, one_sided=one_sided, coarse_target=coarse_target)
+    return FiniteDifferences(slope, *known, one_sided=one_sided)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace
 
-from trpo_optim.algorithm.direction import NOTE_ON_HALF_PRECISION
-from trpo_optim.algorithm.finite_differences import resolves
+from trpo_optim.algorithm.finite_differences import NOTE_ON_HALF_PRECISION, resolves
 from trpo_optim.distributions.parts import leaves, made_of
 from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.directions import direction
