@@ -15,8 +15,6 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from trpo_optim import mean_kl
-
 
 def custom_kl(old: Any, new: Any) -> Any:
     return kl_divergence(old.gaussian(), new.gaussian()).mean()
@@ -119,10 +117,6 @@ def unweighted(old: Any, new: Any) -> Any:
 
 def with_entropy(old: Any, new: Any) -> Any:
     return kl_divergence(old, new).mean() + 2e-6 * new.entropy().mean()
-
-
-def in_half_precision(old: Any, new: Any) -> Any:
-    return mean_kl(old, new).bfloat16()
 
 
 def rooted(old: Any, new: Any) -> Any:

@@ -261,12 +261,10 @@ as the second derivative, without an error. [The first step of an optimizer chec
 this](../concepts/curvature.md#the-check-of-the-first-step), with the product along the gradient.
 The check costs three to five evaluations. `state_dict` saves its result, so it is not repeated.
 
-In half precision, both sides are taken, at a KL of 10⁻² nats, and products are off by [a few
-percent](../concepts/curvature.md#half-precision). Rounding makes finite differences useless in two
-cases: if the KL itself is in half precision, and in single precision if many samples are close to a
-kink, such as that of a rectifier. The step then raises an error that says what to do.
-Straight-through estimators keep their engine, because their gradients are not those of their
-values.
+Rounding makes finite differences useless in two cases: in half precision, and in single precision
+if many samples are close to a kink, such as that of a rectifier. In half precision, the step raises
+an error that says what to do. Straight-through estimators keep their engine, because their
+gradients are not those of their values.
 
 ## What torch.func refuses
 

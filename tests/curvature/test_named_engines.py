@@ -113,7 +113,7 @@ def test_an_engine_named_later_is_compared_all_the_same(first: str) -> None:
         optimizer.step(problem.closure)
 
 
-def test_finite_differences_of_a_kl_in_half_precision_are_an_error_that_says_what_to_set() -> None:
+def test_finite_differences_by_name_in_half_precision_are_an_error_that_says_what_to_set() -> None:
     problem = gaussian(dtype=torch.bfloat16)
     with pytest.raises(TrustRegionError, match=r"half precision.* set engine='auto'"):
         problem.optimizer(engine="finite differences", max_kl=0.5).step(problem.closure)

@@ -134,7 +134,7 @@ def test_what_does_not_apply_is_undecided_and_no_failure() -> None:
     assert report.passed
     undecided = [each.check for each in report.findings if each.verdict is Verdict.UNDECIDED]
     assert undecided == ["density", "sampler", "entropy"]
-    report = policy_report("a backward that forbids a second, and a KL in half precision")
+    report = policy_report("a backward that forbids a second, in half precision")
     assert report["step"].verdict is report["fisher"].verdict is Verdict.UNDECIDED
 
 

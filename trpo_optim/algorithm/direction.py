@@ -10,7 +10,6 @@ from torch import Tensor
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
 from trpo_optim.algorithm.finite_differences import (
     EVEN,
-    NOTE_ON_HALF_PRECISION,
     FiniteDifferences,
     Slope,
     UnresolvedError,
@@ -155,9 +154,7 @@ class DirectionSolver:
         return self.batch.prefers_differences() and resolves(model.precision)
 
     def _by_finite_differences(self, model: LocalModel) -> Direction:
-        fine = resolves(model.precision)
-        preferred = self.batch.prefers_differences()
-        one_sided = fine and self.batch.one_side_serves()
+        preferred, one_sided = self.batch.prefers_differences(), self.batch.one_side_serves()
         unsettled = Direction(Solution(self.uphill), model.engine, model.fallback, settled=False)
         try:
             made = differences_of(
@@ -180,8 +177,7 @@ class DirectionSolver:
             return unsettled
         if not one_sided:
             self.batch.learn_sides(one_serves=made.balanced and sound)
-        note = "" if fine else f"; {NOTE_ON_HALF_PRECISION}"
-        return Direction(solution, model.engine, model.fallback + note)
+        return Direction(solution, model.engine, model.fallback)
 
 
 def _is_sound(solution: Solution) -> bool:
@@ -210,10 +206,10 @@ def differences_of(
     Returns:
         The finite differences.
     """
-    slope, known = _slope_of(batch, parameters), (model.precision, model.kl_resolution)
+    slope = _slope_of(batch, parameters)
     if preferred:
-        return FiniteDifferences(slope, *known, most_uneven=EVEN, one_sided=one_sided)
-    return FiniteDifferences(slope, *known, one_sided=one_sided)
+        return FiniteDifferences(slope, model.precision, most_uneven=EVEN, one_sided=one_sided)
+    return FiniteDifferences(slope, model.precision, one_sided=one_sided)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

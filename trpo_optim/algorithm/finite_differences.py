@@ -17,7 +17,6 @@ from trpo_optim.long_vectors import dot, norm
 
 __all__ = [
     "EVEN",
-    "NOTE_ON_HALF_PRECISION",
     "FiniteDifferences",
     "Slope",
     "UnresolvedError",
@@ -26,10 +25,7 @@ __all__ = [
 ]
 
 _COARSEST = 1e-5
-"""The unit of rounding above which a small displacement is lost in the gradients' rounding."""
-
-_COARSE_TARGET, _SHORT = 1e-2, 1e-4
-"""Nats of a displacement above that unit, and those where the search for it begins."""
+"""The unit of rounding above which gradients are too coarse to be subtracted."""
 
 EVEN, _MOST_UNEVEN = 0.05, 0.5
 """By how much the differences on both sides may be apart, relative to their sum: in a policy that
@@ -55,7 +51,7 @@ class UnresolvedError(TrustRegionError):
 
 
 class FiniteDifferences:
-    """v ↦ Fv by differences of the KL's gradient, forward ones except in half precision.
+    """v ↦ Fv by forward differences of the KL's gradient.
 
     The displacement is chosen by the KL that it makes: large against what rounding adds to the
     gradient, and small against where the KL stops to be quadratic. In single precision that KL is
@@ -65,45 +61,36 @@ class FiniteDifferences:
     gains 0.3 % less, with e⁻⁵ 1.6 % less. In double precision the KL is 1e-15 nats, or 1e-12 where
     part of the policy computes in single precision.
 
-    In half precision, every product is by central differences, at 1e-2 nats. Transformers then have
-    products within 6 %. At 1e-3 nats, they are off by up to 23 % (rounding); at 0.1, by up to 22 %.
-
     Args:
         slope: The KL and its gradient at displaced parameters.
         precision: The unit of rounding of the coarsest parameter and of the KL.
-        kl_resolution: KLs closer than this cannot be told apart, in nats.
         most_uneven: By how much the differences on both sides may be apart, relative to their sum.
-        one_sided: Whether to look at one side alone; not in half precision. The first product then
-            costs as much as any other. The caller must check that the products are symmetric.
+        one_sided: Whether to look at one side alone. The first product then costs as much as any
+            other. The caller must check that the products are symmetric.
 
     Attributes:
         balanced: True if both sides agreed. Later steps may then use one side.
 
     Raises:
-        UnresolvedError: If the KL itself is in half precision.
+        UnresolvedError: If that is half precision.
     """
 
     def __init__(
         self,
         slope: Slope,
         precision: float,
-        kl_resolution: float = 0.0,
         most_uneven: float = _MOST_UNEVEN,
         *,
         one_sided: bool = False,
     ) -> None:
-        self._coarse = not resolves(precision)
-        if self._coarse and kl_resolution > _COARSE_TARGET:
+        if not resolves(precision):
             raise UnresolvedError(_TOO_COARSE)
         self._slope = slope
         self._most_uneven = most_uneven
-        self._one_sided = one_sided and not self._coarse
+        self._one_sided = one_sided
         self.balanced = False
-        self._targets: tuple[float, ...] = (3e-9 if one_sided else 3e-8, 1e-6)
-        if self._coarse:
-            self._targets = (_COARSE_TARGET,)
-        elif precision < 1e-10:
-            self._targets = (1e-15, 1e-12)
+        precise = precision < 1e-10
+        self._targets = (1e-15, 1e-12) if precise else (3e-9 if one_sided else 3e-8, 1e-6)
         self._target = self._length = math.nan  # until the first product
         self._origin: Tensor | None = None
 
@@ -132,13 +119,9 @@ class FiniteDifferences:
         if self._origin is None:
             first = self._first_of_one_side if self._one_sided else self._first
             return first(unit).mul_(length)
-        window = (1 / 3, 3.0) if self._coarse else (1 / 300, 10.0)
         self._length, _, there = _displaced(
-            self._slope, self._origin, unit, self._length, self._target, window=window
+            self._slope, self._origin, unit, self._length, self._target, window=(1 / 300, 10)
         )
-        if self._coarse:
-            _, behind = self._slope(unit, -self._length)
-            return (there - behind).mul_(length / (2 * self._length))
         return (there - self._origin).mul_(length / self._length)
 
     def _first_of_one_side(self, unit: Tensor) -> Tensor:
@@ -156,7 +139,7 @@ class FiniteDifferences:
         best, product = math.inf, torch.zeros_like(unit)
         self._target, self._length = self._targets[-1], math.sqrt(2 * self._targets[-1])
         self._origin = torch.zeros_like(unit)
-        known = self._coarse  # rounding alone makes the two sides uneven
+        known = False
         for target in self._targets:
             length, ahead = self._ahead(unit, target, least=1 / 3)
             _, behind = self._slope(unit, -length)
@@ -184,9 +167,8 @@ class FiniteDifferences:
     def _ahead(self, unit: Tensor, target: float, least: float) -> tuple[float, Tensor]:
         """Return a displacement that makes about the wanted KL, and the slope there."""
         assert self._origin is not None  # the caller has set it
-        start, most = (_SHORT, 3.0) if self._coarse else (target, 30.0)
         length, _, ahead = _displaced(
-            self._slope, self._origin, unit, math.sqrt(2 * start), target, window=(least, most)
+            self._slope, self._origin, unit, math.sqrt(2 * target), target, window=(least, 30)
         )
         return length, ahead
 
@@ -198,7 +180,7 @@ def _unevenness(ahead: Tensor, behind: Tensor, origin: Tensor) -> float:
 
 
 def resolves(precision: float) -> bool:
-    """Return whether a small displacement shows in gradients of a precision.
+    """Return whether gradients of a precision can be subtracted.
 
     Args:
         precision: The unit of rounding of the coarsest parameter and of the KL.
@@ -206,14 +188,12 @@ def resolves(precision: float) -> bool:
     return precision <= _COARSEST
 
 
-NOTE_ON_HALF_PRECISION = "in half precision, finite differences are off by a few percent"
-
 _TOO_COARSE = (
-    "Finite differences of the KL's gradient do not resolve its curvature: the KL is computed in "
-    "half precision, or it has a kink here. Compute the KL in float32, as mean_kl() does. If "
-    "engine is 'finite differences', set engine='auto'. If it is 'auto', torch cannot "
-    "differentiate the closure twice: evaluate the policy in float32 (without autocast), or use "
-    "mode='vanilla', which needs first derivatives only."
+    "Finite differences of the KL's gradient do not resolve its curvature: the policy computes in "
+    "half precision, or the KL has a kink here. If engine is 'finite differences', set "
+    "engine='auto'. If it is 'auto', torch cannot differentiate the closure twice: evaluate the "
+    "policy in float32 (without autocast), or use mode='vanilla', which needs first derivatives "
+    "only."
 )
 
 

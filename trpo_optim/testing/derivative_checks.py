@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace
 
-from trpo_optim.algorithm.finite_differences import NOTE_ON_HALF_PRECISION, resolves
 from trpo_optim.distributions.parts import leaves, made_of
 from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.directions import direction
@@ -135,10 +134,6 @@ def check_fisher(subject: Subject) -> Finding:
     cause = ""
     for third in (True, False):
         with subject.model(third=third) as model:
-            if model.engine == "finite differences" and not resolves(model.precision):
-                return Finding(
-                    name, Verdict.UNDECIDED, {}, f"{NOTE_ON_HALF_PRECISION}.".capitalize()
-                )
             product, other = model.product(one), model.product(two)
         stated = float(one.dot(product))
         crossed = abs(float(two.dot(product)) - float(one.dot(other)))
