@@ -30,6 +30,7 @@ FLOATS = (
     "predicted_kl",
     "step_scale",
     "step_norm",
+    "rounded_away",
     "gradient_norm",
     "curvature",
     "cg_residual",
@@ -127,6 +128,7 @@ def test_the_longest_line_is_shorter_than_120_characters(outcome: Outcome) -> No
         backtracks=100,
         fisher_products=10**6,
         engine="double backward",
+        rounded_away=1.0,
     )
     assert len(str(report)) < 120
     assert "\n" not in str(report)

@@ -120,6 +120,7 @@ _MESSAGES = {
     Outcome.NO_IMPROVEMENT: (
         "The line search ended without enough improvement of the loss. The step was withdrawn. "
         "Lower max_kl, use a larger batch, lower improvement_ratio or raise max_backtracks. If "
+        "rounded_away is near 1, keep the parameters in float32. If "
         "this happens at every step, the loss may not depend on the parameters' values, or the "
         "closure may evaluate another batch each time. Check both."
     ),
@@ -150,9 +151,10 @@ class StepReport:
 
     ``loss_after``, ``improvement``, ``kl``, ``largest_kl``, ``step_scale`` and ``step_norm``
     describe the policy as ``step`` leaves it. After a rejected step they say that nothing moved.
-    The three ``trial`` figures and the two predictions describe the last trial of the line search,
-    accepted or not. A figure that the step did not reach, or that the mode does not need, is NaN. A
-    count is then 0. Two reports are equal if all their figures are equal; NaN equals NaN.
+    The three ``trial`` figures, the two predictions and ``rounded_away`` describe the last trial of
+    the line search, accepted or not. A figure that the step did not reach, or that the mode does
+    not need, is NaN. A count is then 0. Two reports are equal if all their figures are equal; NaN
+    equals NaN.
 
     "Typically" means 90 % of TRPO's steps in training on CartPole-v1, Pendulum-v1, Hopper-v5 and
     HalfCheetah-v5 (30 steps each, 2048 samples a step). If such steps are accepted while the return
@@ -178,6 +180,10 @@ class StepReport:
             ``lr`` times √0.97, unless the search shortened or lengthened the step.
         step_norm: L2 length of the move in parameter space, in the parameters' precision. 0 where a
             step is too small for bfloat16 to show.
+        rounded_away: The share of the elements that the last trial was to move, and that rounding
+            left where they were. About 0 in float32. Loss and KL are those of the rounded
+            parameters. Above 0.5, steps gain less: keep the parameters in float32, such as float32
+            adapters on a frozen base.
         gradient_norm: L2 length of the gradient of the loss.
         curvature: xᵀFx of the unscaled direction x, without damping.
         cg_iterations: Iterations of conjugate gradient.
@@ -228,6 +234,7 @@ class StepReport:
     predicted_kl: float = _NAN
     step_scale: float = 0.0
     step_norm: float = 0.0
+    rounded_away: float = _NAN
     gradient_norm: float = _NAN
     curvature: float = _NAN
     cg_iterations: int = 0
@@ -268,6 +275,8 @@ class StepReport:
             facts.append(_counted(self.fisher_products, "product"))
         if facts and self.engine:
             facts.append(self.engine)
+        if self.accepted and self.rounded_away > 0.5:
+            facts.append(f"{self.rounded_away:.0%} rounded away")
         return ": ".join(filter(None, [self.outcome.value.replace("_", " "), ", ".join(facts)]))
 
     def as_dict(self) -> dict[str, float]:

@@ -236,6 +236,10 @@ NAN = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
         ({"curvature": "x"}, ["curvature is 'x'"]),
         ({"reference_weight": 0.1}, ["reference_weight is 0.1", "reference_log_prob is None"]),
         ({"reference_weight": math.nan}, ["reference_weight is nan"]),
+        (
+            {"reference_log_prob": NAN - 1},
+            ["reference_log_prob is given", "reference_weight is not"],
+        ),
         ({"old": "probs"}, ["'probs'", "'log_prob', 'logits'"]),
         ({"old": 0}, ["old is 0", "at least 1"]),
         ({"old": True}, ["old is True"]),

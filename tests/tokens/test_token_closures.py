@@ -12,7 +12,7 @@ from language_model import VOCABULARY, Rollout, both, derivatives, evaluated
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
-from trpo_optim import Closures, TrustRegionOptimizer
+from trpo_optim import Closures, TrustRegionError, TrustRegionOptimizer
 from trpo_optim.testing import assert_closure
 from trpo_optim.tokens import group_advantages, token_closures
 
@@ -230,3 +230,23 @@ def test_the_packages_own_checks_find_nothing(old: Any, per: Any) -> None:
         advantages=rollout.advantages,
         mask=rollout.mask,
     )
+
+
+def test_the_largest_kl_needs_the_logits_and_its_error_says_so() -> None:
+    rollout = Rollout()
+    optimizer = TrustRegionOptimizer(rollout.parameters, constraint="max")
+    with pytest.raises(TrustRegionError, match=r"constraint is 'max'.*pass old='logits'"):
+        optimizer.step(closures_of(rollout))
+    report = optimizer.step(closures_of(rollout, old="logits"))
+    assert 0 < report.kl < report.largest_kl <= 0.01
+
+
+@pytest.mark.parametrize("weight", [0, 0.0])
+def test_a_weight_of_0_leaves_the_penalty_out(weight: float) -> None:
+    rollout = Rollout()
+    plain = both(rollout, closures_of(rollout))
+    nothing = torch.full(rollout.tokens.shape, math.nan, dtype=torch.float64)
+    penalty = {"reference_log_prob": nothing, "reference_weight": weight}
+    for ours, expected in zip(both(rollout, closures_of(rollout, **penalty)), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    closures_of(rollout, reference_weight=weight)

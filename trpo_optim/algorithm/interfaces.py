@@ -108,8 +108,8 @@ class Parameters(Protocol):
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step."""
 
-    def moved(self) -> float:
-        """Return the L2 distance from the origin, as the parameters' precision has it."""
+    def change(self) -> Tensor:
+        """Return what the parameters moved by since the origin, as their precision has it."""
 
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points far from here in every parameter."""

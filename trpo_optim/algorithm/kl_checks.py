@@ -24,7 +24,8 @@ def require_largest_kl(largest_kl: float | None) -> None:
         raise TrustRegionError(
             "constraint is 'max', and the closure's KL is a scalar, so the largest KL of a sample "
             "is not known. Return the KL of every sample, a vector of shape (N,): joint_kl(old, "
-            "new). Or set constraint='mean'."
+            "new). With token_closures, pass old='logits': an estimate by log-probabilities has no "
+            "KL per token. Or set constraint='mean'."
         )
 
 

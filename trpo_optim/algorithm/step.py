@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
@@ -118,9 +119,11 @@ def take_step(
         _require_moving_kl(batch, parameters, model)
     if mode.curved and _is_surprising(search, prediction, model):
         batch.doubt()
+    parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
+    change = parameters.change()
+    figures["rounded_away"] = _lost_share(change, step)
     if search.outcome is Outcome.ACCEPTED:
-        parameters.move(step, search.scale)  # the last trial may have lain elsewhere
-        figures["step_norm"] = parameters.moved()
+        figures["step_norm"] = float(norm(change))
     return search.outcome
 
 
@@ -182,6 +185,13 @@ def _flaw_of_direction(direction: Solution) -> Outcome | None:
     if direction.ending is Ending.NON_FINITE:
         return Outcome.NON_FINITE_CURVATURE
     return None if direction.curvature > 0 else Outcome.NON_POSITIVE_CURVATURE
+
+
+def _lost_share(change: Tensor, step: Tensor) -> float:
+    """Return the share of the elements that a step was to move and that did not move."""
+    lost = torch.stack([change.eq(0).logical_and_(step).sum(), step.count_nonzero()])
+    still, wanted = lost.tolist()
+    return float(still / wanted) if wanted else 0.0
 
 
 def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:

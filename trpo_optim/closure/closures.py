@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,43 @@ def collected(
         raise TrustRegionError(
             "step() got an empty list of closures. Pass at least one closure, one per micro-batch."
         )
+    _require_bound(parts)
     if weights is None:
         return Closures(parts, None, curvature)
     plain = _plain(weights, len(parts), least="at least" if shared else "above")
     kept = [index for index, weight in enumerate(plain) if weight > 0]
     return Closures([parts[index] for index in kept], [plain[index] for index in kept], curvature)
+
+
+def _require_bound(parts: Sequence[Any]) -> None:
+    """Check that no function was made several times with the same variables, as a loop does.
+
+    The very same object twice is no such mistake, and neither are equal arguments of a function
+    that makes closures.
+
+    Raises:
+        TrustRegionError: If one was.
+    """
+    functions = {id(part): part for part in parts if isinstance(part, types.FunctionType)}
+    seen: dict[tuple[int, ...], types.FunctionType] = {}
+    for function in functions.values():
+        other = seen.setdefault(_what_it_reads(function), function)
+        if other is not function:
+            first, second = (1 + [*map(id, parts)].index(id(each)) for each in (other, function))
+            raise TrustRegionError(
+                f"Closures {first} and {second} of {len(parts)} are one function with the same "
+                "variables, so they evaluate the same samples. A function that is made in a loop "
+                "reads the loop's variables when it is called, after the loop. Bind them when you "
+                "make it: lambda rows=rows: ..., or functools.partial(closure, rows). To count a "
+                "micro-batch twice, double its weight."
+            )
+
+
+def _what_it_reads(function: types.FunctionType) -> tuple[int, ...]:
+    """Return the ``id`` of a function's code, and of every variable and default that it reads."""
+    own = (function.__code__, function.__globals__, *(function.__closure__ or ()))
+    keywords = (function.__kwdefaults__ or {}).values()
+    return tuple(map(id, (*own, *(function.__defaults__ or ()), *keywords)))
 
 
 def _is_number(weights: Any) -> bool:

@@ -23,7 +23,6 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable, uncompiled
-from trpo_optim.long_vectors import norm
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -219,9 +218,9 @@ class Transaction:
             self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
         self._put(torch.add(self.origin, step, alpha=scale))
 
-    def moved(self) -> float:
-        """Return how far the parameters are from the origin, as their precision has it."""
-        return float(norm(self._vector.current().sub_(self.origin)))
+    def change(self) -> Tensor:
+        """Return what the parameters moved by, (n,), as their precision has it."""
+        return self._vector.current().sub_(self.origin)
 
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points where every parameter has one length and lies along no axis."""

@@ -44,6 +44,11 @@ class Batch:
         choices: What earlier steps have learned of the parts and of the curvature's closure.
         engine: What is to make the products.
 
+    Attributes:
+        parts: The closures whose mean is taken.
+        weights: Their shares, of the sum 1.
+        curvature: The closure of the curvature's own, or None.
+
     Raises:
         TrustRegionError: If a closure cannot be called.
     """
@@ -61,16 +66,16 @@ class Batch:
         self._engine = engine
         self._part_engines: list[Engine] = []
         parts = closures.parts
-        self._weights = shares(closures.weights or [1.0] * len(parts))
-        self._parts: list[Objective] = []
+        self.weights = shares(closures.weights or [1.0] * len(parts))
+        self.parts: list[Objective] = []
         for index, each in enumerate(parts, start=1):
             name = f"closure {index} of {len(parts)}" if len(parts) > 1 else ""
             with blaming(name):
-                self._parts.append(Objective(each, vector, transaction, name))
-        self._curvature = None
+                self.parts.append(Objective(each, vector, transaction, name))
+        self.curvature: Objective | None = None
         if closures.curvature is not None:
             with blaming("curvature"):
-                self._curvature = Objective(closures.curvature, vector, transaction, "curvature")
+                self.curvature = Objective(closures.curvature, vector, transaction, "curvature")
 
     def sums(self) -> AbstractContextManager[None]:
         """Return what sums over vectors need for the time of a step: nothing."""
@@ -90,8 +95,8 @@ class Batch:
     @property
     def evaluations(self) -> int:
         """How often a closure was called, whichever."""
-        own = [] if self._curvature is None else [self._curvature]
-        return sum(part.evaluations for part in [*self._parts, *own])
+        own = [] if self.curvature is None else [self.curvature]
+        return sum(part.evaluations for part in [*self.parts, *own])
 
     def concluded(self, report: StepReport) -> StepReport:
         """Return the report of the step that was taken on this, its evaluations counted.
@@ -104,7 +109,7 @@ class Batch:
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""
         found = []
-        for part in self._parts:
+        for part in self.parts:
             with blaming(part.name):
                 found.append(part.values())
         losses, kls, largest = zip(*found, strict=True)
@@ -119,9 +124,9 @@ class Batch:
 
     def slope(self) -> tuple[float, Tensor]:
         """Return the KL that gives the curvature, in nats, and its gradient, shape (n,)."""
-        own = None if self._curvature is None else [(1.0, self._curvature)]
+        own = None if self.curvature is None else [(1.0, self.curvature)]
         total, gradient = 0.0, None
-        for weight, part in own or zip(self._weights, self._parts, strict=True):
+        for weight, part in own or zip(self.weights, self.parts, strict=True):
             with blaming(part.name):
                 kl, share = slope(part, loss=own is None)
             total += weight * kl
@@ -175,7 +180,7 @@ class Batch:
 
     def _dear(self) -> str:
         """Return what makes exact products dear, or empty."""
-        if self._curvature is None and len(self._parts) > 1:
+        if self.curvature is None and len(self.parts) > 1:
             return "micro-batches"
         return self._choice["dear"]
 
@@ -189,7 +194,7 @@ class Batch:
     @property
     def _choice(self) -> EngineChoice:
         """What is known of the closures that give the curvature."""
-        return self._choices["parts" if self._curvature is None else "curvature"]
+        return self._choices["parts" if self.curvature is None else "curvature"]
 
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
@@ -197,10 +202,10 @@ class Batch:
 
     def second_order(self) -> LocalModel:
         """Return the local model with Fisher-vector products."""
-        if self._curvature is not None:
+        if self.curvature is not None:
             model = self._linearized(functools.partial(first_order, curved=True))
             with blaming("curvature"):
-                other = self._modelled(self._curvature, gradient=False)
+                other = self._modelled(self.curvature, gradient=False)
             return replace(
                 model,
                 product=other.product,
@@ -209,9 +214,9 @@ class Batch:
                 engine=other.engine,
                 fallback=other.fallback,
             )
-        if len(self._parts) == 1:
-            with blaming(self._parts[0].name):
-                return self._modelled(self._parts[0])
+        if len(self.parts) == 1:
+            with blaming(self.parts[0].name):
+                return self._modelled(self.parts[0])
         self._part_engines = []
         return replace(self._linearized(self._modelled), product=self._remade_product)
 
@@ -233,7 +238,7 @@ class Batch:
         losses, kls, largest, gradient = [], dict[str, float](), [], None
         engines: list[tuple[Engine, str]] = []
         resolutions, precisions = list[float](), list[float]()
-        for part, weight in zip(self._parts, self._weights, strict=True):
+        for part, weight in zip(self.parts, self.weights, strict=True):
             with blaming(part.name):
                 model = order(part).released()
             losses.append(model.loss)
@@ -262,14 +267,14 @@ class Batch:
     def _remade_product(self, direction: Tensor) -> Tensor:
         """Return Fv, the graph of each part made for it and dropped again."""
         total = torch.zeros_like(direction)
-        parts = zip(self._parts, self._weights, self._part_engines, strict=True)
+        parts = zip(self.parts, self.weights, self._part_engines, strict=True)
         for part, weight, engine in parts:
             with blaming(part.name):
                 total.add_(product_again(part, engine)(direction), alpha=weight)
         return total
 
     def _mean(self, values: Sequence[float]) -> float:
-        return weighted_mean(self._weights, values)
+        return weighted_mean(self.weights, values)
 
 
 def _left_of(weight: float, part: Objective) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,19 +15,18 @@ from trpo_optim.algorithm.direction import DirectionSolver
 from trpo_optim.algorithm.kl_checks import require_moving_kl, require_zero_kl
 from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.checks import Numbers, checked_values
-from trpo_optim.closure.closures import Closures
+from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.autograd_graph import now, require_attached
-from trpo_optim.curvature.batch import Batch
-from trpo_optim.curvature.engine_choice import learned
+from trpo_optim.curvature.batch import weighted_mean
 from trpo_optim.distributions.masks import checked_mask
-from trpo_optim.errors import TrustRegionError
+from trpo_optim.errors import TrustRegionError, blaming
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.testing.closure_subject import ClosureSubject
-from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, without
+from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, named, without
 from trpo_optim.testing.kl_scale import check_kl_scale
 from trpo_optim.testing.loss_check import check_loss
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
@@ -41,47 +40,52 @@ _NEAR = 3e-5
 def _values(subject: ClosureSubject) -> Finding:
     """It returns two attached scalars, calls no backward, and uses no stale graph."""
     name = "values"
-    started = now()
-    start = time.perf_counter()
-    values = subject.objective.with_graph()
-    seconds = time.perf_counter() - start
-    require_attached((values.loss, values.kl), subject.vector.parameters, started)
-    loss, kl, _ = values.numbers()
-    figures = {"loss": loss, "kl": kl, "seconds": seconds}
-    if math.isfinite(loss) and math.isfinite(kl):
-        return Finding(name, Verdict.PASSED, figures)
-    return Finding(
-        name,
-        Verdict.FAILED,
-        figures,
-        "Loss or KL is not a number where old and new policy are one.",
-        "Look for zero probabilities, -inf times zero, and NaN in the batch.",
-    )
+    seconds, numbers = 0.0, list[tuple[float, float]]()
+    for each in subject.every:
+        started = now()
+        start = time.perf_counter()
+        with blaming(each.name):
+            values = each.with_graph()
+            require_attached((values.loss, values.kl), subject.vector.parameters, started)
+        seconds += time.perf_counter() - start
+        numbers.append(values.numbers()[:2])
+        del values  # and so the graph
+    losses, kls = zip(*numbers[: len(subject.batch.parts)], strict=True)
+    means = [weighted_mean(subject.batch.weights, each) for each in (losses, kls)]
+    figures = {"loss": means[0], "kl": means[1], "seconds": seconds}
+    for each, pair in zip(subject.every, numbers, strict=True):
+        if not all(map(math.isfinite, pair)):
+            cause = "Loss or KL is not a number where old and new policy are one."
+            remedy = "Look for zero probabilities, -inf times zero, and NaN in the batch."
+            return Finding(name, Verdict.FAILED, figures, named(each.name, cause), remedy)
+    return Finding(name, Verdict.PASSED, figures)
 
 
 def _deterministic(subject: ClosureSubject) -> Finding:
     name = "deterministic"
-    subject.objective.rewind()
-    with torch.no_grad():
-        first, second = (checked_values(subject.closure()).numbers()[:2] for _ in range(2))
-    pairs = zip(first, second, strict=True)  # NaN twice is no difference, and NaN once is one
-    gap = max(0.0 if math.isnan(a) and math.isnan(b) else abs(a - b) for a, b in pairs)
-    if gap <= 1e-6 * max(1.0, abs(first[0])):
-        return Finding(name, Verdict.PASSED, {"gap": gap})
-    return Finding(
-        name,
-        Verdict.FAILED,
-        {"gap": gap},
-        f"Two calls at the same parameters differ by {gap:.3g}: the closure draws a new minibatch, "
-        "or the policy has dropout, noise or moving statistics.",
-        "Fix the batch before step(), and use policy.eval().",
-    )
+    widest = 0.0
+    for each in subject.every:
+        each.rewind()
+        with torch.no_grad(), blaming(each.name):
+            first, second = (checked_values(each.closure()).numbers()[:2] for _ in range(2))
+        pairs = zip(first, second, strict=True)  # NaN twice is no difference, and NaN once is one
+        gap = max(0.0 if math.isnan(a) and math.isnan(b) else abs(a - b) for a, b in pairs)
+        if not gap <= 1e-6 * max(1.0, abs(first[0])):
+            cause = (
+                f"Two calls at the same parameters differ by {gap:.3g}: the closure draws a new "
+                "minibatch, or the policy has dropout, noise or moving statistics."
+            )
+            remedy = "Fix the batch before step(), and use policy.eval()."
+            return Finding(name, Verdict.FAILED, {"gap": gap}, named(each.name, cause), remedy)
+        widest = max(widest, gap)
+    return Finding(name, Verdict.PASSED, {"gap": widest})
 
 
 def _zero_kl(subject: ClosureSubject) -> Finding:
-    kl = subject.kl()
-    require_zero_kl(kl, 1e-7, 1e-4)
-    return Finding("zero kl", Verdict.PASSED, {"kl": kl})
+    for each in subject.every:
+        with blaming(each.name):
+            require_zero_kl(each.values().kl, 1e-7, 1e-4)
+    return Finding("zero kl", Verdict.PASSED, {"kl": subject.kl()})
 
 
 def _moving_kl(subject: ClosureSubject) -> Finding:
@@ -117,8 +121,7 @@ def _second_order(subject: ClosureSubject) -> Finding:
     """The KL's Fisher-vector products are those of its first derivatives."""
     settings = Hyperparameters(cg_iterations=1)
     with torch.no_grad():
-        closures = Closures([subject.closure])
-        batch = Batch(closures, subject.vector, subject.transaction, learned({}))
+        batch = subject.batch
         model = batch.second_order()
         length = model.gradient.norm()
         uphill = model.gradient / length if length > 0 else torch.ones_like(model.gradient)
@@ -151,7 +154,7 @@ Example:
 
 
 def check_closure(
-    closure: Closure,
+    closure: Closure | Closures | Iterable[Closure],
     params: ParamsT,
     *,
     log_prob: Callable[[], Tensor] | None = None,
@@ -163,13 +166,16 @@ def check_closure(
     """Find out whether ``step`` can work with a handwritten closure.
 
     Call it where you would call ``step``: old and new policy are equal there. It leaves everything
-    as it was.
+    as it was. Each closure of a list is checked, one at a time, and the finding names the closure
+    at fault.
 
     Args:
-        closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``.
+        closure: Takes no argument and returns ``(loss, kl)`` or ``(loss, kl, dist)``. It may also
+            be a list of these, or ``Closures``, as for ``step``.
         params: The optimizer's parameters, in any form that it takes.
         log_prob: A function that returns ln π of the batch's actions, (N,), or in the shape of the
-            mask. With ``advantages`` it serves to check the loss.
+            mask. With ``advantages`` it serves to check the loss. With several closures, it is of
+            the actions of all, in the order of the closures.
         advantages: The advantages of these actions. With a mask of shape (N, T), they may have
             shape (N,).
         mask: True where an element counts: no padding, and no prompt of a language model. None: all
@@ -199,15 +205,19 @@ def check_closure(
     mask = None if mask is None else checked_mask(mask)
     groups = TrustRegionOptimizer(params).param_groups
     vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
+    try:
+        closures = collected(closure, None, None, shared=False)
+    except TrustRegionError as error:
+        return ClosureReport((Finding("values", Verdict.FAILED, {}, str(error)),))
     findings = []
     with torch.no_grad():
         for name, check in checks.items():
             with Transaction(vector) as transaction:
-                transaction.hold([closure])
+                transaction.hold(closures.every)
                 transaction.begin()
                 try:
                     subject = ClosureSubject(
-                        closure, vector, transaction, log_prob, advantages, mask, maximize
+                        closures, vector, transaction, log_prob, advantages, mask, maximize
                     )
                     findings.append(check(subject))
                 except Exception as error:  # whatever a closure may raise
@@ -218,7 +228,9 @@ def check_closure(
     return ClosureReport(tuple(findings))
 
 
-def assert_closure(closure: Closure, params: ParamsT, **options: Any) -> None:
+def assert_closure(
+    closure: Closure | Closures | Iterable[Closure], params: ParamsT, **options: Any
+) -> None:
     """Raise an error if ``check_closure`` finds a fault.
 
     Args:

@@ -1,4 +1,4 @@
-"""The closure under test: evaluated always from the same state, and moved along its parameters."""
+"""The closures under test: evaluated always from the same state, and moved along the parameters."""
 
 from __future__ import annotations
 
@@ -9,46 +9,56 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trpo_optim.closure.evaluation import Closure, Objective
+from trpo_optim.closure.closures import Closures
+from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.batch import Batch
+from trpo_optim.curvature.engine_choice import learned
 
 __all__ = ["ClosureSubject"]
 
 
 @dataclass
 class ClosureSubject:
-    """A closure, evaluated within a transaction that puts everything back.
+    """The closures of a step, evaluated within a transaction that puts everything back.
 
     Attributes:
-        closure: What is checked.
+        closures: What is checked.
         vector: The parameters.
         transaction: What puts everything back.
         log_prob: Returns ln π of the batch's actions. None: not known.
         advantages: Of the same actions. None: not known.
         mask: Which elements of the batch count. None: all.
         maximize: Whether the loss is to be raised.
+        batch: What evaluates the closures.
     """
 
-    closure: Closure
+    closures: Closures
     vector: ParameterVector
     transaction: Transaction
     log_prob: Callable[[], Tensor] | None
     advantages: Tensor | None
     mask: Tensor | None
     maximize: bool
-    objective: Objective = field(init=False)
+    batch: Batch = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make what evaluates the closure."""
-        self.objective = Objective(self.closure, self.vector, self.transaction)
+        """Make what evaluates the closures."""
+        self.batch = Batch(self.closures, self.vector, self.transaction, learned({}))
+
+    @property
+    def every(self) -> list[Objective]:
+        """What evaluates each closure, that of the curvature last."""
+        own = [] if self.batch.curvature is None else [self.batch.curvature]
+        return [*self.batch.parts, *own]
 
     def kl(self, step: Tensor | None = None) -> float:
-        """Return the KL at a step away from the parameters, or at them."""
+        """Return the mean KL at a step away from the parameters, or at them."""
         nowhere = torch.zeros_like(self.transaction.origin)
         self.transaction.move(nowhere if step is None else step, 1.0)
         try:
-            return self.objective.values().kl
+            return self.batch.values().kl
         finally:
             self.transaction.move(nowhere, 1.0)
 

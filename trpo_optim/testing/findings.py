@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "left_out", "without"]
+__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "left_out", "named", "without"]
 
 
 SubjectT = TypeVar("SubjectT")
@@ -126,6 +126,16 @@ class ClosureReport(_Report):
         >>> report.passed, [finding.check for finding in report.failures]
         (False, ['values'])
     """
+
+
+def named(closure: str, cause: str) -> str:
+    """Return a cause with the closure that it was found in.
+
+    Args:
+        closure: Which of several closures it is. Empty if there is only one.
+        cause: What is wrong.
+    """
+    return f"In {closure}: {cause}" if closure else cause
 
 
 def left_out(skip: Collection[str]) -> set[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from trpo_optim.closure.evaluation import Objective
 from trpo_optim.distributions import frozen
 from trpo_optim.distributions.kl import kl_of_family
 from trpo_optim.distributions.parts import leaves
@@ -23,7 +24,6 @@ __all__ = [
     "by_distributions",
     "by_log_probabilities",
     "evaluated",
-    "masked_mean",
     "measured",
 ]
 
@@ -33,11 +33,8 @@ _FAR = 1e-3
 _DIRECTIONS = 3
 """Which tell a constant factor from weights that differ between rows."""
 
-_Old = Callable[[], tuple[float, Tensor]]
-"""Returns the closure's KL where the parameters are, and that of every row."""
-
-_Read = Callable[[ClosureSubject], _Old]
-"""Keeps the old policy, the parameters being where they were."""
+_Read = Callable[[], "list[Measured]"]
+"""Returns the KL of each closure where the parameters are, and that of every row."""
 
 
 @dataclass(frozen=True)
@@ -45,96 +42,148 @@ class Measured:
     """The KL at a step forward and backward.
 
     Attributes:
-        stated: What the closure says.
-        rows: What its distributions or log-probabilities say, of the batch's shape.
+        stated: What a closure says.
+        rows: What its distributions or log-probabilities say, of its batch's shape.
+        mask: Which of the rows count. None: all.
+        name: Which of several closures it is. Empty if there is only one.
     """
 
     stated: float
     rows: Tensor
+    mask: Tensor | None
+    name: str = ""
+
+    @property
+    def mean(self) -> float:
+        """The mean over the rows that count."""
+        rows, mask = self.rows, self.mask
+        return float(rows.mean() if mask is None else (rows * mask).sum() / mask.sum())
 
 
-def masked_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over what counts."""
-    return rows.mean() if mask is None else (rows * mask).sum() / mask.sum()
+def measured(
+    subject: ClosureSubject, reader: Callable[[ClosureSubject], _Read]
+) -> list[list[Measured]]:
+    """Return the KL of each closure in several directions; nothing where there is none to be read.
 
-
-def measured(subject: ClosureSubject, read: _Read) -> list[Measured]:
-    """Return the KL in several directions; nothing where there is none to be read."""
-    old = read(subject)
-    here = subject.kl()  # which another check has found to be zero, or not
+    Args:
+        subject: The closures.
+        reader: Keeps the old policy, the parameters being where they were.
+    """
+    read = reader(subject)
+    here = [each.stated for each in read()]  # which another check has found to be zero, or not
     found = []
     for seed in range(_DIRECTIONS):
         generator = torch.Generator().manual_seed(seed)
         step = subject.direction()
         step = step * torch.randn(len(step), generator=generator).to(step)
         for _ in range(20):
-            each = _both_ways(subject, old, step, here)
-            mean = math.inf if each is None else float(masked_mean(each.rows, subject.mask)) / 2
-            if each is not None and _FAR / 4 <= mean <= 2 * _FAR:
-                found.append(each)
-                break
+            parts = _both_ways(subject, read, step, here)
+            mean = math.inf
+            if parts is not None:
+                mean = sum(each.mean for each in parts) / len(parts) / 2
+                if _FAR / 4 <= mean <= 2 * _FAR:
+                    found.append(parts)
+                    break
             step = step * min(max(math.sqrt(_FAR / mean), 1 / 8), 8) if mean > 0 else step
-    return found if len(found) == _DIRECTIONS else []
+    return [list(each) for each in zip(*found, strict=True)] if len(found) == _DIRECTIONS else []
 
 
-def _both_ways(subject: ClosureSubject, old: _Old, step: Tensor, here: float) -> Measured | None:
+def _both_ways(
+    subject: ClosureSubject, read: _Read, step: Tensor, here: list[float]
+) -> list[Measured] | None:
     """Return the KLs' sums over a step and its opposite, in which no third derivative is left."""
-    stated, rows = -2 * here, torch.zeros((), dtype=torch.float64)
+    ways = []
     for way in (step, -step):
         with subject.at(way):
             try:
-                kl, part = old()
+                parts = read()
             except TrustRegionError:
                 raise
             except ValueError:  # too far for the distribution's arguments
                 return None
-        if not (math.isfinite(kl) and part.isfinite().all()):
+        if not all(math.isfinite(each.stated) and each.rows.isfinite().all() for each in parts):
             return None
-        stated, rows = stated + kl, rows + part.detach().double().cpu()
-    return Measured(stated, rows)
+        ways.append(parts)
+    return [
+        replace(one, stated=one.stated + other.stated - 2 * zero, rows=one.rows + other.rows)
+        for one, other, zero in zip(*ways, here, strict=True)
+    ]
 
 
-def by_distributions(subject: ClosureSubject) -> _Old:
-    """Return what evaluates the closure, and the KLs of the distributions that it makes.
+def by_distributions(subject: ClosureSubject) -> _Read:
+    """Return what evaluates the closures, and the KLs of the distributions that they make.
 
-    These are its third value, or else what it makes of the parameters.
+    These are a closure's third value, or else what it makes of the parameters.
 
     Raises:
         NoClosedFormError: If there are none.
     """
-    _, before, _ = evaluated(subject)
-    if not before:
-        raise NoClosedFormError("The closure makes no distribution.")
-    old = [frozen(each) for each in before]
+    parts = subject.batch.parts
+    old = []
+    for part in parts:
+        _, before, _ = evaluated(part)
+        if not before:
+            raise NoClosedFormError("The closure makes no distribution.")
+        old.append([frozen(each) for each in before])
 
-    def read() -> tuple[float, Tensor]:
-        stated, new, whole = evaluated(subject)
-        kls = [kl_of_family(*pair, "") for pair in zip(old, new, strict=True)]
-        return stated, _joint(kls, subject.mask, repeated=not whole)
+    def read() -> list[Measured]:
+        stated, kls, wholes = [], [], []
+        for part, before in zip(parts, old, strict=True):
+            kl, new, whole = evaluated(part)
+            stated.append(kl)
+            kls.append([kl_of_family(*pair, "") for pair in zip(before, new, strict=True)])
+            wholes.append(whole)
+        masks = _masks(subject.mask, [each[0] for each in kls])
+        return [
+            Measured(kl, _joint(each, mask, repeated=not whole).detach().double().cpu(), mask, name)
+            for kl, each, mask, whole, name in zip(
+                stated, kls, masks, wholes, [part.name for part in parts], strict=True
+            )
+        ]
 
     return read
 
 
-def evaluated(subject: ClosureSubject) -> tuple[float, list[Distribution], bool]:
-    """Return the closure's KL, its new distributions, and whether its third value holds these."""
+def evaluated(part: Objective) -> tuple[float, list[Distribution], bool]:
+    """Return a closure's KL, its new distributions, and whether its third value holds these."""
     with distributions_made() as made:
-        values = subject.objective.with_graph()
+        values = part.with_graph()
     third = _distributions_in(values.third)
     return float(values.kl), third or of_new_policy(made), bool(third)
 
 
-def by_log_probabilities(subject: ClosureSubject) -> _Old:
-    """Return what evaluates the closure, and r − 1 − ln r of every action."""
+def by_log_probabilities(subject: ClosureSubject) -> _Read:
+    """Return what evaluates the closures together, and r − 1 − ln r of every action."""
     assert subject.log_prob is not None
     log_prob = subject.log_prob
     before = log_prob().detach().double()
 
-    def read() -> tuple[float, Tensor]:
-        stated = subject.objective.values().kl
+    def read() -> list[Measured]:
+        stated = subject.batch.values().kl
         change = log_prob().detach().double() - before
-        return stated, torch.expm1(change) - change
+        return [Measured(stated, (torch.expm1(change) - change).cpu(), subject.mask)]
 
     return read
+
+
+def _masks(mask: Tensor | None, kls: list[Tensor]) -> list[Tensor | None]:
+    """Return the mask of each closure, of one that is of all their rows in order.
+
+    Args:
+        mask: Of all rows. None: all count.
+        kls: Of each closure, its rows first.
+
+    Raises:
+        TrustRegionError: If the mask has another number of rows.
+    """
+    if mask is None or len(kls) == 1:
+        return [mask] * len(kls)
+    lengths = [each.shape[0] if each.dim() else 0 for each in kls]
+    if sum(lengths) != len(mask):
+        raise TrustRegionError(
+            f"The mask has {len(mask)} rows and the closures' distributions {sum(lengths)}."
+        )
+    return list(mask.split(lengths))
 
 
 def _distributions_in(third: Any) -> list[Distribution]:

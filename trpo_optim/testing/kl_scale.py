@@ -11,13 +11,12 @@ from torch import Tensor
 from trpo_optim.distributions.joint import draws_whole_actions
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.closure_subject import ClosureSubject
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, named
 from trpo_optim.testing.kl_rows import (
     Measured,
     by_distributions,
     by_log_probabilities,
     evaluated,
-    masked_mean,
     measured,
 )
 
@@ -50,20 +49,23 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
             "The closure makes no distribution whose KL is known.",
             "Return the new one as the third value, or pass log_prob to check the KL's scale.",
         )
-    if not exact and found[0].rows.numel() < _ENOUGH:
+    rows = sum(part[0].rows.numel() for part in found)
+    if not exact and rows < _ENOUGH:
         return Finding(name, Verdict.UNDECIDED, {}, "The actions are too few to estimate the KL.")
-    ratio = sum(each.stated / float(masked_mean(each.rows, subject.mask)) for each in found)
-    figures = {"kl over mean of rows": ratio / len(found), "rows": float(found[0].rows.numel())}
-    cause = _flaw(found, subject.mask) if exact else _rough_flaw(found, subject.mask)
-    cause = cause or _over_dimensions(found, subject)
-    if not cause:
-        return Finding(name, Verdict.PASSED, figures)
-    return Finding(name, Verdict.FAILED, figures, cause, _REMEDY)
+    ratios = [each.stated / each.mean for part in found for each in part]
+    figures = {"kl over mean of rows": sum(ratios) / len(ratios), "rows": float(rows)}
+    for part in found:
+        cause = _flaw(part) if exact else _rough_flaw(part)
+        if cause:
+            return Finding(name, Verdict.FAILED, figures, named(part[0].name, cause), _REMEDY)
+    if cause := _over_dimensions(found, subject):
+        return Finding(name, Verdict.FAILED, figures, cause, _REMEDY)
+    return Finding(name, Verdict.PASSED, figures)
 
 
-def _flaw(found: list[Measured], mask: Tensor | None) -> str:
-    """Return what the KL is instead of an average over the rows that count, or nothing."""
-    tables = [_averages(each.rows, mask) for each in found]
+def _flaw(found: list[Measured]) -> str:
+    """Return what a closure's KL is instead of an average over the rows that count, or nothing."""
+    tables = [_averages(each.rows, each.mask) for each in found]
     if any(_is(found, [sound[name] for sound, _ in tables]) for name in tables[0][0]):
         return ""
     for name in tables[0][1]:
@@ -80,19 +82,20 @@ def _flaw(found: list[Measured], mask: Tensor | None) -> str:
     return ""
 
 
-def _over_dimensions(found: list[Measured], subject: ClosureSubject) -> str:
+def _over_dimensions(found: list[list[Measured]], subject: ClosureSubject) -> str:
     """Return over how many numbers of an action the KL is averaged, where it should be summed.
 
     The log-probabilities tell how many actions there are. Tokens of a sequence may be averaged.
     """
-    rows = found[0].rows
+    rows = found[0][0].rows
     if subject.log_prob is None or subject.mask is not None or rows.dim() < 2:
         return ""
     shape = subject.log_prob().shape
-    parts = rows[(0,) * len(shape)].numel() if shape == rows.shape[: len(shape)] else 1
-    _, new, _ = evaluated(subject)
+    of_all = (sum(len(part[0].rows) for part in found), *rows.shape[1:])
+    parts = rows[(0,) * len(shape)].numel() if shape == of_all[: len(shape)] else 1
+    _, new, _ = evaluated(subject.batch.parts[0])
     whole = any(map(draws_whole_actions, new))
-    if parts == 1 or whole or not _is(found, [each.rows.mean() for each in found]):
+    if parts == 1 or whole or not _is(found[0], [each.rows.mean() for each in found[0]]):
         return ""
     return (
         f"The closure's KL is averaged over the {parts} numbers of each action, not summed: the "
@@ -117,9 +120,9 @@ def _weights_may_explain(found: list[Measured]) -> bool:
     )
 
 
-def _rough_flaw(found: list[Measured], mask: Tensor | None) -> str:
-    ratios = [each.stated / float(masked_mean(each.rows, mask)) for each in found]
-    if min(ratios) < 3 * _actions_per_sequence(found[0].rows, mask):
+def _rough_flaw(found: list[Measured]) -> str:
+    ratios = [each.stated / each.mean for each in found]
+    if min(ratios) < 3 * _actions_per_sequence(found[0].rows, found[0].mask):
         return ""
     return (
         f"The closure's KL is about {min(ratios):.2g} times what the log-probabilities of the "
@@ -161,6 +164,11 @@ def _averages(
         "averaged.": inside.sum(),
     }
     if not counted.all():
+        left_out = f"{int((~counted).sum())} of {count} elements that the mask leaves out"
+        faulty[
+            f"The closure's KL is averaged over the {left_out}, and over none that count: one of "
+            "the two masks is inverted."
+        ] = (rows * ~counted).sum() / (~counted).sum()
         outside = f"prompt or padding: {int((~counted).sum())} of {count} elements"
         faulty[f"The closure's KL is averaged over {outside} that the mask leaves out count."] = (
             rows.mean()

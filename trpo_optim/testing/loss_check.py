@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -23,14 +25,17 @@ def check_loss(subject: ClosureSubject) -> Finding:
         sign = 1.0 if subject.maximize else -1.0
         terms = sign * logs * advantages
         values = {
-            "loss": subject.objective.with_graph().loss,
             "right": terms[mask].mean(),
             "of sequences": _mean_of_sequences(terms, mask),
             "broadcast": logs[mask].mean(),  # of a loss whose every ratio meets every advantage
         }
         if not mask.all():
             values["outside"] = terms[~mask].mean()
+            values["sequences outside"] = _mean_of_sequences(terms, ~mask)
         slopes = {label: _slope(subject, value) for label, value in values.items()}
+        slopes["loss"] = torch.zeros_like(slopes["right"])
+        for weight, part in zip(subject.batch.weights, subject.batch.parts, strict=True):
+            slopes["loss"] += weight * _slope(subject, part.with_graph().loss)
     right = max(
         (slopes["right"], slopes["of sequences"]), key=lambda each: _cosine(slopes["loss"], each)
     )
@@ -39,6 +44,8 @@ def check_loss(subject: ClosureSubject) -> Finding:
     if "outside" in slopes:
         share = _share(slopes["loss"], right, slopes["outside"], mask)
         figures["weight outside the mask"] = share
+        if _is_inverted(slopes):
+            return _outside_mask(name, figures, mask)
         diluted = _is_diluted(slopes["loss"], slopes["right"], mask)
         if share > 0.3 or diluted:
             return _beyond_mask(name, figures, mask, diluted=diluted)
@@ -96,6 +103,13 @@ def _share(loss: Tensor, right: Tensor, outside: Tensor, mask: Tensor) -> float:
     return (outer / (mask.numel() - kept)) / (inner / kept) if inner else float("inf")
 
 
+def _is_inverted(slopes: Mapping[str, Tensor]) -> bool:
+    """Return whether the loss is what it should be of the elements that the mask leaves out."""
+    same, others = ("outside", "sequences outside"), ("right", "of sequences")
+    outside = max(_cosine(slopes["loss"], slopes[each]) for each in same)
+    return outside > 0.999 > 0.9 > max(_cosine(slopes["loss"], slopes[each]) for each in others)
+
+
 def _is_diluted(loss: Tensor, right: Tensor, mask: Tensor) -> bool:
     """Return whether the loss is the right sum, divided by the number of all elements."""
     kept = float(mask.sum()) / mask.numel()
@@ -114,6 +128,17 @@ def _beyond_mask(name: str, figures: dict[str, float], mask: Tensor, *, diluted:
         + ("are zero, and count in the mean." if diluted else "move its gradient."),
         "Select before the mean and before the exponential: ratio = (new - old)[mask].exp(), then "
         "(ratio * advantages[mask]).mean().",
+    )
+
+
+def _outside_mask(name: str, figures: dict[str, float], mask: Tensor) -> Finding:
+    return Finding(
+        name,
+        Verdict.FAILED,
+        figures,
+        f"The loss is averaged over the {int((~mask).sum())} of {mask.numel()} elements that the "
+        "mask leaves out, and over none that count: one of the two masks is inverted.",
+        "Let the mask be true for what the policy drew, and false for prompt and padding.",
     )
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "counted_tokens",
     "require_aligned",
     "require_chunk",
+    "require_drawn",
     "require_hidden",
     "require_numbers",
     "require_sequences",
@@ -27,6 +28,9 @@ __all__ = [
 
 _ROUNDING = 0.1
 """How far above 0 half precision may leave the logarithm of a probability of 1."""
+
+_FURTHEST = 0.5
+"""Nats per token that the present policy may be from one that was certain of every token."""
 
 
 def require_temperature(temperature: float) -> None:
@@ -142,4 +146,24 @@ def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
         raise TrustRegionError(
             f"{name} holds {float(values[counted].max()):g}; the logarithm of a probability is at "
             "most 0. Pass ln π, neither π nor −ln π."
+        )
+
+
+def require_drawn(behaviour_log_prob: Tensor, counted: Tensor, old_log_prob: float) -> None:
+    """Check that log-probabilities are not all 0, as where a mask left out what now counts.
+
+    Args:
+        behaviour_log_prob: ln π of what drew the tokens, (N, T).
+        counted: Which of them count.
+        old_log_prob: ln π of the present policy, the mean over the tokens that count.
+
+    Raises:
+        TrustRegionError: If they are, and the present policy is far from certain of these tokens.
+    """
+    if old_log_prob < -_FURTHEST and not bool(behaviour_log_prob[counted].any()):
+        raise TrustRegionError(
+            f"behaviour_log_prob is 0 at all {int(counted.sum())} tokens that count, which is a "
+            f"probability of 1. The present policy has {old_log_prob:.3g} there on average. Pass "
+            "the log-probabilities of what drew these tokens. If they are 0 because a mask left "
+            "these tokens out, one of the two masks is inverted: it must be true for responses."
         )

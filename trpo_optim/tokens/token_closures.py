@@ -20,6 +20,7 @@ from trpo_optim.tokens.arguments import (
     counted_tokens,
     require_aligned,
     require_chunk,
+    require_drawn,
     require_hidden,
     require_numbers,
     require_sequences,
@@ -49,7 +50,7 @@ def token_closures(
     micro_batch: int | None = None,
     curvature: float = 1.0,
     reference_log_prob: Tensor | None = None,
-    reference_weight: float = 0.0,
+    reference_weight: float | None = None,
 ) -> Closures:
     """Return the closures for one ``optimizer.step`` on sequences of tokens.
 
@@ -68,7 +69,9 @@ def token_closures(
             that predict them, (n, T, H). With ``old="log_prob"`` it may also return the
             log-probabilities of ``tokens[rows]``, (n, T).
         tokens: The tokens, integers of shape (N, T). Where the mask is false, any integers.
-        mask: True where a token counts, shape (N, T). None: all count.
+        mask: True where a token counts, shape (N, T): in the response, not in prompt or padding. An
+            inverted mask raises no error, since prompts and padding are tokens, too. To check the
+            mask, decode ``tokens[mask]``: it holds the responses and nothing else. None: all count.
         advantages: One number per sequence, (N,), or per token, (N, T).
         head: Maps hidden states, (n, H), to logits, (n, V); usually the model's last layer. Logits
             are then made for ``chunk`` positions at a time, and made again in the backward pass.
@@ -90,8 +93,8 @@ def token_closures(
         micro_batch: The most sequences to evaluate at once. None: all.
         curvature: The share of the sequences, in (0, 1], that Fisher-vector products are taken on.
             These sequences are evenly spaced, and evaluated at once. 1: all, in micro-batches.
-        reference_log_prob: ln π of a reference policy, (N, T), for ``reference_weight``.
-        reference_weight: The weight of ``reference_kl`` in the loss.
+        reference_log_prob: ln π of a reference policy, (N, T). It needs ``reference_weight``.
+        reference_weight: The weight of ``reference_kl`` in the loss. 0 leaves the penalty out.
 
     Returns:
         The closures. Their weights also weigh the ranks of a process group; every rank needs a
@@ -102,8 +105,8 @@ def token_closures(
 
     Raises:
         TrustRegionError: If shapes do not fit, a number is not finite where a token counts, no
-            token counts, an option is outside its range, or the k likeliest tokens hold less than
-            90 % of the probability.
+            token counts, ``behaviour_log_prob`` is 0 wherever one does, an option is outside its
+            range, or the k likeliest tokens hold less than 90 % of the probability.
 
     Example:
         >>> import torch
@@ -125,30 +128,33 @@ def token_closures(
     require_per(per)
     require_old(old)
     require_temperature(temperature)
-    _require_options(micro_batch, chunk, curvature, reference_weight, reference_log_prob)
+    _require_options(micro_batch, chunk, curvature)
+    penalty = _penalty(reference_weight, reference_log_prob)
     require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
     require_vocabulary(tokens[counted], math.inf)
     if advantages.shape == tokens.shape[:1]:
         advantages = advantages[:, None].expand(tokens.shape)
-    reference = reference_log_prob if reference_weight else None
+    reference = reference_log_prob if penalty else None
     named = {"behaviour_log_prob": behaviour_log_prob, "reference_log_prob": reference}
     for name, values in {"advantages": advantages, **named}.items():
         if values is not None:
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
     read = Outputs(temperature, None if head is None else Head(head, chunk))
-    options = _Options(read, old, per, reference_weight)
+    options = _Options(read, old, per, penalty)
 
-    def closure(rows: Tensor) -> tuple[Closure, float]:
+    def closure(rows: Tensor) -> tuple[Closure, float, float]:
         place: Any = slice(None) if len(rows) == len(tokens) else rows
         return _closure(lambda: outputs(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
     pieces = used.split(micro_batch or len(used))
-    parts, masses = zip(*map(closure, pieces), strict=True)
+    parts, masses, log_probs = zip(*map(closure, pieces), strict=True)
     require_mass(old, sum(masses) / int(counted.sum()))
+    if behaviour_log_prob is not None:
+        require_drawn(behaviour_log_prob, counted, sum(log_probs) / int(counted.sum()))
     taken = max(1, round(curvature * len(used)))
     spaced = used[torch.arange(taken, device=used.device) * len(used) // taken]
     return Closures(
@@ -190,10 +196,10 @@ class _Options:
 
 def _closure(
     evaluate: Callable[[], Tensor], part: _Part, options: _Options
-) -> tuple[Closure, float]:
-    """Return the closure on some sequences, and the probability that its events see.
+) -> tuple[Closure, float, float]:
+    """Return the closure on some sequences, the probability that its events see, and ln π_old.
 
-    The policy at this call is the old policy. The probability is the sum over tokens that count.
+    The policy at this call is the old policy. Both numbers are sums over tokens that count.
     """
     mask, per = part.mask, options.per
 
@@ -220,7 +226,7 @@ def _closure(
             return loss, weighted_excess(weight, new - old_log_prob, mask, per), third
         return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, third
 
-    return closure, compare.mass
+    return closure, compare.mass, float(compare.log_prob.sum())
 
 
 def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
@@ -248,14 +254,8 @@ def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
         )
 
 
-def _require_options(
-    micro_batch: int | None,
-    chunk: int,
-    curvature: float,
-    weight: float,
-    reference: Tensor | None,
-) -> None:
-    """Check the options that are numbers."""
+def _require_options(micro_batch: int | None, chunk: int, curvature: float) -> None:
+    """Check the options that say how much is evaluated at once."""
     require_chunk(chunk)
     if micro_batch is not None and (
         isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
@@ -265,6 +265,18 @@ def _require_options(
         )
     if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
         raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
+
+
+def _penalty(weight: float | None, reference: Tensor | None) -> float:
+    """Return the weight of the penalty to a reference policy, 0 without one."""
+    if weight is None:
+        if reference is None:
+            return 0.0
+        raise TrustRegionError(
+            "reference_log_prob is given and reference_weight is not, so the penalty has no "
+            "weight. Pass both, such as reference_weight=0.05, or leave both out. A weight of 0 "
+            "leaves the penalty out."
+        )
     if not math.isfinite(weight):
         raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
     if weight and reference is None:
@@ -272,3 +284,4 @@ def _require_options(
             f"reference_weight is {weight!r} and reference_log_prob is None. Pass the reference "
             "policy's log-probabilities of the tokens."
         )
+    return weight
