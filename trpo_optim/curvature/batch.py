@@ -88,8 +88,8 @@ class Batch:
             lockstep: The ranks.
             share: The weight of this rank's closures among those of all ranks.
         """
-        own = [] if self._curvature is None else [(1.0, self._curvature)]
-        for weight, part in [*zip(self._weights, self._parts, strict=True), *own]:
+        own = [] if self.curvature is None else [(1.0, self.curvature)]
+        for weight, part in [*zip(self.weights, self.parts, strict=True), *own]:
             part.lockstep, part.share = lockstep, share * weight
 
     @property
@@ -144,7 +144,7 @@ class Batch:
 
     def prefers_differences(self) -> bool:
         """Return whether finite differences are to serve where the KL is smooth."""
-        others = self._parts[0].vector.fsdp is None  # else no other engine serves
+        others = self.parts[0].vector.fsdp is None  # else no other engine serves
         wanted = self._engine == "auto" and bool(self._dear()) and not self._choice["flaw"]
         return others and wanted
 

@@ -20,7 +20,7 @@ from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.autograd_graph import now, require_attached
-from trpo_optim.curvature.batch import weighted_mean
+from trpo_optim.curvature.averages import weighted_mean
 from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError, blaming
 from trpo_optim.hyperparameters import Hyperparameters
