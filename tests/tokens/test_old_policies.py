@@ -210,6 +210,12 @@ NAN = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
             ["log-probabilities", "temperature is 0.5"],
         ),
         ({"head": nn.Linear(8, 8), "chunk": 0}, ["chunk is 0"]),
+        ({"head": 5}, ["head is a int", "(n, H)"]),
+        ({"head": lambda hidden: hidden.sum()}, ["head returned shape ()", "(6, V)"]),
+        ({"head": lambda hidden: hidden[:, 0].long()}, ["shape (6,), torch.int64"]),
+        ({"head": lambda hidden: hidden[:2]}, ["shape (2, 8)", "(6, 8)"]),
+        ({"head": lambda hidden: (hidden, None)}, ["head returned a tuple"]),
+        ({"tokens": torch.full((2, 3), 9)}, ["hidden states and no logits, pass head="]),
         (
             {"outputs": lambda rows: torch.zeros(2, 4, 8), "head": nn.Linear(8, 8)},
             ["(2, 4, 8)", "hidden[:, :-1]"],

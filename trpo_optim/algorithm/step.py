@@ -23,7 +23,7 @@ from trpo_optim.algorithm.modes import MODES
 from trpo_optim.algorithm.preconditioner import DiagonalPreconditioner
 from trpo_optim.errors import blaming
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.long_vectors import dot, largest, norm
+from trpo_optim.long_vectors import dot, largest, norm, total
 from trpo_optim.report import Outcome
 
 __all__ = ["take_step"]
@@ -189,9 +189,9 @@ def _flaw_of_direction(direction: Solution) -> Outcome | None:
 
 def _lost_share(change: Tensor, step: Tensor) -> float:
     """Return the share of the elements that a step was to move and that did not move."""
-    lost = torch.stack([change.eq(0).logical_and_(step).sum(), step.count_nonzero()])
-    still, wanted = lost.tolist()
-    return float(still / wanted) if wanted else 0.0
+    counts = total(torch.stack([change.count_nonzero(), step.count_nonzero()]))
+    moved, wanted = counts.tolist()
+    return float(1 - moved / wanted) if wanted else 0.0
 
 
 def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:

@@ -18,7 +18,9 @@ __all__ = [
     "require_aligned",
     "require_chunk",
     "require_drawn",
+    "require_head",
     "require_hidden",
+    "require_logits_of_head",
     "require_numbers",
     "require_sequences",
     "require_temperature",
@@ -64,6 +66,31 @@ def require_hidden(hidden: Tensor, tokens: Tensor) -> None:
             "The hidden state at position t predicts the token at t + 1, so pass hidden[:, :-1] "
             "with tokens[:, 1:]."
         )
+
+
+def require_head(head: Any) -> None:
+    """Check that a head can be called."""
+    if head is not None and not callable(head):
+        raise TrustRegionError(
+            f"head is a {type(head).__name__}; it must be a function from hidden states, (n, H), "
+            "to logits, (n, V), such as the model's last layer."
+        )
+
+
+def require_logits_of_head(logits: Any, hidden: Tensor) -> None:
+    """Check that a head returned one row of logits per hidden state."""
+    if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() == 2:
+        if len(logits) == len(hidden):
+            return
+        given = f"shape {tuple(logits.shape)}"
+    elif isinstance(logits, Tensor):
+        given = f"shape {tuple(logits.shape)}, {logits.dtype}"
+    else:
+        given = f"a {type(logits).__name__}"
+    raise TrustRegionError(
+        f"head returned {given}, for hidden states of shape {tuple(hidden.shape)}. Return the "
+        f"logits, a floating-point tensor of shape ({len(hidden)}, V)."
+    )
 
 
 def require_chunk(chunk: int) -> None:
@@ -122,7 +149,8 @@ def require_vocabulary(tokens: Tensor, size: float) -> None:
     if most >= size:
         raise TrustRegionError(
             f"The tokens hold {most}, and the logits have {size} entries; a token must be less. "
-            "Use the tokenizer of this model, and pass a mask that is false for padding."
+            "Use the tokenizer of this model, and pass a mask that is false for padding. If these "
+            "are hidden states and no logits, pass head=."
         )
 
 

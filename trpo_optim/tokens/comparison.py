@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from trpo_optim.distributions import frozen, joint_kl
-from trpo_optim.tokens.arguments import require_vocabulary
+from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
 from trpo_optim.tokens.chunks import evaluated_again
 from trpo_optim.tokens.events import Events, OldPolicy, events_of
 from trpo_optim.tokens.log_prob import at_temperature, chosen
@@ -47,7 +47,10 @@ class Outputs:
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return the logits, (m, V), of outputs at m tokens."""
-        logits = rows if self.head is None else self.head.function(rows)
+        if self.head is None:
+            return at_temperature(rows, self.temperature)
+        logits = self.head.function(rows)
+        require_logits_of_head(logits, rows)
         return at_temperature(logits, self.temperature)
 
 

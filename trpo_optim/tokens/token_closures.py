@@ -21,6 +21,7 @@ from trpo_optim.tokens.arguments import (
     require_aligned,
     require_chunk,
     require_drawn,
+    require_head,
     require_hidden,
     require_numbers,
     require_sequences,
@@ -69,9 +70,10 @@ def token_closures(
             that predict them, (n, T, H). With ``old="log_prob"`` it may also return the
             log-probabilities of ``tokens[rows]``, (n, T).
         tokens: The tokens, integers of shape (N, T). Where the mask is false, any integers.
-        mask: True where a token counts, shape (N, T): in the response, not in prompt or padding. An
-            inverted mask raises no error, since prompts and padding are tokens, too. To check the
-            mask, decode ``tokens[mask]``: it holds the responses and nothing else. None: all count.
+        mask: True where a token counts, shape (N, T): in the response, not in prompt or padding. To
+            check the mask, decode ``tokens[mask]``: it holds the responses and nothing else. An
+            inverted mask is an error only if ``behaviour_log_prob`` is 0 wherever it is true. None:
+            all count.
         advantages: One number per sequence, (N,), or per token, (N, T).
         head: Maps hidden states, (n, H), to logits, (n, V); usually the model's last layer. Logits
             are then made for ``chunk`` positions at a time, and made again in the backward pass.
@@ -142,6 +144,7 @@ def token_closures(
         if values is not None:
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
+    require_head(head)
     read = Outputs(temperature, None if head is None else Head(head, chunk))
     options = _Options(read, old, per, penalty)
 
