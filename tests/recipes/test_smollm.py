@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def adapted(loaded: Any, small: None) -> tuple[Any, Any, list[Tensor]]:
-    """Return the model with adapters that change what it writes, its tokenizer, and the adapters."""
+    """Return the model with adapters that are not zero, its tokenizer, and the adapters."""
     torch.manual_seed(0)
     model = deepcopy(loaded[0])
     adapters = smollm.add_adapters(model)
