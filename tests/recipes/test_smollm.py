@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytestmark = [
     pytest.mark.recipes,
+    pytest.mark.timeout(1200),  # the weights take a minute of CPU time to read
     pytest.mark.filterwarnings("default"),  # the libraries' own are not errors here
 ]
 smollm = pytest.importorskip("smollm")
