@@ -107,7 +107,7 @@ test-newest: .venv-newest/installed ## the same with the newest torch and Gymnas
 
 # The recipes for other libraries, in an environment that has these.
 .PHONY: test-recipes
-test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes (minutes)
+test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes, and take updates of examples/smollm.py (minutes)
 	.venv-recipes/bin/python -m pytest tests/recipes
 
 .venv-recipes/installed: pyproject.toml constraints.txt
