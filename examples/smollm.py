@@ -199,10 +199,10 @@ def draw(run: dict[str, list[float]], radius: float | None, title: str) -> None:
         middle.axhline(radius, color="#D55E00", linestyle="--", label="radius (max_kl)")
     bottom.plot(run["length"], color="#0072B2", linewidth=2.5)
     top.set(title=title, ylabel="right answers", ylim=(0, 1))
-    middle.set(ylabel="KL per\ntoken (nats)")
+    middle.set(ylabel="KL per\ntoken (nats)", ylim=(0, None))
     bottom.set(xlabel="updates", ylabel="tokens\nper answer", ylim=(0, LENGTH + 0.5))
     for axes in (top, middle):
-        axes.legend()
+        axes.legend(loc="lower right")
 
 
 def main(
