@@ -77,13 +77,13 @@ def enumeration(mdp: TabularMDP, behaviour: Tensor) -> Enumeration:
     rows, shares = [], []
     for taken in product(range(ACTIONS), repeat=STEPS):
         for places in product(range(PLACES), repeat=STEPS):
-            states = [time * PLACES + place for time, place in enumerate(places)]
-            share = mdp.start[states[0]]
-            for time, (state, action) in enumerate(zip(states, taken, strict=True)):
+            visited = [time * PLACES + place for time, place in enumerate(places)]
+            share = mdp.start[visited[0]]
+            for time, (state, action) in enumerate(zip(visited, taken, strict=True)):
                 share = share * policy[state, action]
                 if time + 1 < STEPS:
-                    share = share * mdp.transitions[state, action, states[time + 1]]
-            rows.append((states, taken))
+                    share = share * mdp.transitions[state, action, visited[time + 1]]
+            rows.append((visited, taken))
             shares.append(share)
     states, actions = (torch.tensor(each).T for each in zip(*rows, strict=True))
     nothing = torch.zeros(states.shape, dtype=torch.bool)

@@ -17,7 +17,16 @@ from small_environments import cartpole, coin, each_mode, vector
 from test_recurrent_closures import Recurrent
 from test_rollout_faults import Failing
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+)
 
 from trpo_optim import TrustRegionError
 from trpo_optim.rollouts import RolloutError, SinglePathBatch, policy_closure, single_path
@@ -91,6 +100,69 @@ def test_a_recurrent_policys_log_probabilities_are_those_of_whole_trajectories()
     torch.testing.assert_close(batch.log_prob, dist.log_prob(batch.actions))
 
 
+FAMILIES: dict[str, Callable[[Tensor], Distribution]] = {
+    "Beta": lambda seen: Independent(Beta(seen[:, :1].exp(), seen[:, 1:2].exp() + 1), 1),
+    "Bernoulli": lambda seen: Independent(Bernoulli(probs=seen[:, :1].sigmoid()), 1),
+    "Normal of a shared scale": lambda seen: Independent(Normal(seen[:, :1], torch.tensor(0.3)), 1),
+    "Categorical by probabilities": lambda seen: Independent(
+        Categorical(probs=seen.sigmoid()[:, None]), 1
+    ),
+    "Laplace": lambda seen: Independent(Laplace(seen[:, :1], 0.5), 1),
+    "mixture": lambda seen: MixtureSameFamily(
+        Categorical(logits=seen[:, :2]),
+        Independent(Normal(torch.stack([seen[:, 2:3], seen[:, 3:]], 1), 0.5), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 64, 70])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_log_probability_of_its_own_distribution(
+    name: str, steps: int
+) -> None:
+    family, dists, space = FAMILIES[name], [], gym.spaces.Box(-1, 1, (1,))
+
+    def policy(seen: Tensor) -> Distribution:
+        dists.append(family(seen))
+        return dists[-1]
+
+    def pushed(action: Any) -> int:
+        return int(action[0] > 0)
+
+    envs = vector(lambda: wrappers.TransformAction(cartpole(), pushed, space), 2)
+    batch = single_path(envs, policy, steps=steps, seed=0)
+    expected = [dist.log_prob(each) for dist, each in zip(dists, batch.actions, strict=True)]
+    assert batch.log_prob is not None
+    torch.testing.assert_close(batch.log_prob, torch.stack(expected))
+
+
+def test_a_policy_may_write_its_next_output_to_the_same_memory() -> None:
+    logits = torch.zeros(3, 2)
+
+    def policy(seen: Tensor) -> Categorical:
+        logits.copy_((3 * seen[:, 2:]).log_softmax(-1))
+        dist = Categorical(logits=torch.zeros(3, 2))
+        dist.logits = logits
+        return dist
+
+    batch = single_path(vector(cartpole), policy, steps=40, seed=0)
+    expected = (3 * batch.observations[..., 2:]).log_softmax(-1)
+    assert batch.log_prob is not None
+    torch.testing.assert_close(
+        batch.log_prob, expected.gather(-1, batch.actions[..., None])[..., 0]
+    )
+
+
+def test_half_precision_gives_single_precision() -> None:
+    def policy(seen: Tensor) -> Categorical:
+        return Categorical(logits=(5 * seen[:, 2:]).bfloat16())
+
+    batch = single_path(vector(cartpole), policy, steps=20, seed=0)
+    assert batch.log_prob is not None
+    assert batch.log_prob.dtype == torch.float32
+    assert float(batch.log_ratios(policy).abs().max()) < 1e-6
+
+
 def test_double_precision_is_kept() -> None:
     def policy(seen: Tensor) -> Distribution:
         return Categorical(logits=seen[:, 2:].double())
@@ -115,13 +187,14 @@ class Narrow(Categorical):
     def log_prob(self, value: Tensor) -> Tensor:
         if bool((value == 0).all()):
             raise ValueError("outside the support")
-        return super().log_prob(value)
+        logs: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]  # of torch
+        return logs
 
 
 WITHOUT: dict[str, Callable[[Tensor], Any]] = {
     "actions": lambda seen: (seen[:, 3] > 0).long(),
     "actions in a tuple": lambda seen: ((seen[:, 3] > 0).long(),),
-    "no log-probability": lambda seen: Unknown((len(seen),)),
+    "no log-probability": lambda seen: Unknown(seen.shape[:1]),
     "an action outside the support": lambda seen: Narrow(logits=torch.zeros(len(seen), 2)),
     "one number for all": lambda seen: Independent(
         Categorical(logits=torch.zeros(len(seen), 2)), 1
@@ -155,10 +228,12 @@ def test_a_distribution_is_not_asked_again_after_it_had_none() -> None:
 
 def test_sampling_draws_the_same_numbers_as_by_hand() -> None:
     torch.manual_seed(0)
-    batch = single_path(pendulum(), policy := Gaussian(), steps=1, seed=0)
-    torch.manual_seed(0)
-    Gaussian()
-    assert torch.equal(batch.actions[0], policy(batch.observations[0]).sample())
+    policy = Gaussian()
+    torch.manual_seed(1)
+    batch = single_path(pendulum(), policy, steps=3, seed=0)
+    torch.manual_seed(1)
+    for step in range(3):
+        assert torch.equal(batch.actions[step], policy(batch.observations[step]).sample())
 
 
 def test_what_came_before_a_failure_has_its_log_probabilities() -> None:

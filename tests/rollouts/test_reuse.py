@@ -249,8 +249,12 @@ def test_batches_of_policies_too_far_away_are_left_out() -> None:
         built = policy_closure(*every, max_batch_kl=limit, standardise=True)
         assert isinstance(built, PolicyClosures)
         assert built.batches == counted
-        of_those = [[each[index] for index in counted] for each in (batches, advantages)]
-        expected = policy_closure(policy, *of_those, standardise=True)
+        expected = policy_closure(
+            policy,
+            [batches[index] for index in counted],
+            [advantages[index] for index in counted],
+            standardise=True,
+        )
         assert torch.equal(taken(every, built)[0], taken(every, expected)[0])
     stirred(policy, 9, size=1.0)
     assert kl_of(policy, batches[0]) > 0.5

@@ -210,7 +210,7 @@ def on_rank(rank: int) -> tuple[str, tuple[int, ...], float]:
     """Leave out a batch on rank 1 alone, then lack log-probabilities there."""
     policy, batches, advantages = feedforward_batches()
     if rank == 1:
-        batches[1] = replace(batches[1], log_prob=batches[1].log_prob - 5.0)  # type: ignore[operator]  # it has some
+        batches[1] = replace(batches[1], log_prob=batches[1].log_prob - 5.0)  # type: ignore[operator, arg-type]  # it has some
     options: dict[str, Any] = {"standardise": True, "process_group": dist.group.WORLD}
     built = policy_closure(policy, batches, advantages, max_batch_kl=3.0, **options)
     optimizer = TrustRegionOptimizer(policy.parameters(), process_group=dist.group.WORLD)

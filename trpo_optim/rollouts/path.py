@@ -11,11 +11,12 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from trpo_optim.distributions import log_prob, sample
+from trpo_optim.distributions import sample
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.autoreset import last_observation
 from trpo_optim.rollouts.infos import updated
+from trpo_optim.rollouts.kept_log_probs import KeptLogProbs
 from trpo_optim.rollouts.spaces import (
     actions_for,
     array_of,
@@ -45,7 +46,6 @@ class Path:
     observations: list[Any] = field(default_factory=list)
     said: list[dict[str, Any]] = field(default_factory=list)
     actions: list[Any] = field(default_factory=list)
-    log_probs: list[Tensor] | None = field(default_factory=list)  # None: the policy has none
     rewards: list[_Array] = field(default_factory=list)
     terminated: list[_Array] = field(default_factory=list)
     truncated: list[_Array] = field(default_factory=list)
@@ -57,6 +57,7 @@ class Path:
     def __post_init__(self) -> None:
         """Note what the rollout begins with."""
         self.state = self.cursor.state
+        self.log_probs = KeptLogProbs(recurrent=self.state is not None)
 
     @property
     def owes_episodes(self) -> bool:
@@ -68,7 +69,7 @@ class Path:
         cursor, envs = self.cursor, self.envs
         seen = tensors_of(cursor.observations, self.device)
         said = tensors_of(cursor.info or {}, self.device)
-        actions, logs, state = self._act(seen, said)
+        actions, state = self._act(seen, said)
         taken = actions_for(envs.single_action_space, actions)
         following, *numbers, info = envs.step(in_form_of(cursor.observations, taken))
         rewards, terminated, truncated = map(self._column, numbers, (float, bool, bool))
@@ -84,7 +85,6 @@ class Path:
         self.observations.append(seen)
         self.said.append(said)
         self.actions.append(actions)
-        self._keep(logs)
         self.rewards.append(rewards)
         self.terminated.append(ended & terminated)
         self.truncated.append(ended & ~terminated)
@@ -115,13 +115,6 @@ class Path:
         if self.cursor.info:
             self.cursor.info = updated(self.cursor.info, self.cursor.info, info, rows)
 
-    def _keep(self, logs: Tensor | None) -> None:
-        """Note the log-probabilities of a step; without them the batch has none."""
-        if logs is None:
-            self.log_probs = None
-        elif self.log_probs is not None:
-            self.log_probs.append(logs)
-
     def _column(self, values: Any, kind: type) -> _Array:
         """Return one number of every environment."""
         column: _Array = array_of(values).astype(kind, copy=False)
@@ -132,36 +125,21 @@ class Path:
             )
         return column
 
-    def _act(self, seen: Any, said: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
-        """Return actions, their log-probabilities, and the policy's next recurrent state."""
+    def _act(self, seen: Any, said: dict[str, Any]) -> tuple[Any, Any]:
+        """Return actions and the policy's next recurrent state."""
         state = self.cursor.state
         if state is None:
-            dist = self.policy(seen, **said)
-            actions = _drawn(dist)
-            return actions, self._log_prob(dist, actions, None), None
+            return self._drawn(self.policy(seen, **said)), None
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         seen, said = mapped(lambda each: each[None], (seen, said))
         dist, state = self.policy(seen, state, starts, **said)
-        actions = _drawn(dist)
-        logs = self._log_prob(dist, actions, torch.ones_like(starts))
-        return mapped(lambda each: each[0], actions), logs, state
+        return mapped(lambda each: each[0], self._drawn(dist)), state
 
-    def _log_prob(self, dist: Any, actions: Any, mask: Tensor | None) -> Tensor | None:
-        """Return ln π(a|s) of what was drawn, (N,), as ``policy_closure`` computes it.
-
-        None where the policy returned actions, or has no such number, and from then on: that must
-        not end a rollout.
-        """
-        if self.log_probs is None:
-            return None
-        try:
-            logs = log_prob(dist, actions, mask)
-        except Exception:  # a policy may sample what it has no density of
-            return None
-        shape = (self.envs.num_envs,)
-        return (
-            logs.reshape(shape) if logs.shape == (shape if mask is None else mask.shape) else None
-        )
+    def _drawn(self, dist: Any) -> Any:
+        """Return actions of a distribution, or what are actions already."""
+        actions = mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)
+        self.log_probs.add(dist, actions)
+        return actions
 
     def batch(self) -> SinglePathBatch:
         """Return what has been collected."""
@@ -179,6 +157,7 @@ class Path:
         def tensor(steps: list[_Array], kind: torch.dtype = torch.bool) -> Tensor:
             return torch.as_tensor(np.stack(steps), dtype=kind, device=self.device)
 
+        logs = self.log_probs.steps()
         rows = [(step, env) for step, env, _ in self.cuts]
         return SinglePathBatch(
             observations=stacked(self.observations),
@@ -195,10 +174,7 @@ class Path:
             episode_lengths=[length for _, length in self.episodes],
             end=replace(self.cursor, observations=copies_of(self.cursor.observations)),
             info=stacked(self.said),
-            log_prob=None if self.log_probs is None else torch.stack(self.log_probs),
+            log_prob=None
+            if logs is None
+            else logs[: len(self.rewards)],  # one more if a step failed
         )
-
-
-def _drawn(dist: Any) -> Any:
-    """Return actions of a distribution, or what are actions already."""
-    return mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)
