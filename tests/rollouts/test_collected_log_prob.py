@@ -258,7 +258,7 @@ def test_ratios_are_those_of_the_densities_and_zero_where_no_row_is() -> None:
     assert not batch.valid.all()
     with torch.no_grad():
         policy.log_std.add_(0.3)
-        policy.network[2].bias.add_(0.2)
+        next(policy.network[2].parameters()).add_(0.2)
     before = torch.get_rng_state()
     found = batch.log_ratios(policy)
     assert torch.equal(torch.get_rng_state(), before)
@@ -276,8 +276,8 @@ def test_ratios_of_a_recurrent_policy_run_through_its_state() -> None:
     assert float(batch.log_ratios(policy).abs().max()) < 1e-5
     with torch.no_grad():
         policy.head.bias.add_(1.0)
-    mean = policy(batch.observations, batch.state, batch.starts)[0].base_dist.loc[..., 0]
-    expected = ((batch.actions[..., 0] - mean.detach()) + 0.5).masked_fill(~batch.valid, 0.0)
+        mean = policy(batch.observations, batch.state, batch.starts)[0].mean[..., 0]
+    expected = (batch.actions[..., 0] - mean + 0.5).masked_fill(~batch.valid, 0.0)
     torch.testing.assert_close(batch.log_ratios(policy), expected, rtol=1e-4, atol=1e-5)
 
 
