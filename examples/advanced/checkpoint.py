@@ -18,7 +18,7 @@ from processes import Processes
 from torch import Tensor
 
 from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import Cursor
+from trpo_optim.rollouts import Cursor, SinglePathBatch
 from trpo_optim.snapshots import capture, restore
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def save(run: Run) -> None:
     own = {
         "discounted": run.discounted.cpu(),
         "fitted": [tuple(each.cpu() for each in pair) for pair in run.fitted],
+        "earlier": [_parts(batch) for batch in run.earlier],
         "environments": pack(run.envs, run.end),
         **random_state(),
     }
@@ -97,8 +98,8 @@ def load(run: Run) -> None:
     """Take up the run where its checkpoint left it, or at the beginning where there is none.
 
     The run goes on bit for bit as if it had never stopped. Environments that do not return to their
-    state start new episodes instead; on another number of processes all do, the critic forgets its
-    earlier batches, and random numbers start anew. A checkpoint holds pickled environments: load
+    state start new episodes instead; on another number of processes all do, earlier batches are
+    forgotten, and random numbers start anew. A checkpoint holds pickled environments: load
     none that you do not trust.
 
     Args:
@@ -127,12 +128,13 @@ def load(run: Run) -> None:
     if len(parts) != run.processes.size:
         if run.processes.first:
             print(
-                f"{path} is of {len(parts)} processes: environments start new episodes, the critic "
-                "forgets its earlier batches, random numbers start anew."
+                f"{path} is of {len(parts)} processes: environments start new episodes, earlier "
+                "batches are forgotten, random numbers start anew."
             )
         return
     own = parts[run.processes.rank]
     run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
+    run.earlier = [_batch(each, run.args.device) for each in own.get("earlier", [])]
     run.end = unpack(own["environments"], run.envs, run.args.env_id)
     if run.end is not None:
         run.discounted = own["discounted"].to(run.args.device)
@@ -248,6 +250,22 @@ def fill(stats: RunningMeanStd, saved: dict[str, Tensor]) -> None:
     """Take over what ``dump`` returned."""
     stats.mean, stats.var = saved["mean"].numpy(), saved["var"].numpy()
     stats.count = saved["count"].item()
+
+
+def _parts(batch: SinglePathBatch) -> dict[str, Any]:
+    """Return what a batch holds, but for where the next rollout goes on."""
+    held = {name: value for name, value in vars(batch).items() if name != "end"}
+    return {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in held.items()
+    }
+
+
+def _batch(parts: dict[str, Any], device: str) -> SinglePathBatch:
+    """Return the batch that ``_parts`` took apart; no rollout can go on from it."""
+    held = {
+        name: each.to(device) if isinstance(each, Tensor) else each for name, each in parts.items()
+    }
+    return SinglePathBatch(**held, end=None)  # type: ignore[arg-type]  # as said
 
 
 def _stats(run: Run) -> dict[str, RunningMeanStd]:

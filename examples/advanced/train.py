@@ -86,6 +86,8 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """GAE's lambda"""
+    reuse: int = 0
+    """how many earlier batches each step of the policy uses again"""
     hidden: int = 64
     """width of the two hidden layers of policy and critic"""
     log_std: float = 0.0
@@ -147,13 +149,12 @@ def new_run(args: Args, processes: Processes | None = None) -> Run:
 def collect(run: Run) -> SinglePathBatch:
     """Return the next batch; episodes run on from one to the next."""
     args = run.args
-    seed = run.processes.seed(args.seed, run.update)
     batch = single_path(
         run.envs,
         run.act,
         steps=args.batch_size // args.num_envs,
         after=run.end,
-        seed=None if run.end is not None else seed,
+        seed=run.processes.seed(args.seed, run.update) if run.end is None else None,
         device=args.device,
     )
     run.end = batch.end
@@ -183,13 +184,13 @@ def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
     return batch.rewards / scale(run)
 
 
-def advantages(run: Run, batch: SinglePathBatch, rewards: Tensor) -> tuple[Tensor, Tensor]:
+def advantages(
+    run: Run, batch: SinglePathBatch, rewards: Tensor, log_ratios: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return GAE's advantages and the critic's targets, both (T, N)."""
-    args = run.args
+    fade = {"gamma": run.args.gamma, "gae_lambda": run.args.gae_lambda}
     values, following = batch.values(run.value)
-    result = gae(
-        rewards, values, following, batch.ends, gamma=args.gamma, gae_lambda=args.gae_lambda
-    )
+    result = gae(rewards, values, following, batch.ends, log_ratios=log_ratios, **fade)
     return result, result + values
 
 
@@ -197,10 +198,19 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
     estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
     anneal(run)
-    group = run.processes.group
+    earlier = [
+        advantages(run, each, each.rewards / scale(run), each.log_ratios(run.act))[0]
+        for each in run.earlier
+    ]
     closures = policy_closure(  # products on all rows, as in the published results
-        run.act, batch, estimates, standardise=True, curvature=None, process_group=group
+        run.act,
+        [batch, *run.earlier] if run.args.reuse else batch,
+        [estimates, *earlier] if run.args.reuse else estimates,
+        standardise=True,
+        curvature=None,
+        process_group=run.processes.group,
     )
+    run.earlier = [batch, *run.earlier][: run.args.reuse]
     return run.optimizer.step(closures), targets
 
 
@@ -258,18 +268,11 @@ def train(args: Args) -> Run:
         if processes.first:
             print(f"{args.folder()} goes on from step {run.step}.")
     updates = args.total_steps // args.batch_size
-    writer = (
-        SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)
-        if processes.first
-        else None
-    )
+    writer: SummaryWriter | None = None
+    if processes.first:
+        writer = SummaryWriter(str(args.folder()), purge_step=run.step + 1 if run.update else None)
     bar: dict[str, Any] = {} if processes.first else {"disable": True}  # or as TQDM_DISABLE says
-    with tqdm(
-        total=updates * args.batch_size,
-        initial=run.step,
-        unit="step",
-        **bar,
-    ) as progress:
+    with tqdm(total=updates * args.batch_size, initial=run.step, unit="step", **bar) as progress:
         while run.update < updates:
             report, fit = improve(run, collect(run))
             run.update += 1

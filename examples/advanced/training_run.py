@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from trpo_optim import TrustRegionOptimizer
-from trpo_optim.rollouts import Cursor
+from trpo_optim.rollouts import Cursor, SinglePathBatch
 
 if TYPE_CHECKING:
     from train import Args
@@ -46,6 +46,7 @@ class Run:
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
     end: Cursor | None = None  # where the environments stand
     fitted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # last unscaled targets
+    earlier: list[SinglePathBatch] = field(default_factory=list)  # to be used again, newest first
     update: int = 0
     episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
     kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update

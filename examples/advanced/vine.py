@@ -210,8 +210,8 @@ def collect(run: Run) -> tuple[SinglePathBatch, Callable[[Tensor], Closures], in
         seed=seed,
         device=args.device,
     )
-    closures = partial(vine_closure, agent.act, batch, curvature=args.curvature)
-    return batch.trunk, lambda _: closures(), batch.steps
+    of_vine = partial(vine_closure, agent.act, batch, curvature=args.curvature)
+    return batch.trunk, lambda _: of_vine(), batch.steps
 
 
 def improve(run: Run) -> tuple[StepReport, ValueFit]:

@@ -98,6 +98,19 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
     assert same(without_pickles(whole), without_pickles(parts))
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5"])
+def test_a_resumed_run_uses_the_same_earlier_batches_again(tmp_path: Path, env_id: str) -> None:
+    changes: dict[str, Any] = {"env_id": env_id, "reuse": 2}
+    train.train(small(tmp_path / "whole", **changes, total_steps=640))
+    for total_steps in (128, 384, 640):
+        train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
+    train.train(small(tmp_path / "without", env_id=env_id, total_steps=640))
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    assert len(whole["processes"][0]["earlier"]) == 2
+    assert same(without_pickles(whole), without_pickles(parts))
+    assert not same(checkpoint(tmp_path / "without")["kls"], whole["kls"])
+
+
 class Astray(gym.Wrapper[Any, Any, Any, Any]):
     """Draws from a generator that no reset seeds, and that nobody can copy."""
 

@@ -13,7 +13,7 @@ from trpo_optim.snapshots import (
 
 # isort: split
 from trpo_optim.errors import RolloutError
-from trpo_optim.rollouts.policy_closure import policy_closure
+from trpo_optim.rollouts.policy_closure import PolicyClosures, policy_closure
 from trpo_optim.rollouts.returns import (
     discounted_returns,
     explained_variance,
@@ -30,6 +30,7 @@ from trpo_optim.rollouts.vine_closure import vine_closure
 
 __all__ = [
     "Cursor",
+    "PolicyClosures",
     "Replayed",
     "RolloutError",
     "Simulator",

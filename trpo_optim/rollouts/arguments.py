@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from numbers import Integral
 
+from torch import Tensor
+
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["require_counts", "require_shares"]
+__all__ = ["require_counts", "require_one_a_row", "require_shares"]
 
 
 def require_shares(**values: float) -> None:
@@ -35,3 +37,21 @@ def require_counts(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and (not isinstance(value, Integral) or value < 1):
             raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+
+
+def require_one_a_row(log_prob: Tensor, count: int) -> None:
+    """Check that a policy gives one log-probability per row.
+
+    Args:
+        log_prob: What it gives.
+        count: How many rows there are.
+
+    Raises:
+        TrustRegionError: If the shape is another.
+    """
+    if log_prob.shape != (count,):
+        raise TrustRegionError(
+            f"The policy's log-probabilities have shape {tuple(log_prob.shape)} and there are "
+            f"{count} rows. If the last dimension is the action's, return Independent(dist, 1) "
+            "from the policy."
+        )

@@ -16,6 +16,7 @@ from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.autoreset import last_observation
 from trpo_optim.rollouts.infos import updated
+from trpo_optim.rollouts.kept_log_probs import KeptLogProbs
 from trpo_optim.rollouts.spaces import (
     actions_for,
     array_of,
@@ -56,6 +57,7 @@ class Path:
     def __post_init__(self) -> None:
         """Note what the rollout begins with."""
         self.state = self.cursor.state
+        self.log_probs = KeptLogProbs(recurrent=self.state is not None)
 
     @property
     def owes_episodes(self) -> bool:
@@ -127,11 +129,17 @@ class Path:
         """Return actions and the policy's next recurrent state."""
         state = self.cursor.state
         if state is None:
-            return _drawn(self.policy(seen, **said)), None
+            return self._drawn(self.policy(seen, **said)), None
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         seen, said = mapped(lambda each: each[None], (seen, said))
         dist, state = self.policy(seen, state, starts, **said)
-        return mapped(lambda each: each[0], _drawn(dist)), state
+        return mapped(lambda each: each[0], self._drawn(dist)), state
+
+    def _drawn(self, dist: Any) -> Any:
+        """Return actions of a distribution, or what are actions already."""
+        actions = mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)
+        self.log_probs.add(dist, actions)
+        return actions
 
     def batch(self) -> SinglePathBatch:
         """Return what has been collected."""
@@ -149,6 +157,7 @@ class Path:
         def tensor(steps: list[_Array], kind: torch.dtype = torch.bool) -> Tensor:
             return torch.as_tensor(np.stack(steps), dtype=kind, device=self.device)
 
+        logs = self.log_probs.steps()
         rows = [(step, env) for step, env, _ in self.cuts]
         return SinglePathBatch(
             observations=stacked(self.observations),
@@ -165,9 +174,7 @@ class Path:
             episode_lengths=[length for _, length in self.episodes],
             end=replace(self.cursor, observations=copies_of(self.cursor.observations)),
             info=stacked(self.said),
+            log_prob=None
+            if logs is None
+            else logs[: len(self.rewards)],  # one more if a step failed
         )
-
-
-def _drawn(dist: Any) -> Any:
-    """Return actions of a distribution, or what are actions already."""
-    return mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)

@@ -1,11 +1,11 @@
-"""The optimizer's closure on a batch of trajectories, in one call."""
+"""The optimizer's closure on batches of trajectories, in one call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,52 +15,98 @@ from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
-from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts
+from trpo_optim.rollouts.arguments import require_counts, require_one_a_row
+from trpo_optim.rollouts.batch_parts import Part, parts_of
 from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
-from trpo_optim.rollouts.standardisation import standardised
+from trpo_optim.rollouts.given_batches import given_for, require_alike, require_numbers, within
+from trpo_optim.rollouts.joined_batches import joined
+from trpo_optim.rollouts.standardisation import failing_together, standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["policy_closure"]
+__all__ = ["PolicyClosures", "policy_closure"]
+
+
+@dataclass(frozen=True)
+class PolicyClosures(Closures):
+    """The closures that ``policy_closure`` returns.
+
+    Attributes:
+        batches: The places of the batches that count, in the list that was given. A batch that
+            ``max_batch_kl`` left out is missing.
+
+    Example:
+        >>> import gymnasium as gym, torch
+        >>> from torch.distributions import Categorical
+        >>> from trpo_optim.rollouts import policy_closure, single_path
+        >>> envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+        >>> logits = torch.nn.Linear(4, 2)
+        >>> policy = lambda observations: Categorical(logits=logits(observations))
+        >>> earlier = single_path(envs, policy, steps=8, seed=0)
+        >>> with torch.no_grad():
+        ...     _ = logits.bias.add_(torch.tensor([3.0, -3.0]))  # now another policy
+        >>> batches = [single_path(envs, policy, steps=8, after=earlier), earlier]
+        >>> advantages = [torch.randn(8, 2), torch.randn(8, 2)]
+        >>> policy_closure(policy, batches, advantages).batches
+        (0, 1)
+        >>> policy_closure(policy, batches, advantages, max_batch_kl=0.1).batches
+        (0,)
+    """
+
+    batches: tuple[int, ...] = (0,)
 
 
 def policy_closure(
     policy: Callable[..., Any],
-    batch: SinglePathBatch,
-    advantages: Tensor,
+    batch: SinglePathBatch | Sequence[SinglePathBatch],
+    advantages: Tensor | Sequence[Tensor],
     *,
+    batch_weights: Sequence[float] | None = None,
+    max_batch_kl: float | None = None,
     standardise: bool = False,
     process_group: ProcessGroup | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | Sequence[Tensor | None] | None = None,
     sampling_log_prob: Tensor | None = None,
     entropy_bonus: float = 0.0,
     sampled: bool = False,
     curvature: CurvatureShare = "auto",
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
-) -> Closures:
-    """Return the closures for one ``optimizer.step`` on a batch.
+) -> PolicyClosures:
+    """Return the closures for one ``optimizer.step`` on a batch, or on several.
 
     The old policy is the policy at this call, which leaves the random state as it was: a step right
     after it sees the same dropout masks. The KL is one per sample. The third value is the
     distribution.
 
+    Earlier batches make the step less noisy. Each ratio is taken to the policy that drew the
+    action, ``batch.log_prob``. The KL is still that of the step: from the old policy, on the states
+    of all batches.
+
     Args:
         policy: The policy that collected the batch, called as in ``single_path``. With a recurrent
             state it is evaluated on whole trajectories, (T, N, …).
-        batch: The batch that ``single_path`` returned.
-        advantages: Advantages or Q, shape (T, N). Rows that are not valid are ignored.
+        batch: The batch that ``single_path`` returned, or a list of batches, the newest one first.
+        advantages: Advantages or Q, shape (T, N); with a list of batches, a list of these. Rows
+            that are not valid are ignored. For earlier batches, see ``gae(log_ratios=…)``.
+        batch_weights: How much a row of each batch counts in loss and KL, such as ``(1.0, 0.5)``.
+            None: all rows count alike.
+        max_batch_kl: The most KL(behaviour ‖ old) of a batch, in nats, estimated on its own actions
+            by the mean of ρ − 1 − ln ρ. A batch with more is left out, but never the first one.
+            This costs one more evaluation of each earlier batch. None: all batches count.
         standardise: Bring the advantages of the valid rows to mean 0 and standard deviation 1. If
-            all are equal, they become 0.
+            all are equal, they become 0. With several batches, over the rows of all batches, which
+            count by their ``batch_weights``.
         process_group: With ``standardise=True``: use mean and standard deviation over the valid
             rows of all ranks. Every rank must call this function. None: over this process.
-        weights: Importance weights of the states, (T, N), if another policy visited them.
-        sampling_log_prob: ln q(a|s) of the actions, (T, N), if another policy drew them.
+        weights: Importance weights of the states, (T, N), if another policy visited them. With a
+            list of batches, a list of these; None in the list counts as 1.
+        sampling_log_prob: ln q(a|s) of the actions, (T, N), if another policy drew them. A list of
+            batches has these already.
         entropy_bonus: The weight of the mean entropy, in (standardised) advantages per nat.
         sampled: Whether to estimate the KL on the batch's actions, for policies without a
             closed-form KL. It is then a mean.
@@ -82,7 +128,8 @@ def policy_closure(
 
     Raises:
         TrustRegionError: If shapes do not fit, a used advantage or weight is not finite, there are
-            no valid rows, or an option is outside its range.
+            no valid rows, an option is outside its range, a batch of a list has no ``log_prob``, or
+            the batches differ in their form.
         RankError: If another rank of the process group raised or was lost.
 
     Example:
@@ -101,11 +148,14 @@ def policy_closure(
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
     """
-    if not isinstance(batch, SinglePathBatch):
-        raise TrustRegionError(
-            f"policy_closure() got a {type(batch).__name__}; it takes what single_path() returned. "
-            "For a vine there is vine_closure()."
-        )
+    given = given_for(
+        batch,
+        advantages,
+        weights=weights,
+        sampling_log_prob=sampling_log_prob,
+        batch_weights=batch_weights,
+        max_batch_kl=max_batch_kl,
+    )
     require_counts(micro_batch=micro_batch)
     if not math.isfinite(entropy_bonus):
         raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")
@@ -114,131 +164,76 @@ def policy_closure(
             "sampled=True needs actions of the old policy, but sampling_log_prob says that another "
             "policy drew them. Leave out one of the two."
         )
+    if sampled and given[0].index is not None:
+        raise TrustRegionError(
+            "sampled=True needs actions of the old policy, but earlier policies draw those of a "
+            "list of batches. Pass one batch that is not in a list, or leave out sampled."
+        )
     if process_group is not None and not standardise:
         raise TrustRegionError(
             "process_group is given and standardise is False. Only standardising needs the other "
             "ranks: pass standardise=True, or leave process_group out."
         )
-    given = {"advantages": advantages, "weights": weights, "sampling_log_prob": sampling_log_prob}
-    check = partial(_require_numbers, given, batch.valid)
+    with failing_together(given[0].batch.rewards.device, process_group):
+        require_alike(given)
+        for each in given:
+            require_numbers(each)
+        given = within(policy, given, max_batch_kl)
+        data = joined(given)
+    estimates = data.advantages
     if standardise:
-        advantages = standardised(advantages, batch.valid, check, process_group)
-    else:
-        check()
-    select, count = (_rows if batch.state is None else _sequences)(policy, batch)
+        estimates = standardised(estimates, data.valid, process_group, weights=data.batch_weights)
+    select = parts_of(policy, data)
 
-    def closure(part: _Part) -> Closure:
+    def closure(part: Part, *, weighed: bool = False) -> Closure:
+        def numbers(values: Tensor | None) -> Tensor | None:
+            return None if values is None else part.numbers(values)
+
         return _closure(
             part,
-            part.numbers(advantages),
-            None if weights is None else part.numbers(weights),
-            None if sampling_log_prob is None else part.numbers(sampling_log_prob),
+            part.numbers(estimates),
+            numbers(data.weights),
+            numbers(data.sampling_log_prob),
+            numbers(data.batch_weights) if weighed else None,
             entropy_bonus,
             sampled=sampled,
         )
 
-    pieces = [select(chosen) for chosen in torch.arange(count).split(micro_batch or count)]
-    if curvature == "auto" and (sampled or batch.state is not None):
+    ends = list(accumulate(count for count, _ in data.runs))
+    pieces = [
+        (select(chosen), weight)
+        for end, (count, weight) in zip(ends, data.runs, strict=True)
+        for chosen in torch.arange(end - count, end).split(micro_batch or count)
+    ]
+    if curvature == "auto" and (sampled or data.state is not None):
         curvature = None
-    chosen = curvature_rows(curvature, count, generator, most=micro_batch)
-    return Closures(
-        parts=[closure(piece) for piece in pieces],
-        weights=[float(piece.count) for piece in pieces],
-        curvature=None if chosen is None else closure(select(chosen)),
+    chosen = curvature_rows(curvature, ends[-1], generator, most=micro_batch)
+    return PolicyClosures(
+        parts=[closure(piece) for piece, _ in pieces],
+        weights=[piece.count * weight for piece, weight in pieces],
+        curvature=None if chosen is None else closure(select(chosen), weighed=True),
+        batches=tuple(each.index or 0 for each in given),
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a batch.
-
-    Attributes:
-        evaluate: Returns the policy's distribution there.
-        actions: What was drawn.
-        mask: Which elements of the distribution's batch are rows; None: all.
-        numbers: From (T, N) to the rows', (B,).
-        count: B.
-    """
-
-    evaluate: Callable[[], Any]
-    actions: Any
-    mask: Tensor | None
-    numbers: Callable[[Tensor], Tensor]
-    count: int
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Return the rows of what has the distribution's batch shape."""
-        return values if self.mask is None else values[self.mask]
-
-
-def _rows(
-    policy: Callable[..., Any], batch: SinglePathBatch
-) -> tuple[Callable[[Tensor], _Part], int]:
-    """Return what selects from the valid rows, and how many there are."""
-    observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
-    entries = batch.flat(batch.info)
-    device, count = batch.rewards.device, int(batch.valid.sum())
-
-    def select(chosen: Tensor) -> _Part:
-        rows = slice(None) if len(chosen) == count else chosen.to(device)
-        seen, said = mapped(lambda each: each[rows], (observations, entries))
-        return _Part(
-            evaluate=lambda: policy(seen, **said),
-            actions=mapped(lambda each: each[rows], actions),
-            mask=None,
-            numbers=lambda values: values[batch.valid][rows],
-            count=len(chosen),
-        )
-
-    return select, count
-
-
-def _sequences(
-    policy: Callable[..., Any], batch: SinglePathBatch
-) -> tuple[Callable[[Tensor], _Part], int]:
-    """Return what selects from the environments with valid rows, and how many there are."""
-    device = batch.rewards.device
-    used = batch.valid.any(0).nonzero().reshape(-1)
-
-    def select(chosen: Tensor) -> _Part:
-        columns = used[chosen.to(device)]
-
-        def of_columns(values: Any) -> Any:
-            return mapped(lambda each: each[:, columns], values)
-
-        seen, state = of_columns(batch.observations), of_columns(batch.state)
-        said = of_columns(batch.info)
-        starts, mask = batch.starts[:, columns], batch.valid[:, columns]
-        return _Part(
-            evaluate=lambda: policy(seen, state, starts, **said)[0],
-            actions=of_columns(batch.actions),
-            mask=mask,
-            numbers=lambda values: values[:, columns][mask],
-            count=int(mask.sum()),
-        )
-
-    return select, len(used)
-
-
 def _closure(
-    part: _Part,
+    part: Part,
     advantages: Tensor,
     weights: Tensor | None,
     sampling_log_prob: Tensor | None,
+    shares: Tensor | None,
     entropy_bonus: float,
     *,
     sampled: bool,
 ) -> Closure:
-    """Return the closure on some rows, the policy as it is being the old one."""
+    """Return the closure on some rows, the policy as it is being the old one.
+
+    With ``shares``, which count up to a common factor, the KL's mean weighs the rows by them.
+    """
     with torch.no_grad(), random_state_kept([advantages.device]):
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions, part.mask))
-        if old_log_prob.shape != advantages.shape:
-            raise TrustRegionError(
-                f"The policy's log-probabilities have shape {tuple(old_log_prob.shape)} and there "
-                f"are {len(advantages)} rows. If the last dimension is the action's, return "
-                "Independent(dist, 1) from the policy."
-            )
+        require_one_a_row(old_log_prob, len(advantages))
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
 
     def closure() -> tuple[Tensor, Tensor, Any]:
@@ -249,37 +244,7 @@ def _closure(
             loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
         if sampled:
             return loss, sampled_kl(old_log_prob, new_log_prob, low_variance=True), new_log_prob
-        return loss, joint_kl(old, dist, part.mask), dist
+        kl = joint_kl(old, dist, part.mask)
+        return loss, kl if shares is None else kl * (shares / shares.mean()), dist
 
     return closure
-
-
-def _require_numbers(given: Mapping[str, Tensor | None], valid: Tensor) -> None:
-    """Check what is given for every row, by its name."""
-    for name, value in given.items():
-        if value is not None:
-            _require_rows(name, value, valid)
-    weights = given["weights"]
-    if weights is not None and bool((weights[valid] < 0).any()):
-        raise TrustRegionError(
-            f"weights holds {float(weights[valid].min())}; a weight is a ratio of "
-            "probabilities, which cannot be negative. See trajectory_weights()."
-        )
-
-
-def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
-    """Check that there is a number for every valid row."""
-    if values.shape != valid.shape:
-        raise TrustRegionError(
-            f"{name} has shape {tuple(values.shape)} and the batch {tuple(valid.shape)}: T steps "
-            "of N environments. Give one number (advantage, Q, weight, …) per row."
-        )
-    if not valid.any():
-        raise TrustRegionError("The batch is empty: no row is valid. Collect more steps.")
-    bad = (~values.isfinite() & valid).nonzero()
-    if len(bad):
-        step, env = bad[0].tolist()
-        raise TrustRegionError(
-            f"{name} is {float(values[step, env])} at step {step} of environment {env}; it must be "
-            "a number. Look at the rewards and at the critic."
-        )

@@ -25,8 +25,14 @@ def gae(
     *,
     gamma: float,
     gae_lambda: float,
+    log_ratios: Tensor | None = None,
+    largest: float = 1.0,
 ) -> Tensor:
     """Return generalised advantage estimates, Σ (γλ)ˡ δₜ₊ₗ up to the end of the trajectory.
+
+    With ``log_ratios``, these are advantages of the present policy π from trajectories of an
+    earlier policy: Aₜ = δₜ + γλ min(``largest``, ρₜ₊₁) Aₜ₊₁ with ρ = π/π_behaviour. The ratio ρₜ of
+    the row's own action belongs to the surrogate.
 
     Args:
         rewards: rₜ, shape (T, N).
@@ -35,12 +41,18 @@ def gae(
         ends: True where the trajectory does not go on with the next row, (T, N).
         gamma: Discount factor γ, in [0, 1].
         gae_lambda: λ, in [0, 1]. 0 gives the temporal difference, 1 the return minus the value.
+        log_ratios: ln ρₜ, (T, N), as ``SinglePathBatch.log_ratios`` returns them. None: the present
+            policy drew the actions.
+        largest: The limit of each ratio. With infinity and λ = 1 the estimate is unbiased for
+            every V. A lower limit means less variance and more bias.
 
     Returns:
-        Shape (T, N). The advantages plus the values are the critic's targets.
+        Shape (T, N). Without ``log_ratios``, the advantages plus the values are the critic's
+        targets. With them, the values plus min(``largest``, ρₜ) times the advantages are.
 
     Raises:
-        TrustRegionError: If shapes differ, there are no rows, or γ or λ are outside [0, 1].
+        TrustRegionError: If shapes differ, there are no rows, γ or λ are outside [0, 1], or
+            ``largest`` is not positive.
 
     Example:
         >>> import torch
@@ -52,12 +64,22 @@ def gae(
 
     Source:
         Schulman, Moritz, Levine, Jordan & Abbeel, "High-Dimensional Continuous Control Using
-        Generalized Advantage Estimation", ICLR 2016, equation 16.
+        Generalized Advantage Estimation", ICLR 2016, equation 16. The ratios: with λ = 1, the
+        estimate is r + γv′ − V. There, v′ is the V-trace target of the next state, with both of
+        its limits equal to ``largest`` (Espeholt et al., "IMPALA", ICML 2018, equation 1). Retrace
+        has the same traces, λ min(1, ρ), but the temporal differences of Q in place of V. If its Q
+        is right, a cut adds no bias (Munos et al., "Safe and Efficient Off-Policy Reinforcement
+        Learning", NIPS 2016).
     """
     _require_rows(rewards=rewards, values=values, next_values=next_values, ends=ends)
     require_shares(gamma=gamma, gae_lambda=gae_lambda)
     deltas = rewards + gamma * next_values - values
-    return _discounted(deltas, torch.zeros_like(deltas), ends, gamma * gae_lambda)
+    traces = None
+    if log_ratios is not None:
+        _require_rows(rewards=rewards, log_ratios=log_ratios)
+        _require_positive(largest=largest)
+        traces = log_ratios.exp().clamp(max=largest)
+    return _discounted(deltas, torch.zeros_like(deltas), ends, gamma * gae_lambda, traces)
 
 
 def discounted_returns(
@@ -163,8 +185,7 @@ def trajectory_weights(
         Precup, Sutton & Singh, "Eligibility Traces for Off-Policy Policy Evaluation", ICML 2000.
     """
     _require_rows(log_ratios=log_ratios, starts=starts)
-    if not largest > 0:
-        raise TrustRegionError(f"largest is {largest!r}; it must be above 0.")
+    _require_positive(largest=largest)
     weights = torch.zeros_like(log_ratios)
     before = torch.zeros_like(log_ratios[0])
     for step, ratio in enumerate(log_ratios):
@@ -202,14 +223,24 @@ def explained_variance(predictions: Tensor, targets: Tensor) -> float:
     return float(1 - left / spread) if spread > 0 else float("nan")
 
 
-def _discounted(terms: Tensor, rest: Tensor, ends: Tensor, fade: float) -> Tensor:
-    """Return Σ fadeˡ termsₜ₊ₗ along each trajectory, with fade · rest after its end."""
+def _discounted(
+    terms: Tensor, rest: Tensor, ends: Tensor, fade: float, traces: Tensor | None = None
+) -> Tensor:
+    """Return Σ fadeˡ termsₜ₊ₗ along each trajectory, with fade · rest after its end.
+
+    With traces, each sum counts in the one before it by the trace of its row.
+    """
     result = torch.zeros_like(terms)
     following = rest[-1]
     for step in reversed(range(len(terms))):
-        following = terms[step] + fade * torch.where(ends[step], rest[step], following)
-        result[step] = following
+        result[step] = terms[step] + fade * torch.where(ends[step], rest[step], following)
+        following = result[step] if traces is None else traces[step] * result[step]
     return result
+
+
+def _require_positive(*, largest: float) -> None:
+    if not largest > 0:
+        raise TrustRegionError(f"largest is {largest!r}; it must be above 0.")
 
 
 def _require_rows(**values: Tensor) -> None:

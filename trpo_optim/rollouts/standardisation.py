@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,30 @@ from trpo_optim.errors import RankError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["standardised"]
+__all__ = ["failing_together", "standardised"]
+
+
+@contextmanager
+def failing_together(device: torch.device, group: ProcessGroup | None) -> Iterator[None]:
+    """Tell the other ranks if a block raises, instead of letting them wait in ``standardised``.
+
+    Args:
+        device: Where the values are.
+        group: The processes that will call ``standardised`` after the block. None: this one alone.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except Exception:
+        if group is not None:
+            _of_all_ranks([0.0, 0.0, 0.0], device, group)
+        raise
 
 
 def standardised(
-    values: Tensor, valid: Tensor, check: Callable[[], None], group: ProcessGroup | None
+    values: Tensor, valid: Tensor, group: ProcessGroup | None, *, weights: Tensor | None = None
 ) -> Tensor:
     """Bring the valid values to mean 0 and standard deviation 1.
 
@@ -29,9 +49,8 @@ def standardised(
     Args:
         values: Shape (T, N).
         valid: True where a value counts, shape (T, N).
-        check: Raises if this rank's values cannot be used. It is called in here so that the other
-            ranks raise as well, instead of waiting for this one.
         group: The processes that hold the values. None: this process alone.
+        weights: How much each value counts, above 0, shape (T, N). None: all count alike.
 
     Returns:
         Shape (T, N). It is 0 where a value is not valid, and everywhere if all valid values of all
@@ -40,14 +59,8 @@ def standardised(
     Raises:
         RankError: If another rank raised or was lost.
     """
-    try:
-        check()
-        used = values[valid].cpu().double()  # on the CPU: some devices have no double precision
-        own = _moments(used.detach())
-    except Exception:
-        if group is not None:
-            _of_all_ranks([0.0, 0.0, 0.0], values.device, group)
-        raise
+    used = values[valid].cpu().double()  # on the CPU: some devices have no double precision
+    own = _moments(used.detach(), None if weights is None else weights[valid].cpu().double())
     ranks = [own] if group is None else _of_all_ranks(own, values.device, group)
     if group is not None:
         _require_values(ranks, group)
@@ -58,11 +71,18 @@ def standardised(
     return result
 
 
-def _moments(values: Tensor) -> list[float]:
-    """Return the number of values (B,), their mean, and the sum of their squared deviations."""
+def _moments(values: Tensor, weights: Tensor | None) -> list[float]:
+    """Return the number of values (B,), their mean, and the sum of their squared deviations.
+
+    With weights, the number is their sum.
+    """
     rest = values - values[0]  # so that equal values have no deviation, not even by rounding
-    mean = rest.mean()
-    return [float(len(values)), float(values[0] + mean), float((rest - mean).square().sum())]
+    if weights is None:
+        mean = rest.mean()
+        return [float(len(values)), float(values[0] + mean), float((rest - mean).square().sum())]
+    mean = (weights * rest).sum() / weights.sum()
+    squares = weights * (rest - mean).square()
+    return [float(weights.sum()), float(values[0] + mean), float(squares.sum())]
 
 
 def _combined(ranks: list[list[float]]) -> tuple[float, float]:

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trpo_optim.closure.random_state import random_state_kept
+from trpo_optim.distributions import log_prob
 from trpo_optim.distributions.nesting import mapped
+from trpo_optim.errors import TrustRegionError
+from trpo_optim.rollouts.arguments import require_one_a_row
 
 __all__ = ["Cursor", "SinglePathBatch"]
 
@@ -73,6 +77,8 @@ class SinglePathBatch:
         episode_lengths: The numbers of steps of these episodes.
         end: Where the next rollout goes on.
         info: The entries that ``single_path(info=…)`` requested, (T, N, …) by name.
+        log_prob: ln π(a|s) of the actions under the policy that drew them, (T, N). None if the
+            policy returned actions without a distribution, or has no log-probability.
 
     Example:
         >>> import gymnasium as gym, torch
@@ -101,6 +107,7 @@ class SinglePathBatch:
     episode_lengths: list[int]
     end: Cursor
     info: dict[str, Any] = field(default_factory=dict)
+    log_prob: Tensor | None = None
 
     @property
     def ends(self) -> Tensor:
@@ -136,3 +143,39 @@ class SinglePathBatch:
             cut = critic(self.cut_observations).reshape(-1)
             following[self.cut_rows[:, 0], self.cut_rows[:, 1]] = cut
         return values, following.masked_fill(self.terminated, 0.0)
+
+    @torch.no_grad()
+    def log_ratios(self, policy: Callable[..., Any]) -> Tensor:
+        """Return ln π(a|s) − ln π_behaviour(a|s) of the actions, for a policy as it is now.
+
+        ``gae`` and ``trajectory_weights`` take these. The call leaves the random state as it was.
+
+        Args:
+            policy: The policy π, called as in ``single_path``. With a recurrent state it is
+                evaluated on whole trajectories, (T, N, …).
+
+        Returns:
+            Shape (T, N). It is 0 in rows that are not valid.
+
+        Raises:
+            TrustRegionError: If the batch has no log-probabilities, or those of the policy do not
+                fit.
+        """
+        if self.log_prob is None:
+            raise TrustRegionError(
+                "The batch has no log_prob, since its policy returned actions without a "
+                "distribution, or has no log-probability. Compute ln π(a|s) under the policy that "
+                "drew the actions, and pass dataclasses.replace(batch, log_prob=...)."
+            )
+        with random_state_kept([self.rewards.device]):
+            if self.state is None:
+                seen, actions, said = self.flat((self.observations, self.actions, self.info))
+                logs = log_prob(policy(seen, **said), actions)
+            else:
+                dist, _ = policy(self.observations, self.state, self.starts, **self.info)
+                logs = log_prob(dist, self.actions, self.valid)[self.valid]
+        before = self.log_prob[self.valid]
+        require_one_a_row(logs, len(before))
+        ratios = torch.zeros_like(self.log_prob)
+        ratios[self.valid] = (logs - before).to(ratios)
+        return ratios
