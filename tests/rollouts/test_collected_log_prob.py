@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -100,12 +101,16 @@ def test_a_recurrent_policys_log_probabilities_are_those_of_whole_trajectories()
     torch.testing.assert_close(batch.log_prob, dist.log_prob(batch.actions))
 
 
+TURNS = itertools.count()
 FAMILIES: dict[str, Callable[[Tensor], Distribution]] = {
     "Beta": lambda seen: Independent(Beta(seen[:, :1].exp(), seen[:, 1:2].exp() + 1), 1),
     "Bernoulli": lambda seen: Independent(Bernoulli(probs=seen[:, :1].sigmoid()), 1),
     "Normal of a shared scale": lambda seen: Independent(Normal(seen[:, :1], torch.tensor(0.3)), 1),
     "Categorical by probabilities": lambda seen: Independent(
         Categorical(probs=seen.sigmoid()[:, None]), 1
+    ),
+    "families in turn": lambda seen: Independent(
+        (Normal if next(TURNS) % 3 else Beta)(seen[:, :1].exp(), seen[:, 1:2].exp() + 1), 1
     ),
     "Laplace": lambda seen: Independent(Laplace(seen[:, :1], 0.5), 1),
     "mixture": lambda seen: MixtureSameFamily(

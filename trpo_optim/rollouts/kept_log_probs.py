@@ -42,6 +42,7 @@ class KeptLogProbs:
         self._done: list[Tensor] = []
         self._waiting: list[tuple[list[Tensor], Any]] = []
         self._like: Any = None
+        self._form = ""
 
     def add(self, dist: Any, actions: Any) -> None:
         """Note a step.
@@ -53,12 +54,13 @@ class KeptLogProbs:
         if not self._known:
             return
         try:
-            parameters = _parameters(dist)
-            if parameters is None:
+            parameters, form = _parameters(dist), repr(mapped(_form, dist))
+            if parameters is None or form != self._form:
                 self._evaluate_waiting()
+            if parameters is None:
                 self._evaluate(dist, actions, 1)
             else:
-                self._like = dist
+                self._like, self._form = dist, form
                 self._waiting.append((parameters, actions))
                 if len(self._waiting) == _AT_ONCE:
                     self._evaluate_waiting()
@@ -114,6 +116,13 @@ def _parameters(dist: Any) -> list[Tensor] | None:
             return None
         found.extend(getattr(inner, name).clone() for name in _PARAMETERS[type(inner)])
     return found
+
+
+def _form(dist: Any) -> list[Any]:
+    """Return the families that a distribution is made of, and how many dimensions an action has."""
+    if type(dist) is Independent:
+        return [dist.reinterpreted_batch_ndims, *_form(dist.base_dist)]
+    return [type(dist)]
 
 
 def _with_parameters(dist: Any, parameters: Any) -> Any:
