@@ -150,7 +150,7 @@ class Problem:
         """Return a step, with what it takes to make its closures."""
         optimizer = TrustRegionOptimizer(self.parameters, cg_tolerance=0.0)
         outputs = self.hidden if head else self.logits
-        with_head = {"head": self.head, "chunk": CHUNK} if head else {}
+        with_head: dict[str, Any] = {"head": self.head, "chunk": CHUNK} if head else {}
 
         def step() -> StepReport:
             return optimizer.step(
