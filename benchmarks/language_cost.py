@@ -156,7 +156,9 @@ class Problem:
             return optimizer.step(
                 token_closures(
                     outputs,
-                    *(self.tokens, None, self.advantages),
+                    self.tokens,
+                    None,
+                    self.advantages,
                     micro_batch=self.setting.micro_batch,
                     **with_head,
                     **options,
