@@ -14,7 +14,7 @@ smollm: .venv/smollm ## train a language model of 135 million parameters by its 
 test: .venv/dev ## ruff, mypy and pytest with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 	$(BIN)/pytest $(PARALLEL) -m "not thorough" --cov --cov-report=term-missing
 
 quick: .venv/dev ## ruff, and what neither learns nor starts process groups; properties on 10 examples (a minute)
