@@ -258,7 +258,7 @@ class Objective:
 
     def _watch(self, twins: dict[int, Tensor]) -> Watch:
         own = () if self.vector.fsdp else self.vector.parameters  # FSDP itself takes their memory
-        return Watch(self._transaction, own, twins)
+        return Watch(self._transaction, own, twins, self.vector.fsdp)
 
     def _watched(self, watch: Watch) -> Values:
         try:
