@@ -97,7 +97,7 @@ class RanksInStep:
 
 
 def sums_over_parts(vector: ParameterVector, reduction: Reduction) -> AbstractContextManager[None]:
-    """Have vectors stand for parts of vectors, of which every rank has its own.
+    """Have the vectors of each rank stand for its own parts of whole vectors.
 
     Args:
         vector: The parameters.
@@ -216,7 +216,7 @@ def _require_plain(group: Any) -> None:
     if group._all_reduce_hook is not None:
         raise TrustRegionError(
             "set_all_reduce_hook() has given FSDP a hook that changes gradients, which a step does "
-            "not serve. Call set_all_reduce_hook on another copy of the policy only."
+            "not serve. Remove the hook."
         )
 
 
