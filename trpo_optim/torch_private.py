@@ -16,9 +16,9 @@ Some are attributes, which cannot be imported:
   ``Binomial``, ``_unbroadcasted_*`` of ``LowRankMultivariateNormal`` and ``Wishart``, and
   ``_cached_x_y`` and ``_inv`` of transforms, in ``distributions``;
 - ``_validate_args`` of ``Distribution``, in ``testing.argument_checks``;
-- ``_is_root``, ``_fsdp_param_groups`` and ``_unsharded_param`` of FSDP's states and parameters, and
-  what its groups of parameters are set to, in ``closure.fsdp`` and ``distributed.fsdp``; from torch
-  2.13 on.
+- ``_is_root``, ``_state_ctx.all_states``, ``_fsdp_param_groups`` and ``_unsharded_param`` of FSDP's
+  states and parameters, and what its groups of parameters are set to, in ``closure.fsdp`` and
+  ``distributed.fsdp``; from torch 2.13 on.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,9 @@ from fsdp_policies import core_of, half, sharded, task_of, vector_of
 from problems import Problem
 from ranks import on_ranks, values_of
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
-from trpo_optim import Outcome, RankError
+from trpo_optim import Outcome, RankError, TrustRegionError
 
 pytestmark = [
     pytest.mark.ranks,
@@ -56,8 +57,32 @@ def at_fault(task: Problem, closure: Any, place: str, turn: int) -> Callable[[],
     return faulty
 
 
-def struck(rank: int, place: str, turn: int) -> tuple[str, bool, Tensor]:
-    """Return what a step says in which rank 1 raises, whether it moved, and where the next ends."""
+def detached(_: Problem, closure: Any, place: str, turn: int) -> Callable[[], Any]:
+    """Return a closure with a value that cannot be differentiated at one of its evaluations."""
+    calls = 0
+    other = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def faulty() -> Any:
+        nonlocal calls
+        calls += 1
+        loss, kl, new = closure()
+        if calls == turn and place == "loss":
+            loss = loss.detach()
+        elif calls == turn and place == "KL":
+            kl = kl.detach()
+        elif calls == turn and place == "KL of another tensor":
+            kl = kl.detach() + other
+        elif calls == turn:
+            mean, std = new.base_dist.loc, new.base_dist.scale
+            old = Normal(mean.detach(), std.detach())
+            kl = kl_divergence(old, Normal(mean, std.detach())).sum(-1).mean()
+        return loss, kl
+
+    return faulty
+
+
+def struck(rank: int, fault: Any, place: str, turn: int, at: int) -> tuple[str, bool, Tensor]:
+    """Return what a step says if one rank errs, whether it moved, and where the next one ends."""
     task = sharded(task_of())
     optimizer = task.optimizer(process_group=dist.group.WORLD)
     parameters: list[Any] = task.parameters()
@@ -65,8 +90,8 @@ def struck(rank: int, place: str, turn: int) -> tuple[str, bool, Tensor]:
     before = [each.to_local().clone() for each in parameters]
     said = "nothing"
     try:
-        optimizer.step(at_fault(task, closure, place, turn) if rank else closure)
-    except (RankError, OSError) as error:
+        optimizer.step([fault(task, closure, place, turn) if rank == at else closure, closure])
+    except (TrustRegionError, OSError) as error:
         said = f"{type(error).__name__}: {error}"
     still = all(map(torch.equal, before, [each.to_local() for each in parameters]))
     optimizer.step(half(task, rank))
@@ -87,13 +112,39 @@ def unharmed(rank: int) -> Tensor:
 )
 def test_an_error_on_one_rank_is_told_to_all_and_loses_nothing(place: str, turn: int) -> None:
     expected, _ = values_of(on_ranks(2, unharmed))
-    first, second = values_of(on_ranks(2, struck, place, turn))
+    first, second = values_of(on_ranks(2, struck, at_fault, place, turn, 1))
     assert first[0].startswith("RankError: The step failed on another rank")
     assert "rank 1 raised OSError: simulator lost" in first[0]
     assert second[0] == "OSError: simulator lost"
     for _, still, vector in (first, second):
         assert still
         torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-7)  # by one side or both
+
+
+_DETACHED = "does not depend on the optimizer's parameters"
+WITHOUT_DERIVATIVES = [
+    ("loss", 1, 1, _DETACHED),
+    ("KL", 1, 1, _DETACHED),
+    ("KL", 3, 1, _DETACHED),
+    ("KL of another tensor", 3, 1, _DETACHED),
+    ("KL without the scale", 1, 0, "parameters that the KL does not depend on"),
+]
+
+
+def struck_by_each(rank: int) -> list[tuple[str, bool, Tensor]]:
+    """Return what steps say in which a value of one rank cannot be differentiated."""
+    cases = WITHOUT_DERIVATIVES
+    return [struck(rank, detached, place, turn, at) for place, turn, at, _ in cases]
+
+
+def test_a_value_without_derivatives_on_one_rank_is_told_to_all() -> None:
+    expected, _ = values_of(on_ranks(2, unharmed))
+    for rank, found in enumerate(values_of(on_ranks(2, struck_by_each))):
+        for (said, still, vector), (*_, at, text) in zip(found, WITHOUT_DERIVATIVES, strict=True):
+            told = f"RankError: The step failed on another rank.*rank {at} raised .*{text}"
+            assert re.match(f"TrustRegionError: .*{text}" if rank == at else told, said), said
+            assert still
+            torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-7)  # as above
 
 
 def lost(rank: int) -> tuple[bool, bool]:

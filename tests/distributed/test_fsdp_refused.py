@@ -112,6 +112,24 @@ def half_precision_sums(rank: int) -> Any:
     return task, world(), half(task, rank), {}
 
 
+@refused_case("has parameters in half precision.*autocast.*float32 or float64.*mode='vanilla'")
+def half_parameters(rank: int) -> Any:
+    task = sharded(task_of(dtype=torch.bfloat16))
+    return task, world(), half(task, rank), {}
+
+
+@refused_case("computes in half precision, as under autocast.*without autocast.*mode='vanilla'")
+def autocast_on_one_rank(rank: int) -> Any:
+    task = sharded(task_of(dtype=torch.float32))
+    closure = half(task, rank)
+
+    def in_half_precision() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=rank == 1):
+            return closure()
+
+    return task, {**world(), "engine": "finite differences"}, in_half_precision, {}
+
+
 @refused_case(r"set_requires_gradient_sync\(False\) has switched off.*list of closures")
 def no_sums(rank: int) -> Any:
     task = sharded(task_of())
@@ -120,7 +138,9 @@ def no_sums(rank: int) -> Any:
     return task, world(), half(task, rank), {}
 
 
-@refused_case(r"set_all_reduce_hook\(\) has given FSDP a hook that changes gradients")
+@refused_case(
+    r"set_all_reduce_hook\(\) has given FSDP a hook that changes gradients.*Remove the hook"
+)
 def hooks_on_sums(rank: int) -> Any:
     task = sharded(task_of())
     core_of(task).set_all_reduce_hook(lambda gradients: None)

@@ -148,13 +148,27 @@ class Objective:
         finally:
             watch.failure = None  # its traceback leads back here
 
-    def with_graph(self) -> Values:
-        """Evaluate at the parameters themselves, recording the graph and checking what is used."""
-        with told(self.lockstep):
-            return self._with_graph()
+    def with_graph(self, check: Callable[[Values], object] | None = None) -> Values:
+        """Evaluate at the parameters themselves, recording the graph and checking what is used.
 
-    def with_graph_elsewhere(self) -> Values | None:
-        """Evaluate with a graph, after an evaluation that checked; None at an overflow."""
+        Args:
+            check: Raises if the values do not serve. All ranks that evaluate together learn of it.
+
+        Returns:
+            The values.
+        """
+        with told(self.lockstep):
+            return _passed(self._with_graph(), check)
+
+    def with_graph_elsewhere(self, check: Callable[[Values], object]) -> Values | None:
+        """Evaluate with a graph, after an evaluation that checked.
+
+        Args:
+            check: As for ``with_graph``.
+
+        Returns:
+            The values; None at an overflow.
+        """
         if self._keeps_graphs is None:  # of the last evaluation, outside of the policy
             self.rewind()
             kept = self._transaction.kept
@@ -162,7 +176,8 @@ class Objective:
         watched = self._interfered or self._keeps_graphs
         try:
             with told(self.lockstep, overflow=True):
-                return self._with_graph() if watched else self._plain(graph=True)
+                values = self._with_graph() if watched else self._plain(graph=True)
+                return _passed(values, check)
         except Exception as error:
             if not is_overflow(error):
                 raise
@@ -243,7 +258,7 @@ class Objective:
 
     def _watch(self, twins: dict[int, Tensor]) -> Watch:
         own = () if self.vector.fsdp else self.vector.parameters  # FSDP itself takes their memory
-        return Watch(self._transaction, own, twins)
+        return Watch(self._transaction, own, twins, self.vector.fsdp)
 
     def _watched(self, watch: Watch) -> Values:
         try:
@@ -276,3 +291,9 @@ class Objective:
         if any(parameter.grad is not None for parameter in self.vector.parameters):
             raise TrustRegionError(BACKWARD_CALLED)
         return values
+
+
+def _passed(values: Values, check: Callable[[Values], object] | None) -> Values:
+    if check is not None:
+        check(values)
+    return values

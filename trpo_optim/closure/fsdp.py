@@ -10,7 +10,7 @@ from torch import Tensor
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import fsdp_states
 
-__all__ = ["FsdpParameters", "gathered", "require_sharded", "reshard"]
+__all__ = ["FsdpParameters", "require_sharded"]
 
 
 class FsdpParameters:
@@ -36,7 +36,8 @@ class FsdpParameters:
         Args:
             parameters: The optimizer's.
         """
-        held = {id(each.sharded_param): (each, group) for each, group in _records()}
+        records = _records(state for _, state in fsdp_states())
+        held = {id(each.sharded_param): (each, group) for each, group in records}
         sharded = [each for each in parameters if id(each) in held]
         others = [each for each in parameters if id(each) not in held]
         found = cls(sharded, [held[id(each)] for each in sharded]) if sharded else None
@@ -62,17 +63,33 @@ class FsdpParameters:
         pairs = zip(gradients, self._held, strict=True)
         return [None if each is None else each * _divisor(group) for each, (_, group) in pairs]
 
+    def reshard(self) -> None:
+        """Have FSDP drop the whole parameters, so that it gathers them anew before a module runs.
 
-def reshard() -> None:
-    """Have FSDP drop the whole parameters, so that it gathers them anew before a module runs.
+        FSDP keeps them after a module has run, and does not see that the sharded ones are written.
+        FSDP also forgets an evaluation that an exception has ended. Modules under other roots, such
+        as a critic, keep their whole parameters and their gradients.
+        """
+        for module, state in self._members():
+            if state._is_root:
+                module.reset_iter_state()
+            module.reshard()
 
-    It keeps them after a module has run, and does not see that the sharded ones are written. It
-    also forgets an evaluation that an exception has ended.
-    """
-    for module, state in fsdp_states():
-        if state._is_root:
-            module.reset_iter_state()
-        module.reshard()
+    def gathered(self) -> list[Tensor]:
+        """Return the tensors into whose memory FSDP gathers parameters, and which it frees.
+
+        Frozen parameters under the same root belong to them.
+        """
+        return _gathered(state for _, state in self._members())
+
+    def _members(self) -> list[tuple[Any, Any]]:
+        """Return the modules under the roots that hold the parameters, each with its state."""
+        own, states, found = set(map(id, self.groups)), fsdp_states(), set[int]()
+        for _, state in states:  # no state is a root before the first module runs
+            under = state._state_ctx.all_states if state._is_root else [state]
+            if any(id(group) in own for each in under for group in each._fsdp_param_groups):
+                found.update(map(id, under))
+        return [(module, state) for module, state in states if id(state) in found]
 
 
 def require_sharded(parameters: Iterable[Tensor]) -> None:
@@ -84,7 +101,7 @@ def require_sharded(parameters: Iterable[Tensor]) -> None:
     Raises:
         TrustRegionError: If one is.
     """
-    whole = set(map(id, gathered()))
+    whole = set(map(id, _gathered(state for _, state in fsdp_states())))
     found = [tuple(each.shape) for each in parameters if id(each) in whole]
     if found:
         raise TrustRegionError(
@@ -95,17 +112,16 @@ def require_sharded(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def gathered() -> list[Tensor]:
-    """Return the tensors into whose memory FSDP gathers parameters, and which it frees."""
+def _gathered(states: Iterable[Any]) -> list[Tensor]:
     found: list[Tensor] = []
-    for record, _ in _records():
+    for record, _ in _records(states):
         whole = getattr(record, "_unsharded_param", None)
         found += [*record.all_gather_outputs, *([] if whole is None else [whole])]
     return found
 
 
-def _records() -> Iterator[tuple[Any, Any]]:
-    for _, state in fsdp_states():
+def _records(states: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for state in states:
         for group in state._fsdp_param_groups:
             for record in group.fsdp_params:
                 yield record, group

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
-from trpo_optim.closure.fsdp import gathered
+from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.shared_memory import share_memory
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
@@ -82,6 +82,7 @@ class Watch(TorchFunctionMode):
         transaction: Told of every tensor that is made.
         parameters: The optimizer's parameters.
         twins: What stands in for a parameter, by the parameter's ``id``.
+        fsdp: The optimizer's parameters, if FSDP has sharded them; else None.
 
     Attributes:
         recurrent: Whether a recurrence was run.
@@ -98,6 +99,7 @@ class Watch(TorchFunctionMode):
         transaction: Transaction,
         parameters: Sequence[Tensor],
         twins: Mapping[int, Tensor],
+        fsdp: FsdpParameters | None = None,
     ) -> None:
         super().__init__()
         self.recurrent = self.interfered = False
@@ -112,7 +114,8 @@ class Watch(TorchFunctionMode):
         self._since = self._kept.count()
         self._twins = twins
         self._own = {*map(id, parameters), *map(id, twins.values())}
-        self._gathered = set(map(storage_of, whole := gathered()))
+        whole = [] if fsdp is None else fsdp.gathered()
+        self._gathered = set(map(storage_of, whole))
         self._own |= set(map(id, whole))
         self._storages: dict[int, list[Tensor]] = {}
         self._parts: set[int] = set()  # the storages of DTensor parameters

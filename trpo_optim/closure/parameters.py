@@ -79,7 +79,7 @@ class ParameterVector:
 
     @property
     def whole_length(self) -> int:
-        """The length of whole vectors, of which this rank may have a part."""
+        """The length of whole vectors. This rank may hold only a part of each."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     @property

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
-from trpo_optim.closure.fsdp import reshard
+from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
 from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
 from trpo_optim.closure.shared_memory import share_memory
@@ -41,9 +41,11 @@ class PolicyState:
 
     Args:
         parameters: The optimizer's own, which the transaction puts back.
+        fsdp: The same, if FSDP has sharded them; else None.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], fsdp: FsdpParameters | None = None) -> None:
+        self._fsdp = fsdp
         self._own = set(map(id, parameters))
         self._memories: dict[int, list[Tensor]] = {}
         for each in map(local, parameters):
@@ -59,7 +61,7 @@ class PolicyState:
         Args:
             closures: What the step is taken on.
         """
-        reshard()
+        self._reshard()
         for found, holds_parameters in reached(closures, self._own):
             if isinstance(found, nn.Module):
                 for module in found.modules():
@@ -120,7 +122,7 @@ class PolicyState:
             TrustRegionError: If a tensor was written that was too large to be copied.
             RuntimeError: If torch refuses to write a tensor.
         """
-        reshard()
+        self._reshard()
         moved: set[int] = set()
         errors: list[Exception] = []
         keys = dict.fromkeys(key for held in self._active.values() for key in held.contents)
@@ -135,6 +137,10 @@ class PolicyState:
                 generator.set_state(state)
         if errors:
             raise errors[0]
+
+    def _reshard(self) -> None:
+        if self._fsdp is not None:
+            self._fsdp.reshard()
 
     def _hold(self, found: Any, *, active: bool, named: bool = True) -> None:
         if id(found) not in self._held:

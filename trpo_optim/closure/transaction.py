@@ -71,7 +71,7 @@ class Transaction:
         self._random = self.random_states()
         self._drawn = [False] * len(self._generators)
         self._drew = False
-        self._policy = PolicyState(vector.parameters)
+        self._policy = PolicyState(vector.parameters, vector.fsdp)
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], _Replaced] = {}

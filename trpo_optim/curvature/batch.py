@@ -62,6 +62,7 @@ class Batch:
         engine: EngineName = "auto",
     ) -> None:
         self.in_step = None
+        self._vector = vector
         self._choices = choices
         self._engine = engine
         self._part_engines: list[Engine] = []
@@ -144,7 +145,7 @@ class Batch:
 
     def prefers_differences(self) -> bool:
         """Return whether finite differences are to serve where the KL is smooth."""
-        others = self.parts[0].vector.fsdp is None  # else no other engine serves
+        others = self._vector.fsdp is None  # else no other engine serves
         wanted = self._engine == "auto" and bool(self._dear()) and not self._choice["flaw"]
         return others and wanted
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from trpo_optim.closure.checks import DETACHED
 from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import HIDDEN
 from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["gradient_of"]
+__all__ = ["gradient_of", "require_differentiable"]
 
 
 def gradient_of(
@@ -27,10 +28,10 @@ def gradient_of(
     """Return the gradient of a scalar, shape (n,).
 
     If ``backward()`` adds up the gradients of all ranks, it is the weighted sum over the closures
-    of all ranks, of which this rank gets its part.
+    of all ranks. Each rank gets its own part of the sum.
 
     Args:
-        value: The scalar, with its graph.
+        value: The scalar, with its graph, which ``require_differentiable`` has checked.
         objective: The closure that made it.
         retain_graph: Whether the graph is kept.
         may_refuse: Whether an ``autograd.Function`` lies behind the value. None: look.
@@ -40,8 +41,6 @@ def gradient_of(
         RuntimeError: If torch cannot differentiate the value.
         TrustRegionError: If the value does not depend on the parameters.
     """
-    if not value.requires_grad:
-        raise TrustRegionError(DETACHED)
     vector = objective.vector
     if objective.share is not None:
         return _by_backward(value, objective, retain_graph=retain_graph)
@@ -68,16 +67,33 @@ def gradient_of(
 
 def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> Tensor:
     vector, share = objective.vector, objective.share
-    leaves = list(graph_leaves(value))
-    if vector.fsdp:
-        _require_gathered_by_fsdp(leaves, vector.parameters)
-    with _hidden([*leaves, *vector.parameters, *objective.other_leaves()]):
+    with _hidden([*graph_leaves(value), *vector.parameters, *objective.other_leaves()]):
         with objective.kernels():
             value.backward(None if share is None else value.new_tensor(share), retain_graph)
         slopes = [parameter.grad for parameter in vector.parameters]
     if all(each is None for each in slopes):
         raise TrustRegionError(DETACHED)
     return vector.gather(slopes if vector.fsdp is None else vector.fsdp.summed(slopes))
+
+
+def require_differentiable(value: Tensor, vector: ParameterVector) -> None:
+    """Check that a scalar has a gradient. In FSDP, every rank checks before any calls backward().
+
+    Args:
+        value: The scalar.
+        vector: The parameters.
+
+    Raises:
+        TrustRegionError: If it has none, or FSDP does not see a part of it.
+    """
+    if not value.requires_grad:
+        raise TrustRegionError(DETACHED)
+    if vector.fsdp:
+        leaves = list(graph_leaves(value))
+        _require_gathered_by_fsdp(leaves, vector.parameters)
+        shown = not set(map(id, leaves)).isdisjoint(map(id, vector.leaves))
+        if not (shown or calls_python(value)):
+            raise TrustRegionError(DETACHED)
 
 
 def _require_gathered_by_fsdp(leaves: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:

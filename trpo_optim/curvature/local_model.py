@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trpo_optim.closure.checks import Numbers, Values
 from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.lockstep import told
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.autograd_graph import (
     GraphSummary,
@@ -20,7 +21,7 @@ from trpo_optim.curvature.autograd_graph import (
     require_kl_reaches,
     summary,
 )
-from trpo_optim.curvature.first_derivatives import gradient_of
+from trpo_optim.curvature.first_derivatives import gradient_of, require_differentiable
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.report import Engine
 
@@ -82,13 +83,11 @@ def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     Returns:
         A model whose ``product`` is not to be called.
     """
-    started = now()
-    values = objective.with_graph()
-    require_attached((values.loss, values.kl), objective.vector.leaves, started)
+    values = _attached(objective)
     behind = summary(values.kl) if curved else None
     gradient = gradient_of(values.loss, objective)
     if behind is not None:
-        require_kl_behind(gradient, behind, objective.vector)
+        _require_kl_behind_everywhere(gradient, behind, objective)
     return model_of(objective, values, gradient, _no_product, "autograd")
 
 
@@ -119,14 +118,41 @@ def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     Returns:
         The KL and the gradient; NaN where the closure's values are no numbers.
     """
-    values = objective.with_graph_elsewhere()
-    numbers = Numbers(math.nan, math.nan) if values is None else values.numbers()
-    finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
+    vector = objective.vector
+    numbers, finite = Numbers(math.nan, math.nan), False
+
+    def check(made: Values) -> None:
+        nonlocal numbers, finite
+        numbers = made.numbers()
+        finite = math.isfinite(numbers.kl) and (math.isfinite(numbers.loss) or not loss)
+        if finite:
+            require_differentiable(made.kl, vector)
+
+    values = objective.with_graph_elsewhere(check)
     if not objective.everywhere(finite) or values is None:
-        return math.nan, torch.full_like(objective.vector.current(), math.nan)
+        return math.nan, torch.full_like(vector.current(), math.nan)
     if objective.calls_python is None:
         objective.calls_python = calls_python(values.kl)
     return numbers.kl, gradient_of(values.kl, objective, may_refuse=objective.calls_python)
+
+
+def _attached(objective: Objective) -> Values:
+    """Evaluate a closure, and check that its values can be differentiated, on all ranks alike."""
+    started, vector = now(), objective.vector
+
+    def check(values: Values) -> None:
+        require_attached((values.loss, values.kl), vector.leaves, started)
+        require_differentiable(values.loss, vector)
+
+    return objective.with_graph(check)
+
+
+def _require_kl_behind_everywhere(
+    gradient: Tensor | None, behind: GraphSummary, objective: Objective
+) -> None:
+    """Check what ``require_kl_behind`` does: before another closure runs, all ranks know."""
+    with told(objective.lockstep):
+        require_kl_behind(gradient, behind, objective.vector)
 
 
 def without_products(objective: Objective, reason: str, *, gradient: bool) -> LocalModel:
@@ -137,13 +163,11 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
         reason: Why finite differences serve.
         gradient: Whether the gradient of the loss is wanted too.
     """
-    started = now()
-    values = objective.with_graph()
-    require_attached((values.loss, values.kl), objective.vector.leaves, started)
+    values = _attached(objective)
     behind = summary(values.kl)
     objective.dear = objective.dear or behind.dear
     slopes = gradient_of(values.loss, objective) if gradient else None
-    require_kl_behind(slopes, behind, objective.vector)
+    _require_kl_behind_everywhere(slopes, behind, objective)
     return model_of(objective, values, slopes, _no_product, "finite differences", reason)
 
 

@@ -20,9 +20,11 @@ from trpo_optim.long_vectors import in_parts
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["RanksInStep", "require_closures", "require_served", "sums_over_parts"]
+__all__ = ["RanksInStep", "require_closures", "require_fine", "require_served", "sums_over_parts"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_COARSE = torch.finfo(torch.float16).eps
+"""The unit of rounding of the finer one."""
 
 
 class _Said(enum.IntEnum):
@@ -95,7 +97,7 @@ class RanksInStep:
 
 
 def sums_over_parts(vector: ParameterVector, reduction: Reduction) -> AbstractContextManager[None]:
-    """Have vectors stand for parts of vectors, of which every rank has its own.
+    """Have the vectors of each rank stand for its own parts of whole vectors.
 
     Args:
         vector: The parameters.
@@ -166,6 +168,26 @@ def require_served(
             _require_precise(each)
 
 
+def require_fine(precision: float) -> None:
+    """Check that differences of gradients resolve the curvature, which has no other source.
+
+    Args:
+        precision: The unit of rounding of the coarsest parameter and of what the closures compute,
+            the largest of all ranks.
+
+    Raises:
+        TrustRegionError: If they do not.
+    """
+    if precision >= _COARSE:
+        raise TrustRegionError(
+            "The policy in FSDP has parameters in half precision, or the closure computes in half "
+            f"precision, as under autocast (unit of rounding {precision:.1e}). With FSDP, "
+            "curvature is a difference of gradients, which needs float32 or float64. Convert the "
+            "parameters to float32 before fully_shard, and call the policy without autocast. Or "
+            "use mode='vanilla', which needs no curvature."
+        )
+
+
 def _require_mesh(parameter: Any, group: ProcessGroup) -> None:
     mesh = parameter.device_mesh
     if mesh.ndim > 1:
@@ -194,7 +216,7 @@ def _require_plain(group: Any) -> None:
     if group._all_reduce_hook is not None:
         raise TrustRegionError(
             "set_all_reduce_hook() has given FSDP a hook that changes gradients, which a step does "
-            "not serve. Call set_all_reduce_hook on another copy of the policy only."
+            "not serve. Remove the hook."
         )
 
 

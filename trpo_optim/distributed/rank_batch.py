@@ -19,7 +19,7 @@ from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.distributed.consistency import Ready, agreed, checksum, fingerprint, odd_ones
-from trpo_optim.distributed.fsdp import RanksInStep, sums_over_parts
+from trpo_optim.distributed.fsdp import RanksInStep, require_fine, sums_over_parts
 from trpo_optim.errors import RankError
 from trpo_optim.report import Engine, StepReport
 
@@ -173,7 +173,10 @@ class SharedBatch:
 
     def second_order(self) -> LocalModel:
         """Return the local model with Fisher-vector products."""
-        return self._linearized(Batch.second_order)
+        model = self._linearized(Batch.second_order)
+        if self._vector.fsdp:
+            require_fine(model.precision)
+        return model
 
     def concluded(self, report: StepReport) -> StepReport:
         """Check that the step came to the same on all ranks, the last thing before it is kept.
