@@ -215,10 +215,8 @@ def main(setting: Setting) -> None:
     jobs: dict[str, Callable[[], Any]] = {
         "AdamW": problem.adamw(head=False),
         "AdamW, head": problem.adamw(head=True),
-        "sampled": problem.trpo(head=False),
         "sampled, an eighth": problem.trpo(head=False, curvature=1 / 8),
         "sampled, head, an eighth": problem.trpo(head=True, curvature=1 / 8),
-        "exact": problem.trpo(head=False, **exact),
         "exact, an eighth": problem.trpo(head=False, curvature=1 / 8, **exact),
         "exact, head, an eighth": problem.trpo(head=True, curvature=1 / 8, **exact),
     }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from trpo_optim.distributions import frozen, joint_kl
+from trpo_optim.distributions import joint_kl
+from trpo_optim.distributions.parts import require_valid
 from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
 from trpo_optim.tokens.chunks import evaluated_again
 from trpo_optim.tokens.events import Events, OldPolicy, events_of
@@ -75,13 +76,13 @@ class _Chunk:
     Attributes:
         tokens: (m,).
         events: Between what the KL distinguishes.
-        dist: The old policy over the events.
-        hidden: In place of ``dist``: the old hidden states, (m, H), for a head that no step moves.
+        logits: Of the old policy over the events, (m, E).
+        hidden: In place of them: the old hidden states, (m, H), for a head that no step moves.
     """
 
     tokens: Tensor
     events: Events | None = None
-    dist: Categorical | None = None
+    logits: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -147,7 +148,8 @@ class Comparison:
         log_prob = chosen(logits, tokens) - told.logsumexp(-1)
         if old == "logits" and self._outputs.head is not None and not self._head_is_moved(rows):
             return _Chunk(tokens, events, hidden=rows.clone()), log_prob
-        return _Chunk(tokens, events, frozen(Categorical(logits=told))), log_prob
+        require_valid(Categorical(logits=told))
+        return _Chunk(tokens, events, logits=told.clone()), log_prob
 
     def _head_is_moved(self, rows: Tensor) -> bool:
         """Return whether the logits depend on anything that is trained, besides the outputs."""
@@ -161,9 +163,11 @@ class Comparison:
         logits = self._outputs.logits(rows)
         told = logits if chunk.events is None else chunk.events.logits(logits)
         log_prob = chosen(logits, chunk.tokens) - told.logsumexp(-1)
-        old = chunk.dist
+        old = chunk.logits
         if chunk.hidden is not None:
             with torch.no_grad():
-                old = Categorical(logits=self._outputs.logits(chunk.hidden))
-        kl = None if old is None else joint_kl(old, Categorical(logits=told))
-        return Compared(log_prob, kl, told)
+                old = self._outputs.logits(chunk.hidden)
+        if old is None:
+            return Compared(log_prob, None, told)
+        # A new distribution each time: one that is kept would keep its probabilities, too.
+        return Compared(log_prob, joint_kl(Categorical(logits=old), Categorical(logits=told)), told)
