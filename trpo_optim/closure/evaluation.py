@@ -160,7 +160,9 @@ class Objective:
         with told(self.lockstep):
             return _passed(self._with_graph(), check)
 
-    def with_graph_elsewhere(self, check: Callable[[Values], object]) -> Values | None:
+    def with_graph_elsewhere(
+        self, check: Callable[[Values], object] | None = None
+    ) -> Values | None:
         """Evaluate with a graph, after an evaluation that checked.
 
         Args:
@@ -171,8 +173,7 @@ class Objective:
         """
         if self._keeps_graphs is None:  # of the last evaluation, outside of the policy
             self.rewind()
-            kept = self._transaction.kept
-            self._keeps_graphs = kept.any_with_graph(self.vector.leaves)
+            self._keeps_graphs = self._transaction.kept.any_with_graph(self.vector.leaves)
         watched = self._interfered or self._keeps_graphs
         try:
             with told(self.lockstep, overflow=True):
