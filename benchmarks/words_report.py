@@ -133,9 +133,9 @@ def verdict(tasks: Mapping[str, Runs]) -> str:
             means += float(test.statistic) >= 0
         sentences.append(
             f"- With δ = {ONE_RADIUS:g}, {variant} has at least PPO's mean reward on {means} of "
-            f"{len(tasks)} tasks. The 95 % interval of the difference is above zero on "
-            f"{len(above)} ({', '.join(above) or 'none'}), and below zero on {len(below)} "
-            f"({', '.join(below) or 'none'})."
+            f"{len(tasks)} tasks. The 95 % interval of the difference lies above zero on "
+            f"{' and '.join(above) or 'no task'}, and below zero on "
+            f"{' and '.join(below) or 'no task'}."
         )
     return "\n".join(sentences)
 

@@ -96,8 +96,8 @@ def test_the_tables_say_what_the_runs_say() -> None:
 def test_the_verdict_counts_intervals_on_either_side_of_zero(ahead: float, side: str) -> None:
     study = Study(tasks=("addition", "sorting"))
     text = verdict(grouped(lines(study, ahead), NAMES))
-    counts = {"above": "0 (none)", "below": "0 (none)", side: "2 (addition, sorting)"}
-    assert f"is above zero on {counts['above']}, and below zero on {counts['below']}" in text
+    found = {"above": "no task", "below": "no task", side: "addition and sorting"}
+    assert f"lies above zero on {found['above']}, and below zero on {found['below']}." in text
 
 
 def test_the_page_and_its_picture_are_written(tmp_path: Path) -> None:
