@@ -111,7 +111,7 @@ def test_the_policy_of_very_many_closures_is_found() -> None:
             raise RuntimeError("injected")
 
     policy = Policy()
-    closures = [lambda: policy() for _ in range(2500)]
+    closures = [lambda place=place: policy() for place in range(2500)]
     with pytest.raises(RuntimeError, match="injected"):
         TrustRegionOptimizer([policy.weight]).step(closures)
     assert policy.calls == 0
