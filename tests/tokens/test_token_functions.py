@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from language_model import PROMPT, Rollout, both
+from language_model import PROMPT, Rollout, both, evaluated
 from torch import Tensor
 
 from trpo_optim import TrustRegionError, TrustRegionOptimizer
@@ -105,3 +105,19 @@ def test_only_the_logits_of_the_response_are_enough() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     with pytest.raises(TrustRegionError, match=r"\(9, 7, 8\).*\(9, 6\).*logits\[:, :-1\]"):
         token_closures(lambda rows: last(rows, kept + 1), response, mask, rollout.advantages)
+
+
+def test_log_probabilities_in_half_precision_give_a_loss_and_a_kl_in_single() -> None:
+    torch.manual_seed(0)
+    logs, tokens = -torch.rand(8, 4).bfloat16(), torch.zeros(8, 4, dtype=torch.long)
+    change, advantages = torch.zeros((), requires_grad=True), torch.randn(8)
+    closures = token_closures(
+        lambda rows: (logs.float() - change).bfloat16()[rows], tokens, None, advantages
+    )
+    with torch.no_grad():
+        change += 0.1
+    loss, kl, _ = evaluated(closures)
+    log_ratio = (logs.float() - 0.1).bfloat16().double() - logs.double()
+    gain = (log_ratio.exp() * advantages[:, None]).mean()
+    assert loss.item() == pytest.approx(-gain.item(), rel=1e-4)
+    assert kl.item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)

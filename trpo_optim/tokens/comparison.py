@@ -12,6 +12,7 @@ from torch.distributions import Categorical
 
 from trpo_optim.distributions import joint_kl
 from trpo_optim.distributions.parts import require_valid
+from trpo_optim.distributions.precision import widened
 from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
 from trpo_optim.tokens.chunks import evaluated_again
 from trpo_optim.tokens.events import Events, OldPolicy, events_of
@@ -138,14 +139,13 @@ class Comparison:
     def _kept(self, rows: Tensor, tokens: Tensor, old: OldPolicy) -> tuple[_Chunk, Tensor]:
         """Return what to keep at some tokens, and their log-probabilities."""
         if rows.dim() == 1:
-            return _Chunk(tokens), rows
+            return _Chunk(tokens), widened(rows, torch.float32)
         logits = self._outputs.logits(rows)
         require_vocabulary(tokens, logits.shape[-1])
-        if old == "log_prob":
-            return _Chunk(tokens), chosen(logits, tokens) - logits.logsumexp(-1)
-        events = events_of(logits, old)
-        told = events.logits(logits)
-        log_prob = chosen(logits, tokens) - told.logsumexp(-1)
+        events = None if old == "log_prob" else events_of(logits, old)
+        log_prob, told = _read(logits, tokens, events)
+        if events is None:
+            return _Chunk(tokens), log_prob
         if old == "logits" and self._outputs.head is not None and not self._head_is_moved(rows):
             return _Chunk(tokens, events, hidden=rows.clone()), log_prob
         require_valid(Categorical(logits=told))
@@ -159,10 +159,8 @@ class Comparison:
     def _measured(self, chunk: _Chunk, rows: Tensor) -> Compared:
         """Compare the policies at some tokens."""
         if rows.dim() == 1:
-            return Compared(rows, None, rows)
-        logits = self._outputs.logits(rows)
-        told = logits if chunk.events is None else chunk.events.logits(logits)
-        log_prob = chosen(logits, chunk.tokens) - told.logsumexp(-1)
+            return Compared(widened(rows, torch.float32), None, rows)
+        log_prob, told = _read(self._outputs.logits(rows), chunk.tokens, chunk.events)
         old = chunk.logits
         if chunk.hidden is not None:
             with torch.no_grad():
@@ -171,3 +169,9 @@ class Comparison:
             return Compared(log_prob, None, told)
         # A new distribution each time: one that is kept would keep its probabilities, too.
         return Compared(log_prob, joint_kl(Categorical(logits=old), Categorical(logits=told)), told)
+
+
+def _read(logits: Tensor, tokens: Tensor, events: Events | None) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of tokens, (m,), and the logits of the events, (m, E)."""
+    told = logits if events is None else events.logits(logits)
+    return chosen(logits, tokens) - told.logsumexp(-1), told
