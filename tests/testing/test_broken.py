@@ -183,6 +183,11 @@ Read the report from the top. The first fault often explains the faults after it
 Pass `maximize=True` if the optimizer has it. With `mask=`, `check_closure` also finds a loss or a
 KL that is averaged over prompt or padding.
 
+It takes what `step` takes: one closure, a list of closures for micro-batches, or `Closures`, as
+`token_closures` returns them. Each closure of a list is checked, one at a time. The finding names
+the closure at fault. `log_prob`, `advantages` and `mask` are of all closures together, in their
+order.
+
 The KL of the closure must be the mean over the batch, not the sum. It is compared with the KL of
 the third value. Without a third value, it is compared with the KL of the distributions that the
 closure makes. If the closure makes no distribution, it is compared with its `log_prob`, on 32
