@@ -83,23 +83,33 @@ def best(settings: Mapping[float, Mapping[int, Run]]) -> float:
     return max(whole, key=lambda value: fmean(success(settings[value]).values()))
 
 
-def with_interval(values: Sequence[float], form: str = ".3f") -> str:
-    """Return the mean of values over seeds, and its 95 % interval."""
+def apart(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> list[float]:
+    """Return the differences of mean rewards, paired by seed."""
+    own, other = success(ours), success(theirs)
+    return [own[seed] - other[seed] for seed in own]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over seeds."""
     low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return float(low), float(high)
+
+
+def with_interval(values: Sequence[float], form: str = ".3f") -> str:
+    """Return the mean of values over seeds, and its interval."""
+    low, high = interval(values)
     return f"{fmean(values):{form}} ({low:{form}} to {high:{form}})"
 
 
 def row(variant: str, setting: float, runs: Mapping[int, Run], ppo: Mapping[int, Run]) -> list[str]:
     """Return a variant's row."""
-    ours, theirs = success(runs), success(ppo)
-    apart = [ours[seed] - theirs[seed] for seed in ours]
     updates = fmean(sum(run["improving"]) for run in runs.values())
     writing = fmean(sum(run["writing"]) for run in runs.values())
     greedy = fmean(run["greedy"][-1] for run in runs.values())
-    beside = "" if variant == PPO else with_interval(apart, "+.3f")
+    beside = "" if variant == PPO else with_interval(apart(runs, ppo), "+.3f")
     times = f"{updates:.0f}", f"{updates + writing:.0f}"
     return [
-        *(variant, f"{setting:g}", with_interval(list(ours.values())), beside),
+        *(variant, f"{setting:g}", with_interval(list(success(runs).values())), beside),
         *(f"{greedy:.3f}", *times),
     ]
 
@@ -124,13 +134,11 @@ def verdict(tasks: Mapping[str, Runs]) -> str:
     for variant in ("trpo", "trpo, diagonal"):
         above, below, means = [], [], 0
         for task, runs in tasks.items():
-            ours = success(runs[variant][ONE_RADIUS])
-            theirs = success(runs[PPO][best(runs[PPO])])
-            test = stats.ttest_1samp([ours[seed] - theirs[seed] for seed in ours], 0.0)
-            low, high = test.confidence_interval(0.95)
+            differences = apart(runs[variant][ONE_RADIUS], runs[PPO][best(runs[PPO])])
+            low, high = interval(differences)
             above += [task] if low > 0 else []
             below += [task] if high < 0 else []
-            means += float(test.statistic) >= 0
+            means += fmean(differences) >= 0
         sentences.append(
             f"- With δ = {ONE_RADIUS:g}, {variant} has at least PPO's mean reward on {means} of "
             f"{len(tasks)} tasks. The 95 % interval of the difference lies above zero on "

@@ -121,3 +121,16 @@ def both(rollout: Rollout, closure: Callable[[], Any]) -> tuple[Tensor, Tensor]:
     """Return loss and mean KL of a closure, each with its gradient."""
     loss, kl, _ = (*closure(), None)[:3]
     return derivatives(loss, rollout.parameters), derivatives(kl.mean(), rollout.parameters)
+
+
+def kept_elements(evaluate: Callable[[], Any]) -> int:
+    """Return the largest number of elements of a tensor that the graph of a call keeps."""
+    sizes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        evaluate()
+    return max(sizes)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from language_model import Rollout, both
+from language_model import Rollout, both, kept_elements
 from torch import Tensor
 
 from trpo_optim import Closures, TrustRegionOptimizer
@@ -80,19 +79,6 @@ def test_a_step_is_that_of_the_whole_logits(old: Any, trained: bool, engine: Any
     start = torch.cat([each.detach().flatten() for each in posed(trained).parameters])
     ours, theirs = ends[1] - start, ends[0] - start
     assert torch.cosine_similarity(ours, theirs, 0) > 0.9999
-
-
-def kept_elements(closure: Callable[[], Any]) -> int:
-    """The largest number of elements of a tensor that the graph of a closure keeps."""
-    sizes = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
-        closure()
-    return max(sizes)
 
 
 @each_old

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from language_model import VOCABULARY, Rollout, derivatives
+from language_model import VOCABULARY, Rollout, derivatives, kept_elements
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 
@@ -101,19 +101,6 @@ def test_chunks_have_second_derivatives() -> None:
         return chunked_log_prob(hidden, lambda each: each @ weight.T, tokens, chunk=2)
 
     assert gradgradcheck(values, (hidden, weight))
-
-
-def kept_elements(log_prob: Any) -> int:
-    """The largest number of elements of a tensor that a graph keeps."""
-    sizes = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
-        log_prob()
-    return max(sizes)
 
 
 def test_chunks_keep_no_logits() -> None:

@@ -65,9 +65,8 @@ class FullBasis:
         with torch.autocast(image.device.type, enabled=False):
             components = total(known @ image)
             self._rest = image - known.T @ components
-            self._rest -= known.T @ total(
-                known @ self._rest
-            )  # what rounding left of the components
+            left = total(known @ self._rest)  # what rounding left of the components
+            self._rest -= known.T @ left
             *back, bend, self.rest_length = torch.cat(
                 [components[-2:], norm(self._rest)[None]]
             ).tolist()

@@ -158,6 +158,8 @@ class Path:
             return torch.as_tensor(np.stack(steps), dtype=kind, device=self.device)
 
         logs = self.log_probs.steps()
+        if logs is not None:
+            logs = logs[: len(self.rewards)]  # there is one more if a step failed
         rows = [(step, env) for step, env, _ in self.cuts]
         return SinglePathBatch(
             observations=stacked(self.observations),
@@ -174,7 +176,5 @@ class Path:
             episode_lengths=[length for _, length in self.episodes],
             end=replace(self.cursor, observations=copies_of(self.cursor.observations)),
             info=stacked(self.said),
-            log_prob=None
-            if logs is None
-            else logs[: len(self.rewards)],  # one more if a step failed
+            log_prob=logs,
         )
