@@ -210,6 +210,7 @@ NAN = torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
             ["log-probabilities", "temperature is 0.5"],
         ),
         ({"head": nn.Linear(8, 8), "chunk": 0}, ["chunk is 0"]),
+        ({"chunk": 256}, ["chunk is 256 and head is None", "pass head="]),
         ({"head": 5}, ["head is a int", "(n, H)"]),
         ({"head": lambda hidden: hidden.sum()}, ["head returned shape ()", "(6, V)"]),
         ({"head": lambda hidden: hidden[:, 0].long()}, ["shape (6,), torch.int64"]),

@@ -68,8 +68,15 @@ def require_hidden(hidden: Tensor, tokens: Tensor) -> None:
         )
 
 
-def require_head(head: Any) -> None:
-    """Check that a head can be called."""
+def require_head(head: Any, chunk: int | None) -> None:
+    """Check that a head can be called, and that a chunk is one of a head."""
+    if chunk is not None:
+        require_chunk(chunk)
+        if head is None:
+            raise TrustRegionError(
+                f"chunk is {chunk} and head is None. Chunks are made of the head's logits: pass "
+                "head= and return hidden states, or leave chunk out."
+            )
     if head is not None and not callable(head):
         raise TrustRegionError(
             f"head is a {type(head).__name__}; it must be a function from hidden states, (n, H), "

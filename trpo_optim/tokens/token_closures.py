@@ -19,7 +19,6 @@ from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import (
     counted_tokens,
     require_aligned,
-    require_chunk,
     require_drawn,
     require_head,
     require_hidden,
@@ -35,6 +34,9 @@ from trpo_optim.tokens.log_prob import spread
 
 __all__ = ["token_closures"]
 
+_CHUNK = 1024
+"""The most positions whose logits exist at once, unless the caller says otherwise."""
+
 
 def token_closures(
     outputs: Callable[[Any], Tensor],
@@ -43,7 +45,7 @@ def token_closures(
     advantages: Tensor,
     *,
     head: Callable[[Tensor], Tensor] | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
     behaviour_log_prob: Tensor | None = None,
     old: OldPolicy = "log_prob",
     per: Per = "token",
@@ -78,7 +80,8 @@ def token_closures(
         head: Maps hidden states, (n, H), to logits, (n, V); usually the model's last layer. Logits
             are then made for ``chunk`` positions at a time, and made again in the backward pass.
             None: the function returns logits.
-        chunk: With a head, the most positions whose logits exist at once.
+        chunk: With a head, the most positions whose logits exist at once. None: 1024. Without a
+            head, it must be None.
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
         old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
@@ -130,7 +133,7 @@ def token_closures(
     require_per(per)
     require_old(old)
     require_temperature(temperature)
-    _require_options(micro_batch, chunk, curvature)
+    _require_options(micro_batch, curvature)
     penalty = _penalty(reference_weight, reference_log_prob)
     require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
@@ -144,8 +147,8 @@ def token_closures(
         if values is not None:
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
-    require_head(head)
-    read = Outputs(temperature, None if head is None else Head(head, chunk))
+    require_head(head, chunk)
+    read = Outputs(temperature, None if head is None else Head(head, chunk or _CHUNK))
     options = _Options(read, old, per, penalty)
 
     def closure(rows: Tensor) -> tuple[Closure, float, float]:
@@ -257,9 +260,8 @@ def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
         )
 
 
-def _require_options(micro_batch: int | None, chunk: int, curvature: float) -> None:
+def _require_options(micro_batch: int | None, curvature: float) -> None:
     """Check the options that say how much is evaluated at once."""
-    require_chunk(chunk)
     if micro_batch is not None and (
         isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
     ):
