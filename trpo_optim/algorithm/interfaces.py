@@ -95,6 +95,13 @@ class Batch(Protocol):
     def doubt(self) -> None:
         """Have the next step compare products with finite differences."""
 
+    def kl_of_curvature(self) -> float | None:
+        """Return the KL that products are taken of, in nats, where the parameters now are.
+
+        Returns:
+            None if it is the batch's own.
+        """
+
     def values(self) -> Numbers:
         """Return the values where the parameters now are."""
 

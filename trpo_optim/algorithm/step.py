@@ -117,9 +117,9 @@ def take_step(
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
-    if mode.curved and _is_surprising(search, prediction, model):
-        batch.doubt()
     parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
+    if mode.curved and _is_surprising(search, prediction, model, batch):
+        batch.doubt()
     change = parameters.change()
     figures["rounded_away"] = _lost_share(change, step)
     if search.outcome is Outcome.ACCEPTED:
@@ -201,11 +201,19 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _is_surprising(search: Search, prediction: Prediction, model: LocalModel) -> bool:
-    """Return whether the measured KL is far from the predicted one, though both are resolved."""
-    measured, predicted = search.trial.kl - model.kl, search.scale**2 * prediction.kl
-    resolved = min(measured, predicted) > 10 * model.kl_resolution
-    return resolved and not 1 / _SURPRISING < measured / predicted < _SURPRISING
+def _is_surprising(search: Search, prediction: Prediction, model: LocalModel, batch: Batch) -> bool:
+    """Return whether the KL that products are taken of is far from the predicted one."""
+    predicted = search.scale**2 * prediction.kl
+
+    def is_far(measured: float) -> bool:
+        """Return whether a KL is far from the prediction, though both are resolved."""
+        resolved = min(measured, predicted) > 10 * model.kl_resolution
+        return resolved and not 1 / _SURPRISING < measured / predicted < _SURPRISING
+
+    if not is_far(search.trial.kl - model.kl):
+        return False
+    own = batch.kl_of_curvature()  # of other samples, whose mean may be another
+    return own is None or is_far(own)
 
 
 def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:

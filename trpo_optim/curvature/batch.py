@@ -136,6 +136,17 @@ class Batch:
         assert gradient is not None  # there is at least one part
         return total, gradient
 
+    def kl_of_curvature(self) -> float | None:
+        """Return the KL that products are taken of, in nats, where the parameters now are.
+
+        Returns:
+            None if it is the mean over the parts.
+        """
+        if self.curvature is None:
+            return None
+        with blaming("curvature"):
+            return self.curvature.values().kl
+
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
         choice = self._choice

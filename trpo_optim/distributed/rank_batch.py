@@ -83,7 +83,8 @@ class SharedBatch:
         self._own = own
         self._vector = vector
         self._reduction = reduction
-        self._unproven = self._prefers_differences = self._one_side_serves = False
+        self._unproven = self._prefers_differences = False
+        self._one_side_serves = self._curves_apart = False
         self.in_step = RanksInStep(reduction) if vector.fsdp else None
         if self.in_step is not None and own is not None:
             own.evaluate_together(self.in_step, self._shares[reduction.rank])
@@ -128,8 +129,18 @@ class SharedBatch:
             return gradient
 
         gradient = self._total(work)
-        rows = self._reduction.rows(lambda: [found], 1)
-        return self._mean([rows[rank][0] for rank in self._present]), gradient
+        return self._mean(self._of_present(lambda: found)), gradient
+
+    def kl_of_curvature(self) -> float | None:
+        """Return the KL that products are taken of, in nats, where the parameters now are.
+
+        Returns:
+            None if the batch of a rank has no closure for the curvature alone.
+        """
+        if not self._curves_apart:
+            return None
+        own = self._own
+        return self._mean(self._of_present(lambda: (own and own.kl_of_curvature()) or 0.0))
 
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
@@ -140,12 +151,7 @@ class SharedBatch:
         return self._prefers_differences
 
     def prove(self, flaw: str, *, smooth: bool | None) -> None:
-        """Note that products have been compared with finite differences.
-
-        Args:
-            flaw: Why finite differences are to serve in all further steps, or empty.
-            smooth: Whether finite differences agreed, where they are preferred; else None.
-        """
+        """Note what a comparison with finite differences found, as ``Batch.prove`` does."""
         if self._own is not None:
             self._own.prove(flaw, smooth=smooth)
 
@@ -154,11 +160,7 @@ class SharedBatch:
         return self._one_side_serves
 
     def learn_sides(self, *, one_serves: bool) -> None:
-        """Note what a step found of both sides, or of one.
-
-        Args:
-            one_serves: Whether further steps may look at one side alone.
-        """
+        """Note whether further steps may look at one side alone."""
         if self._own is not None:
             self._own.learn_sides(one_serves=one_serves)
 
@@ -212,7 +214,7 @@ class SharedBatch:
         def work() -> list[float]:
             nonlocal own
             if self._own is None:
-                return [0.0] * 10
+                return [0.0] * 11
             own = order(self._own)
             said = checksum(f"{own.engine}: {own.fallback}")
             values = Numbers(own.loss, own.kl, own.largest_kl)
@@ -221,16 +223,17 @@ class SharedBatch:
                 self._own.is_unproven(),
                 self._own.prefers_differences(),
                 self._own.one_side_serves(),
+                self._own.curvature is not None,
             ]
             return [*_row(values), _furthest(own.kls.values()), *numbers, *flags]
 
-        rows = self._reduction.rows(work, 10)
+        rows = self._reduction.rows(work, 11)
         present = [rows[rank] for rank in self._present]
         columns = zip(*present, strict=True)
         losses, kls, largest, furthest, resolutions, precisions, said, *flags = columns
-        unproven, prefers, one_side_serves = flags
+        unproven, prefers, one_side_serves, curved = flags
         self._unproven, self._prefers_differences = any(unproven), any(prefers)
-        self._one_side_serves = all(one_side_serves)
+        self._one_side_serves, self._curves_apart = all(one_side_serves), all(curved)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(
@@ -265,6 +268,10 @@ class SharedBatch:
             return None if own is None else own * share
 
         return self._reduction.total(weighted, len(self._vector), self._vector.dtype)
+
+    def _of_present(self, work: Callable[[], float]) -> list[float]:
+        rows = self._reduction.rows(lambda: [work()], 1)
+        return [rows[rank][0] for rank in self._present]
 
     def _mean(self, values: Sequence[float]) -> float:
         return weighted_mean([self._shares[rank] for rank in self._present], values)
