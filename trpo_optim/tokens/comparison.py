@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from trpo_optim.distributions import joint_kl
+from trpo_optim.distributions.kl import kl_of_log_probabilities
 from trpo_optim.distributions.parts import require_valid
 from trpo_optim.distributions.precision import widened
 from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
 from trpo_optim.tokens.chunks import evaluated_again
 from trpo_optim.tokens.events import Events, OldPolicy, events_of
-from trpo_optim.tokens.log_prob import at_temperature, chosen
+from trpo_optim.tokens.log_prob import at_temperature, chosen, in_pieces, log_sum_exp
 
 __all__ = ["Compared", "Comparison", "Head", "Outputs"]
 
@@ -77,13 +77,13 @@ class _Chunk:
     Attributes:
         tokens: (m,).
         events: Between what the KL distinguishes.
-        logits: Of the old policy over the events, (m, E).
+        logs: ln π of the old policy over the events, (m, E).
         hidden: In place of them: the old hidden states, (m, H), for a head that no step moves.
     """
 
     tokens: Tensor
     events: Events | None = None
-    logits: Tensor | None = None
+    logs: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -143,13 +143,16 @@ class Comparison:
         logits = self._outputs.logits(rows)
         require_vocabulary(tokens, logits.shape[-1])
         events = None if old == "log_prob" else events_of(logits, old)
-        log_prob, told = _read(logits, tokens, events)
         if events is None:
-            return _Chunk(tokens), log_prob
+            return _Chunk(tokens), chosen(logits, tokens) - log_sum_exp(logits)
+        told = events.logits(logits)
+        total = log_sum_exp(told)
+        if not total.isfinite().all():
+            require_valid(Categorical(logits=told))
+        log_prob = chosen(logits, tokens) - total
         if old == "logits" and self._outputs.head is not None and not self._head_is_moved(rows):
             return _Chunk(tokens, events, hidden=rows.clone()), log_prob
-        require_valid(Categorical(logits=told))
-        return _Chunk(tokens, events, logits=told.clone()), log_prob
+        return _Chunk(tokens, events, logs=told - total[:, None]), log_prob
 
     def _head_is_moved(self, rows: Tensor) -> bool:
         """Return whether the logits depend on anything that is trained, besides the outputs."""
@@ -160,18 +163,27 @@ class Comparison:
         """Compare the policies at some tokens."""
         if rows.dim() == 1:
             return Compared(widened(rows, torch.float32), None, rows)
-        log_prob, told = _read(self._outputs.logits(rows), chunk.tokens, chunk.events)
-        old = chunk.logits
+        logits = self._outputs.logits(rows)
+        if chunk.events is None:
+            return Compared(chosen(logits, chunk.tokens) - log_sum_exp(logits), None, logits)
+        told, old = chunk.events.logits(logits), chunk.logs
         if chunk.hidden is not None:
             with torch.no_grad():
-                old = self._outputs.logits(chunk.hidden)
-        if old is None:
-            return Compared(log_prob, None, told)
-        # A new distribution each time: one that is kept would keep its probabilities, too.
-        return Compared(log_prob, joint_kl(Categorical(logits=old), Categorical(logits=told)), told)
+                before = chunk.events.logits(self._outputs.logits(chunk.hidden))
+                old = before - log_sum_exp(before)[:, None]
+        assert old is not None  # one of the two is kept
+        total, kl = _normalised(old, told)
+        return Compared(chosen(logits, chunk.tokens) - total, kl, told)
 
 
-def _read(logits: Tensor, tokens: Tensor, events: Events | None) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of tokens, (m,), and the logits of the events, (m, E)."""
-    told = logits if events is None else events.logits(logits)
-    return chosen(logits, tokens) - told.logsumexp(-1), told
+def _normalised(old: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what normalises logits of events, (m, E), and their KL from old log-probabilities.
+
+    Some rows at a time: the passes over them then stay in the cache.
+    """
+    totals, kls = [], []
+    for before, now in zip(in_pieces(old), in_pieces(told), strict=True):
+        total = now.logsumexp(-1, keepdim=True)
+        totals.append(total[:, 0])
+        kls.append(kl_of_log_probabilities(before, now - total))
+    return torch.cat(totals), torch.cat(kls)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,10 @@ from trpo_optim.tokens.arguments import (
     require_vocabulary,
 )
 
-__all__ = ["at_temperature", "chosen", "spread", "token_log_prob"]
+__all__ = ["at_temperature", "chosen", "in_pieces", "log_sum_exp", "spread", "token_log_prob"]
+
+_PIECE = {"cpu": 2**18}
+"""How many numbers fit into a core's cache. Other devices have 2²⁶, for the sake of memory."""
 
 
 def token_log_prob(
@@ -52,8 +57,24 @@ def token_log_prob(
     picked = tokens if counted is None else tokens[counted]
     require_vocabulary(picked, logits.shape[-1])
     rows = at_temperature(logits if counted is None else logits[counted], temperature)
-    values = chosen(rows, picked) - rows.logsumexp(-1)
+    values = chosen(rows, picked) - log_sum_exp(rows)
     return values if counted is None else spread(values, counted)
+
+
+def in_pieces(rows: Tensor) -> Sequence[Tensor]:
+    """Return a tensor, (m, V), in pieces of rows that several passes are fast on."""
+    size = max(1, _PIECE.get(rows.device.type, 2**26) // max(1, rows.shape[-1]))
+    pieces: tuple[Tensor, ...] = rows.split(size)
+    return pieces
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Return ``logits.logsumexp(-1)``, a few rows at a time."""
+    if logits.dim() < 2 or not len(logits):
+        return logits.logsumexp(-1)
+    if logits.dim() > 2:
+        return torch.stack([log_sum_exp(each) for each in logits])
+    return torch.cat([each.logsumexp(-1) for each in in_pieces(logits)])
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:

@@ -208,12 +208,13 @@ def _closure(
     The policy at this call is the old policy. Both numbers are sums over tokens that count.
     """
     mask, per = part.mask, options.per
+    all_count = bool(mask.all())
 
     def of_counted() -> Tensor:
         """Return the user's outputs at the m tokens that count, (m, …)."""
         outputs = evaluate()
         _require_outputs(outputs, part.tokens, options)
-        return outputs[mask]
+        return outputs.flatten(0, 1) if all_count else outputs[mask]  # a mask copies all logits
 
     with torch.no_grad(), random_state_kept([mask.device]):
         compare = Comparison(of_counted(), part.tokens[mask], options.outputs, options.old)
