@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -45,8 +46,8 @@ def fill(path: Path, **parts: str) -> None:
         found = re.findall(f"{begin}(?:(?!<!--).)*{END}", text, re.DOTALL)
         if len(found) != 1:
             raise ValueError(
-                f"{path} has {len(found)} tables called {name!r}, and needs exactly one. Put it between "
-                f"the lines {begin.strip()} and {END}."
+                f"{path} has {len(found)} tables called {name!r}, and needs exactly one. Put it "
+                f"between the lines {begin.strip()} and {END}."
             )
         text = text.replace(found[0], f"{begin}\n{part}\n\n{END}")
     path.write_text(text, "utf-8")
@@ -75,7 +76,7 @@ def setting(*packages: str, device: str = "cpu") -> str:
         *packages: Those whose versions matter, besides torch.
         device: cpu, cuda, ...
     """
-    where = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+    where = f"{platform.machine()}, CPU cores: {os.cpu_count()}"
     if device != "cpu":
         where = torch.get_device_module(device).get_device_name()
     names = ["torch", *packages]

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,11 @@ class Job:
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+
+    def repeat(self) -> Any:
+        """Prepare, run, and return what the run returned."""
+        self.prepare()
+        return self.run()
 
 
 @dataclass(frozen=True)
