@@ -37,13 +37,13 @@ bench-sampling: .venv/bench ## vine beside single path, variance and returns (te
 bench-scaling: .venv/bench ## several processes: traffic, time, FSDP (ten minutes); fills docs/results/scaling.md and docs/how-to/many-processes.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/scaling.py
 
-bench-words: .venv/bench ## one step of a small language model, held out (five minutes); writes docs/results/language-gain.md
+bench-words: .venv/bench ## one step of a small language model, held out (five minutes); fills docs/results/language-gain.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_quality.py
 
-bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); writes docs/results/language-steps.md
+bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); fills docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
-bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); writes docs/results/language.md
+bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_study.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md

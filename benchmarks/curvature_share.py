@@ -22,7 +22,7 @@ import train
 from real_batches import Pool, pools
 from step_case import Case, Gains, Product
 from step_quality import PAGE
-from table import steps_of, table
+from table import percent, steps_of, table
 from torch import Tensor
 
 ROLLOUTS = 128  # of each pool
@@ -138,7 +138,7 @@ def row(size: int, count: int, by_pool: dict[str, Found]) -> list[str]:
     relative = [each.relative() for each in by_pool.values()]
     return [
         steps_of(count),
-        f"{100 * count / size:.0f} %",
+        percent(count / size),
         f"{statistics.mean(each.held_out for each in relative):.3f}",
         "" if count == size else f"{by_pool[worst].held_out()} ({worst})",
         f"{statistics.mean(each.noise() for each in by_pool.values()):.3f}",

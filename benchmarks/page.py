@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,11 +69,11 @@ def renew(path: Path, tables: Mapping[str, Callable[[], str]], threads: int = 1)
         fill(path, **{name: part})
 
 
-def setting(*packages: str, device: str = "cpu") -> str:
+def setting(packages: Sequence[str] = (), device: str = "cpu") -> str:
     """Return the table of what a page's figures were measured on.
 
     Args:
-        *packages: Those whose versions matter, besides torch.
+        packages: Those whose versions matter, besides torch.
         device: cpu, cuda, ...
     """
     where = f"{platform.machine()}, CPU cores: {os.cpu_count()}"

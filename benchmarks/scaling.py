@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from networks import Discrete
 from scene import ITERATIONS, Scene, mlp
-from table import steps_of, table
+from table import percent, steps_of, table
 from timing import Job, taken_in_turn
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does not say so
@@ -175,7 +175,7 @@ def sharded() -> str:
         seconds = (f"{times[name].median:.3g} s" for name in jobs)
         count = steps_of(sum(each.numel() for each in scene.parameters))
         ratio = times["step"].over(times["gradient"])
-        rows.append([count, str(depth + 1), *seconds, ratio, f"{share:.0%}"])
+        rows.append([count, str(depth + 1), *seconds, ratio, percent(share)])
     return table(*rows)
 
 

@@ -257,7 +257,7 @@ def draw(device: str, path: Path) -> None:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    "setting": lambda device: page.setting("sb3-contrib", "tianshou", device=device),
+    "setting": partial(page.setting, ("sb3-contrib", "tianshou")),
     "gradients": in_gradients,
     "networks": networks,
     "peers": beside_peers,

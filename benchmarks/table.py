@@ -14,3 +14,8 @@ def table(*rows: Sequence[object]) -> str:
 def steps_of(number: int) -> str:
     """Return a number of steps with its thousands apart."""
     return f"{number:,}".replace(",", " ")
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent."""
+    return f"{100 * share:.0f} %"

@@ -4,8 +4,8 @@
 
 Every variant runs on every task with every setting of its grid and every seed. Each finished run is
 one line of runs/words/study.jsonl. If you stop the study, the same command makes only the runs that
-are missing. All variants start from the same pretrained models. At the end, it writes
-docs/results/language.md and docs/results/language.png.
+are missing. All variants start from the same pretrained models. At the end, it fills
+docs/results/language.md and draws docs/results/language.png.
 """
 
 from __future__ import annotations
