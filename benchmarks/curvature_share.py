@@ -9,20 +9,18 @@ KL on the whole own batch, so that only directions differ.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import page
 import torch
 import train
 from real_batches import Pool, pools
-from step_case import Case, Gains, Product
+from step_case import Case
 from step_quality import PAGE
-from table import percent, steps_of, table
+from table import percent, records, steps_of
 from torch import Tensor
 
 ROLLOUTS = 128  # of each pool
@@ -33,36 +31,26 @@ SHARES = (0.05, 0.1, 0.25, 0.5)
 ROWS = (512, 1024, 2048, 4096, 8192)
 Kind = Literal["rows", "sequences", "sampled"]
 """Random rows, all steps of random environments, random rows whose KL is estimated on actions."""
-HEAD = ["rows for products", "share", "held out, mean", "held out, worst real batch"]
-HEAD += ["standard error, mean", "own, mean", "KL / δ of the first trial"]
 
 
-@dataclass
-class Found:
-    """What one part of one real batch gained.
+class Relative(NamedTuple):
+    """What one part of one real batch gained, over the gains of the products on all rows.
 
     Attributes:
-        gains: Of every split and draw, each beside the gains of the products on all rows.
-        first_kls: The KLs, over the radius, of the steps whose length the part's products gave.
+        held_out: The held-out gain, the mean over all splits and draws.
+        noise: Its standard error, from its spread.
+        own: The own gain.
+        first_kl: The KL, over the radius, of the length that the part's products gave.
     """
 
-    gains: list[tuple[Gains, Gains]] = field(default_factory=list)
-    first_kls: list[float] = field(default_factory=list)
+    held_out: float
+    noise: float
+    own: float
+    first_kl: float
 
-    def relative(self) -> Gains:
-        """Return the mean gains over those of the products on all rows."""
-        part, whole = (Gains.mean(each) for each in zip(*self.gains, strict=True))
-        return Gains(part.own / whole.own, part.held_out / whole.held_out)
-
-    def noise(self) -> float:
-        """Return the standard error of the relative held-out gain, from its spread."""
-        whole = statistics.mean(each.held_out for _, each in self.gains)
-        losses = [whole.held_out - part.held_out for part, whole in self.gains]
-        return statistics.pstdev(losses) / math.sqrt(max(1, len(losses) - 1)) / whole
-
-    def held_out(self) -> str:
-        """Return the relative held-out gain in words."""
-        return f"{self.relative().held_out:.3f} ± {self.noise():.3f}"
+    def __str__(self) -> str:
+        """The held-out gain."""
+        return f"{self.held_out:.3f} ± {self.noise:.3f}"
 
 
 def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
@@ -81,100 +69,96 @@ def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)].flatten()
 
 
-def outcome(case: Case, product: Product) -> tuple[Gains, float]:
-    """Return what a product's direction gains, and the first trial's KL over the radius."""
-    direction = case.solved(product=product)
-    return case.gains(direction), case.first_kl(direction, product)
-
-
 def study(
-    all_pools: Sequence[Pool],
-    rollouts: int,
-    counts: Sequence[int],
-    *,
-    splits: int,
-    draws: int = 3,
-    kind: Kind = "rows",
-) -> dict[int, dict[str, Found]]:
-    """Return what each number of rows for products gained, by policy.
+    pool: Pool, rollouts: int, counts: Sequence[int], splits: int, draws: int, kind: Kind = "rows"
+) -> dict[int, Relative]:
+    """Return what each number of rows for products gained.
 
     Args:
-        all_pools: The real policies.
+        pool: The real policy.
         rollouts: Of the own batch.
-        counts: Numbers of its rows to take products on.
-        splits: Ways to divide each pool.
+        counts: Numbers of its rows to take products on. All rows come first.
+        splits: Ways to divide the pool.
         draws: Parts of each own batch.
         kind: What a part is.
     """
-    found: dict[int, dict[str, Found]] = defaultdict(lambda: defaultdict(Found))
+    found: dict[int, list[list[float]]] = defaultdict(list)
     for split in range(splits):
         generator = torch.Generator().manual_seed(1000 * rollouts + split)
-        for pool in all_pools:
-            mixed = torch.randperm(len(pool.advantages), generator=generator).tolist()
-            case = Case(pool, mixed[:rollouts], mixed[rollouts:][:HELD_OUT])
-            size = len(case.own.advantages)
-            orders = [order(kind, size, generator) for _ in range(draws)]
-            products = [(size, torch.arange(size))]
-            products += [(count, rows[:count]) for count in counts for rows in orders]
-            whole: Gains | None = None
-            for count, rows in products:
-                part = case.product_on(rows, sampled=kind == "sampled")
-                gains, first_kl = outcome(case, part)
-                whole = whole or gains
-                found[count][pool.name].gains.append((gains, whole))
-                found[count][pool.name].first_kls.append(first_kl)
-    return found
+        mixed = torch.randperm(len(pool.advantages), generator=generator).tolist()
+        case = Case(pool, mixed[:rollouts], mixed[rollouts:][:HELD_OUT])
+        size = len(case.own.advantages)
+        orders = [order(kind, size, generator) for _ in range(draws)]
+        parts = [torch.arange(size), *(each[:count] for count in counts for each in orders)]
+        whole: list[float] = []
+        for rows in parts:
+            product = case.product_on(rows, sampled=kind == "sampled")
+            direction = case.solved(product=product)
+            gains = list(case.gains(direction))
+            whole = whole or gains
+            found[len(rows)].append([*gains, *whole, case.first_kl(direction, product)])
+    return {count: _relative(np.array(trials)) for count, trials in found.items()}
 
 
-def row(size: int, count: int, by_pool: dict[str, Found]) -> list[str]:
+def _relative(trials: np.ndarray) -> Relative:
+    own, held_out, whole_own, whole_held_out, first_kl = trials.mean(0)
+    spread = float((trials[:, 3] - trials[:, 1]).std() / max(1, len(trials) - 1) ** 0.5)
+    noise = spread / whole_held_out
+    return Relative(held_out / whole_held_out, noise, own / whole_own, first_kl)
+
+
+def row(size: int, count: int, by_policy: dict[str, Relative]) -> dict[str, str]:
     """Return one row of the table.
 
     Args:
         size: Of the own batch.
         count: How many of its rows the products were taken on.
-        by_pool: What they gained, by the real policy's name.
+        by_policy: What they gained.
     """
-    worst = min(by_pool, key=lambda name: by_pool[name].relative().held_out)
-    relative = [each.relative() for each in by_pool.values()]
-    return [
-        steps_of(count),
-        percent(count / size),
-        f"{statistics.mean(each.held_out for each in relative):.3f}",
-        "" if count == size else f"{by_pool[worst].held_out()} ({worst})",
-        f"{statistics.mean(each.noise() for each in by_pool.values()):.3f}",
-        f"{statistics.mean(each.own for each in relative):.3f}",
-        f"{statistics.mean(kl for each in by_pool.values() for kl in each.first_kls):.2f}",
-    ]
+    worst = min(by_policy, key=lambda name: by_policy[name].held_out)
+    held_out, noise, own, first_kl = np.mean(list(by_policy.values()), 0)
+    return {
+        "rows for products": steps_of(count),
+        "share": percent(count / size),
+        "held out, mean": f"{held_out:.3f}",
+        "held out, worst real batch": "" if count == size else f"{by_policy[worst]} ({worst})",
+        "standard error, mean": f"{noise:.3f}",
+        "own, mean": f"{own:.3f}",
+        "KL / δ of the first trial": f"{first_kl:.2f}",
+    }
 
 
 def by_rows() -> str:
     """Return the table of gains by the number of rows for products."""
-    all_pools, rows = pools(ROLLOUTS), [["batch", *HEAD]]
+    table = []
     for rollouts, splits in SPLITS.items():
         size = 1024 * rollouts
         counts = sorted({round(share * size) for share in SHARES} | {n for n in ROWS if n < size})
-        found = study(all_pools, rollouts, counts, splits=splits)
-        rows += [[steps_of(size), *row(size, count, found[count])] for count in sorted(found)]
-    return table(*rows)
+        found = {each.name: study(each, rollouts, counts, splits, 3) for each in pools(ROLLOUTS)}
+        for count in (*counts, size):
+            here = {name: each[count] for name, each in found.items()}
+            table.append({"batch": steps_of(size), **row(size, count, here)})
+    return records(table)
 
 
 def by_policy() -> str:
     """Return the table of held-out gains by policy, for one size of the own batch."""
-    counts = (1024, 1365)
-    found = study(pools(), 2, counts, splits=20, draws=1)
-    rows = [["policy", *(f"{count} of 2048 rows" for count in counts)]]
-    rows += [[name, *(found[count][name].held_out() for count in counts)] for name in found[2048]]
-    return table(*rows)
+    counts, table = (1024, 1365), []
+    for pool in pools():
+        found = study(pool, 2, counts, 20, 1)
+        cells = {f"{count} of 2048 rows": found[count] for count in counts}
+        table.append({"policy": pool.name, **cells})
+    return records(table)
 
 
 def by_kind() -> str:
     """Return the table of parts that are not random rows: 2048 of 8192."""
     kinds: tuple[Kind, ...] = "sequences", "sampled"
-    rows = [["part", *HEAD]]
+    table = []
     for kind in kinds:
-        found = study(pools(ROLLOUTS), 8, [2048], splits=4, kind=kind)
-        rows.append([kind, *row(8192, 2048, found[2048])])
-    return table(*rows)
+        found = {each.name: study(each, 8, [2048], 4, 3, kind)[2048] for each in pools(ROLLOUTS)}
+        table.append({"part": kind, **row(8192, 2048, found)})
+    return records(table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from table import table
+from table import records
 from workers import pool
 
 BEGIN = "<!-- table: {} -->\n"
@@ -79,5 +79,4 @@ def setting(packages: Sequence[str] = (), device: str = "cpu") -> str:
     where = f"{platform.machine()}, CPU cores: {os.cpu_count()}"
     if device != "cpu":
         where = torch.get_device_module(device).get_device_name()
-    names = ["torch", *packages]
-    return table(["machine", *names], [where, *map(version, names)])
+    return records([{"machine": where} | {name: version(name) for name in ("torch", *packages)}])

@@ -10,7 +10,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,20 +26,11 @@ from timing import Job
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-
-@dataclass(frozen=True)
-class Peer:
-    """Another library's TRPO, with a copy of the policy.
-
-    Attributes:
-        parameters: The copy's parameters, in the order of the policy's own.
-        log_prob: Returns the copy's log-probabilities of the batch's actions, shape (N,).
-        update: Runs one policy update by the library's own code.
-    """
-
-    parameters: list[nn.Parameter]
-    log_prob: Callable[[], Any]
-    update: Callable[[], None]
+Made = tuple[list[nn.Parameter], Callable[[], Any], Callable[[], None]]
+"""A copy's parameters in the order of the policy's own; what returns the copy's log-probabilities
+of the batch's actions; what runs one policy update by the library's own code."""
+Solver = tuple[float, int] | None
+"""λ in (F + λI) x = g, F the Hessian of the joint KL, and iterations; None: the library's own."""
 
 
 def peer(
@@ -59,37 +49,34 @@ def peer(
     Raises:
         ValueError: If the copy is not the same policy.
     """
-    solver = None if defaults else (DAMPING, iterations)
     with warnings.catch_warnings():  # one library recommends CPUs
         warnings.simplefilter("ignore")
-        made = PEERS[library](scene, solver)
+        made = PEERS[library](scene, None if defaults else (DAMPING, iterations))
+    parameters, log_prob, update = made
+    start = [parameter.detach().clone() for parameter in scene.parameters]
+
+    @torch.no_grad()
+    def reset() -> None:
+        for parameter, value in zip(parameters, start, strict=True):
+            parameter.copy_(value)
+
+    def run() -> None:
+        with warnings.catch_warnings():  # of backtracking, and of a mean over no critic losses
+            warnings.simplefilter("ignore")
+            update()
+
+    reset()
     with torch.no_grad():
-        for theirs, ours in zip(made.parameters, scene.parameters, strict=True):
-            theirs.copy_(ours)
-        difference = float((made.log_prob() - scene.old_log_prob).abs().max())
-    start = [parameter.detach().clone() for parameter in made.parameters]
+        difference = float((log_prob() - scene.old_log_prob).abs().max())
     if not difference < 1e-5:
         raise ValueError(
             f"{library} finds log-probabilities that differ by up to {difference:.2g} from the "
             "scene's; hand over the starting policy, with tanh between its layers."
         )
-
-    def update() -> None:
-        with warnings.catch_warnings():  # of backtracking, and of a mean over no critic losses
-            warnings.simplefilter("ignore")
-            made.update()
-
-    def reset() -> None:
-        torch._foreach_copy_([parameter.detach() for parameter in made.parameters], start)
-
-    return Job(update, reset), made.parameters
+    return Job(run, reset), parameters
 
 
-Solver = tuple[float, int] | None
-"""λ in (F + λI) x = g, F the Hessian of the joint KL, and iterations; or the library's defaults."""
-
-
-def _sb3(scene: Scene, solver: Solver) -> Peer:
+def _sb3(scene: Scene, solver: Solver) -> Made:
     """Set sb3-contrib up, whose KL is KL(new ‖ old), averaged over the action dimensions."""
     policy: Any = scene.policy
     layers = [each for each in policy.modules() if isinstance(each, nn.Linear)]
@@ -128,14 +115,14 @@ def _sb3(scene: Scene, solver: Solver) -> Peer:
         counterparts |= {layer.weight: twin.weight, layer.bias: twin.bias}
     if isinstance(env.action_space, spaces.Box):
         counterparts[policy.log_std] = copied.log_std
-    return Peer(
+    return (
         [counterparts[parameter] for parameter in scene.parameters],
         lambda: copied.evaluate_actions(scene.observations, scene.actions)[1],
         algorithm.train,
     )
 
 
-def _tianshou(scene: Scene, solver: Solver) -> Peer:
+def _tianshou(scene: Scene, solver: Solver) -> Made:
     """Set Tianshou up, whose KL is KL(old ‖ new) of the policy's distribution: joint."""
     actor = _Actor(scene.policy)
     algorithm: Any = TRPO(
@@ -163,14 +150,14 @@ def _tianshou(scene: Scene, solver: Solver) -> Peer:
         returns=torch.zeros_like(scene.advantages),
         info=Batch(),
     )
-    return Peer(
+    return (
         list(actor.parameters()),
         lambda: algorithm.policy(batch).dist.log_prob(scene.actions),
         lambda: algorithm._update_with_batch(batch, batch_size=None, repeat=1),
     )
 
 
-PEERS: dict[str, Callable[[Scene, Solver], Peer]] = {"sb3-contrib": _sb3, "Tianshou": _tianshou}
+PEERS: dict[str, Callable[[Scene, Solver], Made]] = {"sb3-contrib": _sb3, "Tianshou": _tianshou}
 
 
 class _Actor(nn.Module):

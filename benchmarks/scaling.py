@@ -39,7 +39,6 @@ STEPS: dict[str, tuple[int, dict[str, Any]]] = {
     "vanilla": (0, {"mode": "vanilla", "damping": None}),
 }
 """By name: the products of a step, and what the optimizer is given."""
-FLOATS = (1_000, 1_000_000, 10_000_000)
 SHARDED = ((64, 4, 256), (256, 8, 512))
 """Width and blocks of a policy in FSDP, and the samples of each rank."""
 
@@ -112,17 +111,6 @@ def scaling() -> str:
     return table(*rows)
 
 
-def messages() -> str:
-    """Return the table of times of an all-reduce."""
-    jobs = {
-        f"{4 * length / 1e6:g} MB": together(Job(partial(dist.all_reduce, torch.zeros(length))))
-        for length in FLOATS
-    }
-    times = taken_in_turn(jobs, ROUNDS)
-    rows = [[name, f"{1000 * each.median:.1f}"] for name, each in times.items()]
-    return table(["size", "all-reduce (ms)"], *rows)
-
-
 class Residual(nn.Module):
     """A block of two layers beside its input.
 
@@ -180,7 +168,7 @@ def sharded() -> str:
 
 
 if __name__ == "__main__":
-    tables = {each.__name__: partial(on_ranks, each) for each in (traffic, scaling, messages)}
+    tables = {each.__name__: partial(on_ranks, each) for each in (traffic, scaling)}
     page.renew(Path("docs/results/scaling.md"), {"setting": page.setting, **tables})
     fsdp = partial(on_ranks, sharded)
     page.renew(Path("docs/how-to/many-processes.md"), {"sharded": fsdp})

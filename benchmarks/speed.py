@@ -11,7 +11,8 @@ of conjugate gradient, no critic.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from networks import NETWORKS, Recurrent
 from peers import PEERS, peer
 from real_batches import pool
 from scene import ITERATIONS, RADIUS, Scene, gain, mlp
-from table import steps_of, table
+from table import records, steps_of
 from timing import Job, Times, taken_in_turn
 
 from trpo_optim import TrustRegionOptimizer
@@ -40,6 +41,8 @@ OURS: dict[str, dict[str, Any]] = {
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 """Of Okabe and Ito, which colour-blind people can tell apart; peers are the last two."""
+EXACT = ("default", "Gauss–Newton")
+"""Columns of the table by network whose memory and gain are compared."""
 REAL = ("HalfCheetah-v5", 100)
 """The policy whose steps are compared: its task, and its updates so far."""
 ROLLOUTS = (2, 8, 20)
@@ -57,33 +60,38 @@ def ms(times: Times, form: str = ".1f") -> str:
     return f"{1000 * times.median:{form}}"
 
 
+def ratios(times: Mapping[str, Times]) -> dict[str, str]:
+    """Return all other times over that of a gradient."""
+    return {
+        name: each.over(times["gradient"]) for name, each in times.items() if name != "gradient"
+    }
+
+
+def peak(job: Job, device: str) -> int:
+    """Return the bytes that a job allocates at its peak."""
+    job.prepare()
+    return peak_bytes(job.run, device)
+
+
 def in_gradients(device: str) -> str:
     """Return the table of what a product and an update cost in gradients."""
-    how: dict[str, dict[str, Any]] = {
-        "update without the third value": {"third": False},
-        "by finite differences": {"third": False, "engine": "finite differences"},
-        "with it": {},
-        "with it, curvature on 10 %": {"share": 0.1},
-    }
-    head = ["network", "samples", "gradient (ms)", "product without", "product with it"]
-    rows = [[*head, *how]]
+    engine = {"third": False, "engine": "finite differences"}
+    how = OURS | {"without it, by finite differences": engine}
+    rows = []
     for hidden, samples in [(hidden, each) for hidden, those in SIZES.items() for each in those]:
         scene = mlp(hidden, samples, device)
         rounds = ROUNDS * (3 if samples <= 256 else 1)
-        updates = {name: scene.update(**each) for name, each in how.items()}
-        times = taken_in_turn({"gradient": scene.gradient(), **updates}, rounds, device)
+        jobs = {name: scene.update(**each) for name, each in how.items()}
+        times = taken_in_turn({"gradient": scene.gradient(), **jobs}, rounds, device)
         scene.reset()
-        unit = {"gradient": Job(scene.gradient().run)}  # a reset would end the products' graphs
-        models = {"without": scene.model(third=False), "with": scene.model()}
-        products = {
-            name: Job(partial(model.product, model.gradient)) for name, model in models.items()
-        }
-        found = taken_in_turn(unit | products, rounds, device)
-        ratios = [found[name].over(found["gradient"]) for name in products]
-        ratios += [times[name].over(times["gradient"]) for name in updates]
-        network = f"17–{hidden}–{hidden}–6"
-        rows.append([network, str(samples), ms(times["gradient"], ".2f"), *ratios])
-    return table(*rows)
+        alone = {"gradient": Job(scene.gradient().run)}  # a reset would end the products' graphs
+        for name, third in (("product without", False), ("product with it", True)):
+            model = scene.model(third=third)
+            alone[name] = Job(partial(model.product, model.gradient))
+        row = {"network": f"17–{hidden}–{hidden}–6", "samples": samples}
+        row["gradient (ms)"] = ms(times["gradient"], ".2f")
+        rows.append(row | ratios(taken_in_turn(alone, rounds, device)) | ratios(times))
+    return records(rows)
 
 
 def networks(device: str) -> str:
@@ -94,92 +102,73 @@ def networks(device: str) -> str:
         "Gauss–Newton": {"engine": "Gauss-Newton"},
         "torch.func": {"third": False, "engine": "torch.func"},
     }
-    compiled = "default, compiled, over not compiled"
-    head = ["network", "gradient (ms)", *how, compiled]
-    rows = [[*head, "memory, default", "memory, Gauss–Newton", "gain"]]
+    compiled, rows = "default, compiled, over not compiled", []
     for name, (make, shape) in NETWORKS.items():
         torch.manual_seed(0)
-        policy = make().to(device)
-        scene = Scene(policy, torch.rand(shape, device=device))
+        scene = Scene(make().to(device), torch.rand(shape, device=device))
         jobs = {"gradient": scene.gradient()}
         jobs |= {column: scene.update(**each) for column, each in how.items()}
+        twin = copy.deepcopy(scene)
         if make is not Recurrent:  # torch does not compile recurrence
-            twin = copy.deepcopy(policy)
-            batch = scene.observations, scene.actions, scene.advantages
-            jobs[compiled] = Scene(twin, *batch).update()
-            twin.compile()
+            twin.policy.compile()
+            jobs[compiled] = twin.update()
         times = taken_in_turn(jobs, ROUNDS, device)
-        peaks, gains = {}, {}
-        for column in ("gradient", "default", "Gauss–Newton"):
-            jobs[column].prepare()
-            peaks[column] = peak_bytes(jobs[column].run, device)
-            if column in how:
-                gains[column] = gain(jobs[column].repeat())
-        faster = times[compiled].over(times["default"]) if compiled in times else "–"
-        rows.append(
-            [
-                name,
-                ms(times["gradient"]),
-                *(times[column].over(times["gradient"]) for column in how),
-                faster,
-                *(f"{peaks[each] / peaks['gradient']:.1f}" for each in gains),
-                f"{gains['default'] / gains['Gauss–Newton']:.4f}",
-            ]
-        )
-    return table(*rows)
+        faster = times.pop(compiled).over(times["default"]) if compiled in times else "–"
+        row = {"network": name, "gradient (ms)": ms(times["gradient"])}
+        row |= {**ratios(times), compiled: faster}
+        gradient, *peaks = (peak(jobs[each], device) for each in ("gradient", *EXACT))
+        row |= {
+            f"memory, {each}": f"{size / gradient:.1f}"
+            for each, size in zip(EXACT, peaks, strict=True)
+        }
+        default, exact = (gain(jobs[each].repeat()) for each in EXACT)
+        rows.append(row | {"gain": f"{default / exact:.4f}"})
+    return records(rows)
 
 
 def beside_peers(device: str) -> str:
     """Return the table of how many times faster an update is than a peer's."""
-    real = pool(*REAL)
-    rows = [["samples", "peer", "peer (ms)", *OURS]]
+    real, rows = pool(*REAL), []
     for rollouts in ROLLOUTS:
         scene = real.scene(range(rollouts), device)
         jobs = {name: scene.update(**how) for name, how in OURS.items()}
         jobs |= {name: peer(name, scene)[0] for name in PEERS}
         times = taken_in_turn(jobs, ROUNDS, device)
         for name in PEERS:
-            ratios = [times[name].over(times[each]) for each in OURS]
-            rows.append([str(len(scene.observations)), name, ms(times[name]), *ratios])
-    return table(*rows)
+            row = {"samples": len(scene.advantages), "peer": name, "peer (ms)": ms(times[name])}
+            rows.append(row | {each: times[name].over(times[each]) for each in OURS})
+    return records(rows)
 
 
 def by_default(scene: Scene) -> Job:
     """Return a job that builds the closures of a batch and takes one step, all by default."""
     optimizer = TrustRegionOptimizer(scene.parameters, max_kl=RADIUS)
-    zeros = torch.zeros_like(scene.advantages[:, None])
-    nothing: Any = None  # what a step does not read
-    batch = SinglePathBatch(
-        observations=scene.observations[:, None],
-        actions=scene.actions[:, None],
-        rewards=zeros,
-        terminated=zeros.bool(),
-        truncated=zeros.bool(),
-        starts=zeros.bool(),
-        valid=~zeros.bool(),
-        cut_observations=nothing,
-        cut_rows=torch.zeros(0, 2, dtype=torch.long),
-        state=None,
-        episode_returns=[],
-        episode_lengths=[],
-        end=nothing,
-    )
+    valid = torch.ones_like(scene.advantages[:, None], dtype=torch.bool)
+    unread: dict[str, Any] = dict.fromkeys(each.name for each in fields(SinglePathBatch))
+    rows = {"observations": scene.observations[:, None], "actions": scene.actions[:, None]}
+    batch = SinglePathBatch(**unread | rows | {"rewards": valid * 0.0, "valid": valid})
     advantages = scene.advantages[:, None]
     return Job(lambda: optimizer.step(policy_closure(scene.policy, batch, advantages)), scene.reset)
 
 
 def at_defaults(device: str) -> str:
     """Return the table of times with both libraries at their defaults."""
-    rows = [["samples", "sb3-contrib (ms)", "times faster", "evaluations", "products"]]
+    rows = []
     for rollouts in ROLLOUTS:
         scene = pool(*REAL).scene(range(rollouts), device)
         jobs = {"ours": by_default(scene), "theirs": peer("sb3-contrib", scene, defaults=True)[0]}
         times = taken_in_turn(jobs, ROUNDS, device)
         report = jobs["ours"].repeat()
-        counts = str(report.closure_evaluations), str(report.fisher_products)
-        faster = times["theirs"].over(times["ours"])
-        rows.append([steps_of(len(scene.observations)), ms(times["theirs"]), faster, *counts])
-    return table(*rows)
+        rows.append(
+            {
+                "samples": steps_of(len(scene.advantages)),
+                "sb3-contrib (ms)": ms(times["theirs"]),
+                "times faster": times["theirs"].over(times["ours"]),
+                "evaluations": report.closure_evaluations,
+                "products": report.fisher_products,
+            }
+        )
+    return records(rows)
 
 
 def memory(device: str) -> str:
@@ -195,28 +184,32 @@ def memory(device: str) -> str:
     jobs = {"one gradient": scene.gradient(), "one gradient, 8 micro-batches": scene.gradient(8)}
     jobs |= updates | {f"{name}'s update": peer(name, scene)[0] for name in PEERS}
     times = taken_in_turn(jobs, ROUNDS, device)
-    rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients", "gain at equal KL"]]
-    peaks = {}
+    peaks = {name: peak(job, device) for name, job in jobs.items()}
     whole = gain(updates["update with it"].repeat())
-    for name, job in jobs.items():
-        job.prepare()
-        peaks[name] = peak_bytes(job.run, device)
-        gained = f"{gain(job.repeat()) / whole:.5f}" if name in updates else ""
-        peak = f"{peaks[name] / 2**20:.1f}", f"{peaks[name] / peaks['one gradient']:.2f}"
-        rows.append([name, *peak, times[name].over(times["one gradient"]), gained])
-    return table(*rows)
+    gains = {name: gain(job.repeat()) / whole for name, job in updates.items()}
+    return records(
+        {
+            "": name,
+            "peak (MiB)": f"{peaks[name] / 2**20:.1f}",
+            "peak, in gradients": f"{peaks[name] / peaks['one gradient']:.2f}",
+            "time, in gradients": times[name].over(times["one gradient"]),
+            "gain at equal KL": f"{gains[name]:.5f}" if name in gains else "",
+        }
+        for name in jobs
+    )
 
 
 def large_networks(device: str) -> str:
     """Return the table of the memory of an optimizer's first step, on 16 samples."""
-    rows = [["parameters", "peak (vectors)", "peak (GiB)"]]
+    rows = []
     mlp(64, 16, device).update().run()  # loads the code
     for width in WIDTHS:
         scene = mlp(width, 16, device)
-        peak = peak_bytes(scene.update().run, device)
         count = sum(each.numel() for each in scene.parameters)
-        rows.append([steps_of(count), f"{peak / 4 / count:.1f}", f"{peak / 2**30:.2f}"])
-    return table(*rows)
+        size = peak(scene.update(), device)
+        sizes = {"peak (vectors)": f"{size / 4 / count:.1f}", "peak (GiB)": f"{size / 2**30:.2f}"}
+        rows.append({"parameters": steps_of(count), **sizes})
+    return records(rows)
 
 
 def draw(device: str, path: Path) -> None:

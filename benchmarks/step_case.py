@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from real_batches import Pool
@@ -21,17 +20,11 @@ from trpo_optim.closure.parameters import ParameterVector
 Product = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Gains:
+class Gains(NamedTuple):
     """What a direction gains at the radius: the fall of the surrogate loss."""
 
     own: float
     held_out: float
-
-    @classmethod
-    def mean(cls, gains: Sequence[Gains]) -> Gains:
-        """Return the mean of gains."""
-        return cls(fmean(each.own for each in gains), fmean(each.held_out for each in gains))
 
 
 class Case:

@@ -134,7 +134,10 @@ def by_direction() -> str:
         for case, other in cases(size, splits):
             for name, direction in directions(case, other):
                 found.setdefault(name, []).append(case.gains(direction))
-        means[size] = {name: Gains.mean(gains) for name, gains in found.items()}
+        means[size] = {
+            name: Gains(*map(statistics.fmean, zip(*gains, strict=True)))
+            for name, gains in found.items()
+        }
     draw(means, PAGE.with_suffix(".png"))
     rows = [["direction"], *([name] for name in means[2])]
     for size, here in means.items():
