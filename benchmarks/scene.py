@@ -114,18 +114,17 @@ class Scene:
         whole = closures if micro_batches > 1 else closures[0]
         return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
 
-    def model(
-        self,
-        rows: Any = slice(None),
-        *,
-        third: bool = True,
-        sampled: bool = False,
-        gradient: bool = True,
-    ) -> LocalModel:
-        """Return what a solve sees: the gradient and the products. A reset ends its graph."""
+    def model(self, rows: Any = slice(None), *, gradient: bool = True, **how: Any) -> LocalModel:
+        """Return what a solve sees: the gradient and the products. A reset ends its graph.
+
+        Args:
+            rows: The samples to use.
+            gradient: Whether the gradient is wanted, too.
+            **how: Further arguments of ``closure``.
+        """
         vector = ParameterVector(self.parameters)
-        closure = self.closure(rows, third=third, sampled=sampled)
-        return second_order(Objective(closure, vector, Transaction(vector)), gradient=gradient)
+        objective = Objective(self.closure(rows, **how), vector, Transaction(vector))
+        return second_order(objective, gradient=gradient)
 
     def _parts(self, micro_batches: int) -> list[slice]:
         size = len(self.observations) // micro_batches
