@@ -146,7 +146,8 @@ def by_default(scene: Scene) -> Job:
     valid = torch.ones_like(scene.advantages[:, None], dtype=torch.bool)
     unread: dict[str, Any] = dict.fromkeys(each.name for each in fields(SinglePathBatch))
     rows = {"observations": scene.observations[:, None], "actions": scene.actions[:, None]}
-    batch = SinglePathBatch(**unread | rows | {"rewards": valid * 0.0, "valid": valid})
+    rows |= {"rewards": valid * 0.0, "valid": valid}
+    batch = SinglePathBatch(**unread | rows | {"info": {}})
     advantages = scene.advantages[:, None]
     return Job(lambda: optimizer.step(policy_closure(scene.policy, batch, advantages)), scene.reset)
 
