@@ -113,25 +113,6 @@ def scaling() -> str:
     return table(*rows)
 
 
-class Residual(nn.Module):
-    """A block of two layers beside its input.
-
-    Args:
-        width: Numbers that come in and go out.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the input and what the layers add."""
-        result: Tensor = inputs + self.layers(inputs)
-        return result
-
-
 def sharded() -> str:
     """Return the table of what a step costs with a policy in FSDP."""
     return records(_sharded(*sizes) for sizes in SHARDED)
@@ -139,10 +120,12 @@ def sharded() -> str:
 
 def _sharded(width: int, depth: int, samples: int) -> dict[str, str]:
     torch.manual_seed(0)
-    blocks = [Residual(width) for _ in range(depth)]
-    network = nn.Sequential(*blocks, nn.Linear(width, 8))
-    for block in blocks:
-        fully_shard(block)
+    network = nn.Sequential()
+    for _ in range(depth):
+        layers = nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width)
+        network.append(nn.Sequential(*layers))
+        fully_shard(network[-1])
+    network.append(nn.Linear(width, 8))
     fully_shard(network)
     scene = Scene(Discrete(network), torch.randn(samples, width))
     optimizer = TrustRegionOptimizer(

@@ -9,7 +9,7 @@ import agent
 import gymnasium as gym
 import torch
 import train
-from timing import Job
+from timing import Job, putting_back
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -45,7 +45,7 @@ class Scene:
     ) -> None:
         self.policy, self.observations = policy, observations
         self.parameters = list(policy.parameters())  # FSDP gathers them as soon as the policy runs
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
+        self.reset = putting_back(self.parameters)
         with torch.no_grad():
             old = policy(observations)
             self.actions = old.sample() if actions is None else actions
@@ -78,12 +78,6 @@ class Scene:
             return (loss, kl, dist) if third else (loss, kl)
 
         return closure
-
-    def reset(self) -> None:
-        """Put the starting weights back, in place."""
-        with torch.no_grad():
-            for parameter, start in zip(self.parameters, self._start, strict=True):
-                parameter.copy_(start)
 
     def gradient(self, micro_batches: int = 1) -> Job:
         """Evaluate the closure and differentiate its loss: the unit of costs, if in one piece."""
