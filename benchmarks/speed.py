@@ -215,12 +215,7 @@ def large_networks(device: str) -> str:
 
 
 def draw(device: str, path: Path) -> None:
-    """Draw the time of an update against batch size, parameters and iterations.
-
-    Args:
-        device: Where the policies are.
-        path: Where the picture goes.
-    """
+    """Draw the time of an update against batch size, parameters and iterations."""
     figure = Figure(figsize=(9, 12), layout="constrained")
     sweeps: dict[str, list[tuple[int, Scene, int]]] = {
         "samples (17–64–64–6)": [(size, mlp(64, size, device), ITERATIONS) for size in BATCHES],
