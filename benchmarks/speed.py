@@ -83,7 +83,6 @@ def in_gradients(device: str) -> str:
         rounds = ROUNDS * (3 if samples <= 256 else 1)
         jobs = {name: scene.update(**each) for name, each in how.items()}
         times = taken_in_turn({"gradient": scene.gradient(), **jobs}, rounds, device)
-        scene.reset()
         alone = {"gradient": Job(scene.gradient().run)}  # a reset would end the products' graphs
         for name, third in (("product without", False), ("product with it", True)):
             model = scene.model(third=third)
