@@ -28,22 +28,22 @@ test-thorough: .venv/dev ## every combination; properties on 1000 examples (half
 docs: .venv/docs ## build the site (two minutes); open docs/_build/html/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
 
-bench: .venv/bench ## time this package beside its peers (a quarter of an hour); writes docs/results/speed.md and docs/results/speed.png
+bench: .venv/bench ## time this package beside its peers (a quarter of an hour); fills docs/results/speed.md, draws docs/results/speed.png
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/speed.py
 
-bench-sampling: .venv/bench ## collecting beside sb3-contrib, vine beside single path (ten minutes or more); writes docs/results/sampling.md
+bench-sampling: .venv/bench ## vine beside single path, variance and returns (ten minutes or more); fills docs/results/sampling.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/sampling.py
 
-bench-scaling: .venv/bench ## several processes: traffic, time, a model (ten minutes); writes docs/results/scaling.md
+bench-scaling: .venv/bench ## several processes: traffic, time, FSDP (ten minutes); fills docs/results/scaling.md and docs/how-to/many-processes.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/scaling.py
 
-bench-words: .venv/bench ## one step of a small language model, held out (five minutes); writes docs/results/language-gain.md
+bench-words: .venv/bench ## one step of a small language model, held out (five minutes); fills docs/results/language-gain.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_quality.py
 
-bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); writes docs/results/language-steps.md
+bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); fills docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
-bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); writes docs/results/language.md
+bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_study.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md

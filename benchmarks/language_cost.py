@@ -2,115 +2,78 @@
 
     make bench-language
 
-It writes docs/results/language-steps.md. It needs transformers and peft.
+Writes the tables of docs/results/language-steps.md. It needs transformers and peft.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
+from unittest import mock
 
+import page
 import torch
-import tyro
-from language_kls import section
 from memory import peak_bytes
 from peft import LoraConfig, get_peft_model
-from table import table
+from table import percent, table
+from timing import putting_back
 from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trpo_optim import StepReport, TrustRegionOptimizer
-from trpo_optim.tokens import chunked_log_prob, token_closures, token_log_prob, token_surrogate
+from trpo_optim.tokens import (
+    chunked_log_prob,
+    events,
+    token_closures,
+    token_log_prob,
+    token_surrogate,
+)
+from trpo_optim.tokens.events import OldPolicy
 
-LAYERS, WIDTH, HIDDEN, HEADS, RANK = 4, 256, 688, 4, 8
+VOCABULARY, SEQUENCES, LENGTH, MICRO_BATCH, RANK, ROUNDS = 50257, 32, 128, 8, 8, 2
 CHUNK = 256
 """Positions whose logits exist at once, with a head."""
-
-PAGE = """# One step of a language model
-
-This page was written by `make bench-language` {setting}.
-
-## Memory and time
-
-The model is a Llama of {layers} layers and {width} features with LoRA of rank {rank} in all linear
-layers. It has random weights. The vocabulary has {vocabulary} tokens. A batch has {sequences}
-sequences of {length} tokens, in micro-batches of {micro_batch}. AdamW's update is one pass over the
-batch with the same loss. Memory is what is allocated at the peak beyond what was there before.
-Times are CPU times, medians of {rounds} steps.
-
-{rows}
-
-- Rows without *head* make the logits of a micro-batch at once. With a head, they are
-  made for {chunk} positions at a time, and again in the backward pass.
-- *Sampled* is `old="log_prob"`, *exact* is `old="logits"`. *An eighth* is `curvature=1/8`.
-- All steps take ten Fisher-vector products, by finite differences. The first step of an optimizer
-  also takes an exact product, which needs more memory. With `engine="finite differences"`, it does
-  not.
-
-## The exact KL of a step
-
-{kls}
-"""
+SMALL_VOCABULARY, SMALL_LENGTH, SEEDS = 256, 16, 3
+SCALES = {"peaked": 40.0, "flat": 1.0}
+"""Factors of the small model's head: its policy is peaked or flat."""
+KEPT: tuple[OldPolicy, ...] = ("log_prob", 16, 64, "logits")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is measured."""
-
-    vocabulary: int = 50257
-    """tokens of the vocabulary (GPT-2's number)"""
-    sequences: int = 32
-    """sequences of a batch"""
-    length: int = 128
-    """tokens of a sequence"""
-    micro_batch: int = 8
-    """sequences that are evaluated at once"""
-    rounds: int = 2
-    """timed steps of each row"""
-    page: Path = Path("docs/results/language-steps.md")
-    """what is written"""
+def llama(vocabulary: int, layers: int, width: int, hidden: int, heads: int, seed: int) -> Any:
+    """Return a Llama with random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(config)
 
 
 class Problem:
-    """A model, and a batch of sequences that it is trained on."""
+    """A model with adapters, and a batch of sequences that it is trained on, all random."""
 
-    def __init__(self, setting: Setting) -> None:
-        """Make both at random."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=setting.vocabulary,
-            hidden_size=WIDTH,
-            intermediate_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=setting.length + 1,
-        )
-        whole: Any = get_peft_model(
-            LlamaForCausalLM(config), LoraConfig(r=RANK, target_modules="all-linear")
-        )
-        for name, parameter in whole.named_parameters():
+    def __init__(self) -> None:
+        adapters = LoraConfig(r=RANK, target_modules="all-linear")
+        self.whole: Any = get_peft_model(llama(VOCABULARY, 4, 256, 688, 4, seed=0), adapters)
+        for name, parameter in self.whole.named_parameters():
             if "lora_B" in name:  # as after some updates; peft begins with zeros
                 nn.init.normal_(parameter, std=0.02)
-        self.setting = setting
-        self.whole, self.body = whole, whole.base_model.model.model
-        self.head: nn.Module = whole.base_model.model.lm_head
-        self.parameters = [each for each in whole.parameters() if each.requires_grad]
-        self.start = [each.detach().clone() for each in self.parameters]
-        self.text = torch.randint(setting.vocabulary, (setting.sequences, setting.length + 1))
-        self.tokens = self.text[:, 1:]
-        self.advantages = torch.randn(setting.sequences)
-
-    def restart(self) -> None:
-        """Go back to the first parameters."""
-        with torch.no_grad():
-            for each, value in zip(self.parameters, self.start, strict=True):
-                each.copy_(value)
+        self.head: nn.Module = self.whole.base_model.model.lm_head
+        self.parameters = [each for each in self.whole.parameters() if each.requires_grad]
+        self.restart = putting_back(self.parameters)
+        self.text = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))
+        self.tokens, self.advantages = self.text[:, 1:], torch.randn(SEQUENCES)
 
     def logits(self, rows: Any) -> Tensor:
         """Return what predicts the tokens of some sequences, (n, T, V)."""
@@ -119,14 +82,15 @@ class Problem:
 
     def hidden(self, rows: Any) -> Tensor:
         """Return the hidden states below the head, (n, T, H)."""
-        outputs = self.body(input_ids=self.text[rows][:, :-1], use_cache=False)
+        body = self.whole.base_model.model.model
+        outputs = body(input_ids=self.text[rows][:, :-1], use_cache=False)
         result: Tensor = outputs.last_hidden_state
         return result
 
     def adamw(self, *, head: bool) -> Callable[[], None]:
         """Return AdamW's update, one pass over the batch in micro-batches."""
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        pieces = torch.arange(self.setting.sequences).split(self.setting.micro_batch)
+        pieces = torch.arange(SEQUENCES).split(MICRO_BATCH)
 
         def log_prob(rows: Tensor) -> Tensor:
             tokens = self.tokens[rows]
@@ -146,92 +110,130 @@ class Problem:
 
         return update
 
-    def trpo(self, *, head: bool, **options: Any) -> Callable[[], StepReport]:
-        """Return a step, with what it takes to make its closures."""
+    def trpo(self, *, head: bool, old: OldPolicy) -> Callable[[], StepReport]:
+        """Return a step with products on an eighth, with what it takes to make its closures."""
         optimizer = TrustRegionOptimizer(self.parameters, cg_tolerance=0.0)
         outputs = self.hidden if head else self.logits
-        with_head: dict[str, Any] = {"head": self.head, "chunk": CHUNK} if head else {}
+        options: dict[str, Any] = {"head": self.head, "chunk": CHUNK} if head else {}
+        options |= {"micro_batch": MICRO_BATCH, "curvature": 1 / 8, "old": old}
 
         def step() -> StepReport:
             return optimizer.step(
-                token_closures(
-                    outputs,
-                    self.tokens,
-                    None,
-                    self.advantages,
-                    micro_batch=self.setting.micro_batch,
-                    **with_head,
-                    **options,
-                )
+                token_closures(outputs, self.tokens, None, self.advantages, **options)
             )
 
         return step
 
 
-@dataclass
-class Measured:
-    """What a row measured: bytes at the peak of the first and the second run, CPU seconds."""
-
-    peaks: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-
-def measured(problem: Problem, job: Callable[[], Any]) -> Measured:
-    """Run a job twice for its memory, and then for its time."""
-    result = Measured()
-    for _ in range(2):
-        problem.restart()
-        gc.collect()
-        result.peaks.append(peak_bytes(job))
-    for _ in range(problem.setting.rounds):
-        problem.restart()
-        start = time.thread_time()
-        report = job()
-        result.seconds.append(time.thread_time() - start)
-        if report is not None and (report.fisher_products, report.accepted) != (10, True):
-            raise RuntimeError(f"not the step that is to be measured: {report}")
-    return result
-
-
-def rows(found: Mapping[str, Measured]) -> list[tuple[str, ...]]:
-    """Return the table's rows, each beside AdamW without a head."""
-    peak, seconds = found["AdamW"].peaks[1], median(found["AdamW"].seconds)
-    lines: list[tuple[str, ...]] = [
-        ("", "peak, MiB", "over AdamW's", "first step", "seconds", "over AdamW's")
-    ]
-    for name, each in found.items():
-        first, later = each.peaks
-        cells = f"{later / 2**20:.0f}", f"{later / peak:.2f}", f"{first / peak:.2f}"
-        time_taken = median(each.seconds)
-        lines.append((name, *cells, f"{time_taken:.1f}", f"{time_taken / seconds:.1f}"))
-    return lines
-
-
-def main(setting: Setting) -> None:
-    """Measure all rows and write the page."""
-    torch.set_num_threads(1)
-    problem = Problem(setting)
-    exact = {"old": "logits"}
+def cost() -> str:
+    """Return the table of memory and CPU time, beside AdamW without a head."""
+    problem = Problem()
     jobs: dict[str, Callable[[], Any]] = {
         "AdamW": problem.adamw(head=False),
         "AdamW, head": problem.adamw(head=True),
-        "sampled, an eighth": problem.trpo(head=False, curvature=1 / 8),
-        "sampled, head, an eighth": problem.trpo(head=True, curvature=1 / 8),
-        "exact, an eighth": problem.trpo(head=False, curvature=1 / 8, **exact),
-        "exact, head, an eighth": problem.trpo(head=True, curvature=1 / 8, **exact),
+        "sampled, an eighth": problem.trpo(head=False, old="log_prob"),
+        "sampled, head, an eighth": problem.trpo(head=True, old="log_prob"),
+        "exact, an eighth": problem.trpo(head=False, old="logits"),
+        "exact, head, an eighth": problem.trpo(head=True, old="logits"),
     }
-    found = {}
+    rows = [["", "peak, MiB", "over AdamW's", "first step", "seconds", "over AdamW's"]]
+    unit: tuple[int, float] | None = None
     for name, job in jobs.items():
-        found[name] = measured(problem, job)
-        print(rows({"AdamW": found["AdamW"], name: found[name]})[-1], flush=True)
-    sizes = {"layers": LAYERS, "width": WIDTH, "rank": RANK, "chunk": CHUNK}
-    names = "vocabulary", "sequences", "length", "micro_batch", "rounds"
-    sizes |= {name: getattr(setting, name) for name in names}
-    machine = f"with torch {torch.__version__}, on one core"
-    setting.page.write_text(
-        PAGE.format(setting=machine, rows=table(*rows(found)), kls=section(), **sizes), "utf-8"
-    )
+        peaks, times = [], []
+        for _ in range(2):
+            problem.restart()
+            gc.collect()
+            peaks.append(peak_bytes(job))
+        for _ in range(ROUNDS):
+            problem.restart()
+            start = time.thread_time()
+            report = job()
+            times.append(time.thread_time() - start)
+            if report is not None and (report.fisher_products, report.accepted) != (10, True):
+                raise RuntimeError(f"This is not the step to measure: {report}")
+        (first, peak), seconds = peaks, median(times)
+        unit = unit or (peak, seconds)
+        memory = f"{peak / 2**20:.0f}", f"{peak / unit[0]:.2f}", f"{first / unit[0]:.2f}"
+        rows.append([name, *memory, f"{seconds:.1f}", f"{seconds / unit[1]:.1f}"])
+        print(rows[-1], flush=True)
+    return table(*rows)
+
+
+class Small:
+    """A small language model, and sequences that it wrote.
+
+    Args:
+        scale: The factor of its head's weights.
+        sequences: The number of sequences.
+        seed: Of all.
+    """
+
+    def __init__(self, scale: float, sequences: int, seed: int = 0) -> None:
+        self.model = llama(SMALL_VOCABULARY, 2, 32, 64, 2, seed)
+        with torch.no_grad():
+            self.model.lm_head.weight.mul_(scale)
+            self.tokens = torch.randint(SMALL_VOCABULARY, (sequences, SMALL_LENGTH + 1))
+            for place in range(1, SMALL_LENGTH + 1):
+                logits = self.model(input_ids=self.tokens[:, :place]).logits[:, -1]
+                self.tokens[:, place] = Categorical(logits=logits).sample()
+        self.advantages = torch.randn(sequences)
+
+    def logits(self, rows: Any = slice(None)) -> Tensor:
+        """Return what predicts the tokens of some sequences."""
+        result: Tensor = self.model(input_ids=self.tokens[rows]).logits[:, :-1]
+        return result
+
+    def step(self, old: OldPolicy, curvature: float = 1.0) -> tuple[StepReport, float]:
+        """Take a step; return its report, and its exact KL in nats per token."""
+        with torch.no_grad():
+            before = Categorical(logits=self.logits())
+        batch = self.tokens[:, 1:], None, self.advantages
+        closures = token_closures(self.logits, *batch, old=old, curvature=curvature)
+        report = TrustRegionOptimizer(self.model.parameters(), max_kl=0.01).step(closures)
+        with torch.no_grad():
+            kl = kl_divergence(before, Categorical(logits=self.logits())).mean()
+        return report, float(kl)
+
+
+def likeliest() -> str:
+    """Return the table of the probability of the likeliest tokens, the mean over positions."""
+    rows = [["policy", "16 likeliest", "64 likeliest"]]
+    for name, scale in SCALES.items():
+        with torch.no_grad():
+            ordered = Small(scale, 256).logits().softmax(-1).sort(descending=True).values
+        rows.append([name, *(percent(float(ordered[..., :k].sum(-1).mean())) for k in (16, 64))])
+    return table(*rows)
+
+
+def kls() -> str:
+    """Return the table of exact KLs by what is kept of the old policy."""
+    rows = [["`old=`"], *([f'`"{old}"`' if isinstance(old, str) else str(old)] for old in KEPT)]
+    for name, scale in SCALES.items():
+        for sequences in (16, 256):
+            rows[0].append(f"{name}, {sequences * SMALL_LENGTH} tokens")
+            for row, old in zip(rows[1:], KEPT, strict=True):
+                with mock.patch.object(events, "_LEAST_MASS", 0.0):  # also what is refused
+                    row.append(f"{Small(scale, sequences).step(old)[1]:.4f}")
+    return table(*rows)
+
+
+def parts() -> str:
+    """Return the table of gains with products on a part of the sequences."""
+    shares = 1 / 2, 1 / 4, 1 / 8
+    rows = [["policy", "`old=`", *(f"1/{1 / share:g}" for share in shares)]]
+    for name, scale in SCALES.items():
+        for old in ("log_prob", "logits"):
+            ratios = []
+            for seed in range(SEEDS):
+                steps = [Small(scale, 256, seed).step(old, share) for share in (1.0, *shares)]
+                whole, *gains = (report.improvement / math.sqrt(kl) for report, kl in steps)
+                ratios.append([gain / whole for gain in gains])
+            means = [percent(fmean(each)) for each in zip(*ratios, strict=True)]
+            rows.append([name, f'`"{old}"`', *means])
+    return table(*rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Setting))
+    tables = {each.__name__: each for each in (likeliest, kls, parts, cost)}
+    setting = {"setting": partial(page.setting, ("transformers", "peft"))}
+    page.renew(Path("docs/results/language-steps.md"), setting | tables)

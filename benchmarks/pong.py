@@ -3,22 +3,24 @@
     make bench-learning
 
 Killed at any moment, the same command goes on where it stopped, from checkpoints in runs/pong.
-Every finished run is one line of docs/results/pong.jsonl.xz, and is not made again;
-benchmarks/learning_report.py makes its part of docs/results/learning.md of them.
+Every finished run is one line of docs/results/pong.jsonl.xz, and is not made again. At the end, it
+fills the table of Pong in docs/results/learning.md and draws docs/results/pong.png.
 """
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import page
 import tyro
 import vine
 from checkpoint import comparable, require_same
 from evaluation import returns_at_random, returns_of
+from pong_report import PAGE, draw, runs_table
 from results import lines_of, write_archive
 from tqdm import tqdm
 from workers import pool
@@ -42,22 +44,9 @@ SETTINGS = {
 }
 
 SCHEMES = (*SETTINGS, "random")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Which runs to make."""
-
-    schemes: tuple[str, ...] = SCHEMES
-    """single-path, vine, random"""
-    seeds: int = 2
-    """runs of each"""
-    workers: int = 2
-    """runs side by side"""
-    device: str = "cpu"
-    """where the networks live: cpu, cuda, ..."""
-    folder: Path = Path("runs/pong")
-    """where runs are kept that are not finished"""
+SEEDS, WORKERS = 2, 2
+FOLDER = Path("runs/pong")
+"""Where runs are kept that are not finished."""
 
 
 def settings_of(scheme: str, seed: int) -> vine.Args:
@@ -84,25 +73,14 @@ def recorded(args: vine.Args) -> dict[str, Any]:
     return {**comparable(args), "total_steps": args.total_steps}
 
 
-def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
-    """Make one run, or the rest of it.
-
-    Args:
-        scheme: One of SCHEMES.
-        seed: Of everything.
-        folder: Where its checkpoint is.
-        device: Where its networks live.
-
-    Returns:
-        Its line: for every episode of the trajectories the simulator steps by the end of its
-        update, and its return; and the final policy's returns.
-    """
+def played(scheme: str, seed: int, device: str) -> dict[str, Any]:
+    """Make one run, or the rest of it; return its settings, its episodes and its final returns."""
     args = replace(settings_of(scheme, seed), device=device)
     line = {"scheme": scheme, "seed": seed}
     if scheme == "random":
         returns = returns_at_random(vine.make_envs(args), seed)
         return {**line, "sampled": returns, "deterministic": []}
-    run = vine.train(replace(args, checkpoint=folder / f"{scheme}__{seed}.pt"))
+    run = vine.train(replace(args, checkpoint=FOLDER / f"{scheme}__{seed}.pt"))
     return {
         **line,
         "settings": recorded(args),
@@ -112,22 +90,19 @@ def played(scheme: str, seed: int, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-def main(settings: Settings) -> None:
-    """Make the runs that are not finished.
+def main(device: str = "cpu") -> None:
+    """Make the runs that are not finished, and write the table and the picture.
 
     Args:
-        settings: Which.
-
-    Raises:
-        SystemExit: If finished ones were run with other settings, or are of another length.
+        device: Where the networks live: cpu, cuda, ...
     """
     os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
     there = {(line["scheme"], line["seed"]) for line in finished()}
-    with pool(settings.workers) as workers:
+    with pool(WORKERS) as workers:
         waiting = [
-            workers.submit(played, scheme, seed, settings.folder, settings.device)
-            for seed in range(settings.seeds)
-            for scheme in settings.schemes
+            workers.submit(played, scheme, seed, device)
+            for seed in range(SEEDS)
+            for scheme in SCHEMES
             if (scheme, seed) not in there
         ]
         done = as_completed(waiting)
@@ -136,7 +111,9 @@ def main(settings: Settings) -> None:
                 write_archive([*finished(), future.result()], ARCHIVE)
         finally:
             workers.shutdown(cancel_futures=True)  # of one that failed, the others are not begun
+    page.fill(PAGE, pong=runs_table(finished()))
+    draw(finished(), PAGE.with_name("pong.png"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    tyro.cli(main)

@@ -1,40 +1,35 @@
-"""What the sampling schemes cost and give: speed of collecting, variance by vine, returns.
+"""What the sampling schemes give: variance by vine, returns, and returns by constraint.
 
     make bench-sampling
 
-Writes docs/results/sampling.md.
+Writes the tables of docs/results/sampling.md.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import gymnasium as gym
+import page
 import torch
 import train
-import tyro
 import vine
 import vine_agent
 from gymnasium.vector import SyncVectorEnv
-from loop import BATCH, theirs
 from table import table
-from timing import Job, taken_in_turn
 from torch import Tensor
+from workers import pool
 
 from trpo_optim import rollouts
 
 SAMPLES = 128
 """Values of Q in an objective whose gradient's variance is measured."""
-
-SEEDS = range(3)
+REPEATS, SEEDS, WORKERS = 40, range(3), 2
 
 CARTPOLE = vine.Args()
 SWIMMER = vine.Args(
@@ -44,34 +39,11 @@ SWIMMER = vine.Args(
     gamma=0.9999,
     gae_lambda=0.98,
 )
-
-
-def ours(env_id: str, count: int) -> Job:
-    """Return the job of collecting a batch by the example: advantages and all."""
-    run = train.new_run(train.Args(env_id=env_id, num_envs=count, batch_size=BATCH))
-
-    def collect() -> None:
-        batch = train.collect(run)
-        train.advantages(run, batch, train.scaled_rewards(run, batch))
-
-    return Job(collect)
-
-
-def collecting(rounds: int) -> str:
-    """Return the table of environment steps a second on one core."""
-    torch.set_num_threads(1)
-    rows = [
-        ["environment", "environments", "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]
-    ]
-    for env_id in ("Hopper-v5", "CartPole-v1"):
-        for count in (1, 4, 16):
-            times = taken_in_turn(
-                {"ours": ours(env_id, count), "theirs": theirs(env_id, count)["their collect"]},
-                rounds,
-            )
-            speeds = [f"{BATCH / times[name].median:.0f}" for name in ("ours", "theirs")]
-            rows.append([env_id, str(count), *speeds, times["theirs"].over(times["ours"])])
-    return table(*rows)
+CONSTRAINTS = (
+    train.Args(constraint="mean", max_kl=0.01),
+    train.Args(constraint="max", max_kl=0.01),
+    train.Args(constraint="max", max_kl=0.1),
+)
 
 
 def gradient(agent: vine_agent.Agent, closure: Callable[[], Any]) -> Tensor:
@@ -80,30 +52,42 @@ def gradient(agent: vine_agent.Agent, closure: Callable[[], Any]) -> Tensor:
     return torch.cat([each.reshape(-1) for each in slopes])
 
 
-def variances(repeats: int) -> str:
+def returns_of(path: rollouts.SinglePathBatch) -> Tensor:
+    """Return discounted rewards to the end of each trajectory."""
+    nothing = torch.zeros_like(path.rewards)
+    return rollouts.discounted_returns(path.rewards, nothing, path.ends, gamma=0.95)
+
+
+def made(env_id: str) -> tuple[SyncVectorEnv, vine_agent.Agent]:
+    """Return environments, and an untrained policy with a critic that knows its values."""
+    torch.manual_seed(0)
+    envs = SyncVectorEnv([partial(gym.make, env_id)] * 8, autoreset_mode="SameStep")
+    agent = vine_agent.Agent(envs)
+    wide = rollouts.single_path(envs, agent.act, steps=1000, seed=5)
+    rollouts.fit_value(
+        agent.value,
+        wide.flat(wide.observations),
+        wide.flat(returns_of(wide)),
+        torch.optim.Adam(agent.critic.parameters(), lr=3e-3),
+        epochs=20,
+        minibatch=256,
+    )
+    return envs, agent
+
+
+def variances() -> str:
     """Return the table of variances: of differences of Q, and of gradients."""
     head = ["environment", "Q: independent random numbers", "Q: common random numbers", "ratio"]
     head += ["gradient: single path", "gradient: single path with a critic as baseline"]
     head += ["gradient: vine", "ratio", "simulator steps: single path", "simulator steps: vine"]
     rows = [head]
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
-        torch.manual_seed(0)
-        envs = SyncVectorEnv([partial(gym.make, env_id)] * 8, autoreset_mode="SameStep")
-        agent = vine_agent.Agent(envs)
+        envs, agent = made(env_id)
         branches = None if agent.discrete else 4
-        wide = rollouts.single_path(envs, agent.act, steps=1000, seed=5)
-        rollouts.fit_value(
-            agent.value,
-            wide.flat(wide.observations),
-            wide.flat(returns_of(wide)),
-            torch.optim.Adam(agent.critic.parameters(), lr=3e-3),
-            epochs=20,
-            minibatch=256,
-        )
-        differences: dict[bool, list[Tensor]] = {True: [], False: []}
-        gradients: dict[str, list[Tensor]] = {"vine": [], "path": [], "baseline": []}
+        differences: dict[bool, list[Tensor]] = {False: [], True: []}
+        gradients: dict[str, list[Tensor]] = {"path": [], "baseline": [], "vine": []}
         prices = []
-        for seed in range(repeats):
+        for seed in range(REPEATS):
             for common, found in differences.items():
                 batch = rollouts.vine(
                     envs,
@@ -117,10 +101,8 @@ def variances(repeats: int) -> str:
                     seed=seed,
                 )
                 found.append(batch.q[:, 0] - batch.q[:, 1])
-                if common:
-                    closure = rollouts.vine_closure(agent.act, batch)
-                    gradients["vine"].append(gradient(agent, closure))
-                    prices.append(batch.steps)
+            gradients["vine"].append(gradient(agent, rollouts.vine_closure(agent.act, batch)))
+            prices.append(batch.steps)
             path = rollouts.single_path(envs, agent.act, steps=16 + 30, seed=1000 + seed)
             path.valid[16:] = False  # 128 rows, each with 30 steps of what follows or more
             q = returns_of(path)
@@ -129,157 +111,61 @@ def variances(repeats: int) -> str:
             for name, advantages in (("path", q), ("baseline", q - baseline)):
                 closure = rollouts.policy_closure(agent.act, path, advantages)
                 gradients[name].append(gradient(agent, closure))
-        apart, together = (float(torch.cat(differences[each]).var()) for each in (False, True))
+        apart, together = (float(torch.cat(each).var()) for each in differences.values())
         spread = {name: float(torch.stack(each).var(0).sum()) for name, each in gradients.items()}
         rows.append(
             [
-                env_id,
-                f"{apart:.3g}",
-                f"{together:.3g}",
-                f"{apart / together:.1f}",
-                f"{spread['path']:.3g}",
-                f"{spread['baseline']:.3g}",
-                f"{spread['vine']:.3g}",
+                *(env_id, f"{apart:.3g}", f"{together:.3g}", f"{apart / together:.1f}"),
+                *(f"{each:.3g}" for each in spread.values()),
                 f"{spread['path'] / spread['vine']:.1f}",
-                str(path.rewards.numel()),
-                f"{fmean(prices):.0f}",
+                *(str(path.rewards.numel()), f"{fmean(prices):.0f}"),
             ]
         )
     return table(*rows)
 
 
-def returns_of(path: rollouts.SinglePathBatch) -> Tensor:
-    """Return discounted rewards to the end of each trajectory."""
-    nothing = torch.zeros_like(path.rewards)
-    return rollouts.discounted_returns(path.rewards, nothing, path.ends, gamma=0.95)
-
-
 def final_return(args: vine.Args | train.Args) -> float:
     """Return the mean of the last 20 episodes of a run."""
-    run = train.train(args) if isinstance(args, train.Args) else vine.train(args)
-    return run.recent_return()
+    if isinstance(args, vine.Args):
+        return vine.train(args).recent_return()
+    folder = Path(f"runs/constraint/{args.constraint}{args.max_kl}__{args.seed}")
+    return train.train(replace(args, run_dir=folder)).recent_return()
 
 
-def learning(workers: int, folder: Path) -> tuple[str, str]:
-    """Return the tables of returns: by sampling scheme, and by constraint."""
-    schemes = [
-        replace(args, sampling=sampling, seed=seed)
-        for args in (CARTPOLE, SWIMMER)
-        for sampling in ("vine", "single-path")
-        for seed in SEEDS
-    ]
-    constraints = [
-        replace(args, seed=seed, run_dir=folder / f"{args.constraint}{args.max_kl}{seed}")
-        for args in (
-            train.Args(constraint="mean", max_kl=0.01),
-            train.Args(constraint="max", max_kl=0.01),
-            train.Args(constraint="max", max_kl=0.1),
-        )
-        for seed in SEEDS
-    ]
-    with ProcessPoolExecutor(workers) as pool:
-        by_scheme = list(pool.map(final_return, schemes))
-        by_constraint = list(pool.map(final_return, constraints))
-    count = len(SEEDS)
-    first = [["environment", "simulator steps", "sampling", *(f"seed {seed}" for seed in SEEDS)]]
-    for index in range(0, len(schemes), count):
-        args = schemes[index]
-        values = [f"{value:.1f}" for value in by_scheme[index : index + count]]
-        first.append([args.env_id, str(args.total_steps), args.sampling, *values])
-    second = [["constraint", "max_kl", *(f"seed {seed}" for seed in SEEDS)]]
-    for index in range(0, len(constraints), count):
-        values = [f"{value:.1f}" for value in by_constraint[index : index + count]]
-        second.append([constraints[index].constraint, str(constraints[index].max_kl), *values])
-    return table(*first), table(*second)
-
-
-PAGE = """# What sampling costs and gives
-
-`make bench-sampling` wrote this page on {cores} CPU cores ({machine}), with torch {torch} and
-sb3-contrib {sb3}.
-
-## Collecting
-
-The table shows environment steps per second on one core, for batches of {steps} steps. The time
-includes normalised observations, scaled rewards, values and the advantages of GAE. Policy and
-critic have two hidden layers of 64 tanh units. The libraries run in turns. The ratio is the ratio
-of the medians of {rounds} rounds. The quartiles of the rounds' own ratios are in brackets.
-
-{collecting}
-
-## Variance
-
-The policies are untrained. The left part of the table shows the variance of Q(s, a) − Q(s, b) for
-two actions tried from the same state, with independent and with common random numbers. On CartPole,
-vine tries all actions. In the other environments, the policy draws the two actions.
-
-The middle part shows the variance of the gradient of the surrogate: the trace of its covariance
-over {repeats} repeats. Each gradient uses {samples} values of Q. The right part counts the
-simulator steps that these values take. The paper compares the variance for the same number of
-values of Q. Vine needs more simulator steps for them.
-
-{variances}
-
-On CartPole, the branches of a state soon differ, so common random numbers help little.
-
-## Learning
-
-The table shows the mean return of the last 20 episodes of the trajectories.
-`examples/advanced/vine.py` ran vine and single path (with GAE) for the same number of simulator
-steps. The settings are `CARTPOLE` and `SWIMMER` in `benchmarks/sampling.py`.
-
-{schemes}
-
-On Swimmer, single path is ahead in every run of the table. The runs of vine differ: its seed 3
-ends at 244. In an earlier version, from other starts, vine ended at 287, 241 and 289, and single
-path ended at 332, 99 and 327.
-
-## The largest KL
-
-The table shows the same mean return for `examples/advanced/train.py` on CartPole-v1, after 100 000
-steps. The runs differ in the KL that is held to `max_kl`: the mean of the batch, or the largest of
-a sample.
-
-{constraints}
-
-"""
-
-
-def main(
-    rounds: int = 9,
-    repeats: int = 40,
-    workers: int = 2,
-    path: Path = Path("docs/results/sampling.md"),
-) -> None:
-    """Measure, and write the page.
+def learning(groups: Sequence[vine.Args] | Sequence[train.Args], names: Sequence[str]) -> str:
+    """Return a table of returns.
 
     Args:
-        rounds: Timed rounds.
-        repeats: Batches behind a variance.
-        workers: Processes that train side by side.
-        path: Where the page goes.
+        groups: The settings of each row; every seed makes a run of it.
+        names: The settings to show.
     """
-    collected = collecting(rounds)
-    spread = variances(repeats)
-    schemes, constraints = learning(workers, Path("runs/constraint"))
-    path.write_text(
-        PAGE.format(
-            cores=workers,
-            machine=platform.machine(),
-            torch=version("torch"),
-            sb3=version("sb3-contrib"),
-            steps=BATCH,
-            rounds=rounds,
-            samples=SAMPLES,
-            repeats=repeats,
-            collecting=collected,
-            variances=spread,
-            schemes=schemes,
-            constraints=constraints,
-        ),
-        encoding="utf-8",
-    )
+    rows = [[*names, *(f"seed {seed}" for seed in SEEDS)]]
+    with pool(WORKERS) as workers:
+        runs = [
+            [workers.submit(final_return, replace(args, seed=seed)) for seed in SEEDS]
+            for args in groups
+        ]
+        for args, own in zip(groups, runs, strict=True):
+            shown = [str(getattr(args, name)) for name in names]
+            rows.append([*shown, *(f"{run.result():.1f}" for run in own)])
+    return table(*rows)
+
+
+def schemes() -> str:
+    """Return the table of returns by sampling scheme."""
+    settings = [
+        replace(args, sampling=sampling)
+        for args in (CARTPOLE, SWIMMER)
+        for sampling in ("vine", "single-path")
+    ]
+    return learning(settings, ("env_id", "total_steps", "sampling"))
+
+
+def constraints() -> str:
+    """Return the table of returns by the KL that is held to the radius."""
+    return learning(CONSTRAINTS, ("constraint", "max_kl"))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tables = {"variances": variances, "schemes": schemes, "constraints": constraints}
+    page.renew(Path("docs/results/sampling.md"), {"setting": page.setting, **tables})

@@ -1,106 +1,87 @@
-"""One policy and one batch, and the updates of every library on them."""
+"""A policy, a batch of it, and the steps on them."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+import math
 from typing import Any
 
+import agent
+import gymnasium as gym
 import torch
-from peers import Peer, PeerBatch
-from real_batches import Pool
-from timing import Job
+import train
+from timing import Job, putting_back
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.distributions import kl_divergence
 
-from trpo_optim import TrustRegionOptimizer
+from trpo_optim import StepReport, TrustRegionOptimizer, sampled_kl
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.curvature.second_order import second_order
-from trpo_optim.hyperparameters import EngineName
 
 OBSERVATIONS, ACTIONS = 17, 6  # HalfCheetah's
 RADIUS, DAMPING, ITERATIONS = 0.01, 0.1, 10
+SOLVER: dict[str, Any] = {"max_kl": RADIUS, "damping": DAMPING, "cg_tolerance": 0.0}
+"""Settings that other libraries have, too."""
 
 
-class Policy(nn.Module):
-    """A Gaussian MLP of two hidden tanh layers."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(OBSERVATIONS, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, ACTIONS),
-        )
-        self.log_std = nn.Parameter(torch.zeros(ACTIONS))
-
-    def forward(self, observation: Tensor) -> Distribution:
-        """Return the distribution over actions."""
-        return Independent(Normal(self.network(observation), self.log_std.exp()), 1)
-
-
-@dataclass
 class Scene:
-    """A policy, a batch, and the jobs on them.
+    """A policy, a batch of it, and the jobs on them. All that lies on the policy's device.
 
-    The batch is the first rows of a real policy's, or without one Gaussian noise.
+    Args:
+        policy: Maps observations to a distribution. It moves, and each job begins at its start.
+        observations: The observations, samples first (for a recurrent policy, steps first).
+        actions: The actions. None: the policy draws them.
+        advantages: One for each action. None: noise.
     """
 
-    hidden: int
-    samples: int
-    device: str = "cpu"
-    iterations: int = ITERATIONS
-    pool: Pool | None = None
-    policy: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take or draw the batch."""
-        torch.manual_seed(0)
-        if self.pool is None:
-            self.policy = Policy(self.hidden)
-            observations = torch.randn(self.samples, OBSERVATIONS)
-            actions = self.policy(observations).sample()
-            advantages = torch.randn(self.samples) + actions[:, 0]
-        else:
-            self.policy = copy.deepcopy(self.pool.policy)
-            rows = (self.pool.observations, self.pool.actions, self.pool.advantages)
-            observations, actions, advantages = (
-                each.flatten(0, 1)[: self.samples] for each in rows
-            )
-        self.policy.to(self.device)
-        self.observations = observations.to(self.device)
-        self.actions = actions.to(self.device)
-        self.advantages = ((advantages - advantages.mean()) / advantages.std()).to(self.device)
+    def __init__(
+        self,
+        policy: nn.Module,
+        observations: Tensor,
+        actions: Tensor | None = None,
+        advantages: Tensor | None = None,
+    ) -> None:
+        self.policy, self.observations = policy, observations
+        self.parameters = list(policy.parameters())  # FSDP gathers them as soon as the policy runs
+        self.reset = putting_back(self.parameters)
         with torch.no_grad():
-            self.old_log_prob = self.policy(self.observations).log_prob(self.actions)
-        self.parameters = list(self.policy.parameters())
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
+            old = policy(observations)
+            self.actions = old.sample() if actions is None else actions
+            self.old_log_prob = old.log_prob(self.actions)
+        noise = torch.randn_like(self.old_log_prob)
+        self.advantages = noise if advantages is None else advantages
 
-    def closure(self, rows: slice = slice(None), *, third: bool) -> Closure:
-        """Return the closure on some of the samples."""
+    def closure(
+        self, rows: Any = slice(None), *, third: bool = True, sampled: bool = False
+    ) -> Closure:
+        """Return a closure whose old policy is the present one.
+
+        Args:
+            rows: The samples to use.
+            third: Whether it returns a third value.
+            sampled: Whether the KL is estimated on the actions.
+        """
         observations, actions = self.observations[rows], self.actions[rows]
+        advantages, old_log_prob = self.advantages[rows], self.old_log_prob[rows]
         with torch.no_grad():
             old = self.policy(observations)
 
         def closure() -> Any:
             dist = self.policy(observations)
-            ratio = (dist.log_prob(actions) - self.old_log_prob[rows]).exp()
-            pair = -(ratio * self.advantages[rows]).mean(), kl_divergence(old, dist).mean()
-            return (*pair, dist) if third else pair
+            log_prob = dist.log_prob(actions)
+            loss = -((log_prob - old_log_prob).exp() * advantages).mean()
+            if sampled:
+                return loss, sampled_kl(old_log_prob, log_prob, low_variance=True), log_prob
+            kl = kl_divergence(old, dist).mean()
+            return (loss, kl, dist) if third else (loss, kl)
 
         return closure
 
-    def reset(self) -> None:
-        """Put the starting weights back, in place."""
-        torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self._start)
-
     def gradient(self, micro_batches: int = 1) -> Job:
         """Evaluate the closure and differentiate its loss: the unit of costs, if in one piece."""
-        closures = [self.closure(rows, third=True) for rows in self._parts(micro_batches)]
+        closures = self._closures(micro_batches, third=True)
 
         def differentiate() -> None:
             for closure in closures:
@@ -108,66 +89,55 @@ class Scene:
 
         return Job(differentiate, self.reset)
 
-    def update(self, **how: Any) -> Job:
-        """Take one step, as ``update_and_optimizer`` takes it."""
-        return self.update_and_optimizer(**how)[0]
+    def update(
+        self, *, third: bool = True, share: float = 1.0, micro_batches: int = 1, **settings: Any
+    ) -> Job:
+        """Return a job that takes one step and returns its report.
 
-    def update_and_optimizer(
-        self,
-        *,
-        third: bool,
-        share: float = 1.0,
-        micro_batches: int = 1,
-        defaults: bool = False,
-        engine: EngineName = "auto",
-    ) -> tuple[Job, TrustRegionOptimizer]:
-        """Return a job that takes one step, and the optimizer, whose report says what was gained.
-
-        ``share`` of the batch gives the curvature.
+        Args:
+            third: Whether the closure returns a third value.
+            share: The part of the batch that gives the curvature.
+            micro_batches: The number of closures that share the batch.
+            **settings: Of the optimizer, besides those of ``SOLVER``.
         """
-        solver: dict[str, Any] = {} if defaults else {"damping": DAMPING, "cg_tolerance": 0.0}
-        optimizer = TrustRegionOptimizer(
-            self.parameters,
-            max_kl=RADIUS,
-            cg_iterations=self.iterations,
-            engine=engine,
-            **solver,
-        )
-        closures = [self.closure(rows, third=third) for rows in self._parts(micro_batches)]
+        optimizer = TrustRegionOptimizer(self.parameters, **(SOLVER | settings))
+        closures = self._closures(micro_batches, third=third)
         part = None
         if share < 1:
-            part = self.closure(slice(0, int(share * self.samples)), third=third)
+            part = self.closure(slice(int(share * len(self.observations))), third=third)
         whole = closures if micro_batches > 1 else closures[0]
-        return Job(lambda: optimizer.step(whole, curvature=part), self.reset), optimizer
+        return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
 
-    def _parts(self, micro_batches: int) -> list[slice]:
-        size = self.samples // micro_batches
-        return [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
+    def model(self, rows: Any = slice(None), *, gradient: bool = True, **how: Any) -> LocalModel:
+        """Return what a solve sees: the gradient and the products. A reset ends its graph.
 
-    def checks(self) -> dict[str, Job]:
-        """Evaluate the closure with a graph, as a step's first evaluation and as its others."""
+        Args:
+            rows: The samples to use.
+            gradient: Whether the gradient is wanted, too.
+            **how: Further arguments of ``closure``.
+        """
         vector = ParameterVector(self.parameters)
-        objective = Objective(self.closure(third=True), vector, Transaction(vector))
-        return {
-            "checked": Job(objective.with_graph),
-            "unchecked": Job(objective.with_graph_elsewhere),
-        }
+        objective = Objective(self.closure(rows, **how), vector, Transaction(vector))
+        return second_order(objective, gradient=gradient)
 
-    def product(self, *, third: bool) -> Job:
-        """Multiply one vector by the Fisher matrix; a reset would end its graph."""
-        vector = ParameterVector(self.parameters)
-        closure = self.closure(third=third)
-        model = second_order(Objective(closure, vector, Transaction(vector)))
-        return Job(lambda: model.product(model.gradient))
+    def _closures(self, micro_batches: int, *, third: bool) -> list[Closure]:
+        self.reset()  # whose policy is the old one
+        size = len(self.observations) // micro_batches
+        parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
+        return [self.closure(rows, third=third) for rows in parts]
 
-    def peer(self, kind: type[Peer], *, defaults: bool = False) -> Job:
-        """Take one step by another library, from the same point on the same batch."""
-        batch = PeerBatch(self.observations, self.actions, self.advantages, self.old_log_prob)
-        peer = kind(
-            self.policy,
-            batch,
-            max_kl=RADIUS,
-            damping=None if defaults else DAMPING,
-            cg_iterations=None if defaults else self.iterations,
-        )
-        return Job(peer.update, peer.reset)
+
+def mlp(hidden: int, samples: int, device: str = "cpu") -> Scene:
+    """Return the scene of a Gaussian MLP with two hidden layers, and of random observations."""
+    torch.manual_seed(0)
+    actions = gym.spaces.Box(-1.0, 1.0, (ACTIONS,))
+    policy = agent.Policy(OBSERVATIONS, actions, train.Args(hidden=hidden)).to(device)
+    observations = torch.randn(samples, OBSERVATIONS).to(device)
+    with torch.no_grad():
+        drawn = policy(observations).sample()
+    return Scene(policy, observations, drawn, torch.randn(samples).to(device) + drawn[:, 0])
+
+
+def gain(report: StepReport) -> float:
+    """Return a step's improvement over √KL, which hardly depends on the step's length."""
+    return report.improvement / math.sqrt(report.kl)

@@ -3,285 +3,271 @@
     make bench
     PYTHONPATH=examples/advanced python benchmarks/speed.py --device cuda
 
-Writes docs/results/speed.md and speed.png, or speed-cuda.md and its picture. All take the same
-step, as far as they can: radius and damping are of the joint KL, ten iterations of conjugate
-gradient, no critic.
+Writes the tables of docs/results/speed.md and its picture, or of speed-cuda.md those that it has.
+All take the same step, as far as they can: radius and damping are of the joint KL, ten iterations
+of conjugate gradient, no critic.
 """
 
 from __future__ import annotations
 
-import math
-import platform
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import version
-from multiprocessing import get_context
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import page
 import torch
 import tyro
-from dear_networks import compiled, networks
-from defaults import beside_sb3
-from large_networks import large_networks
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from memory import peak_bytes
-from peers import Peer, Sb3Contrib, Tianshou
+from networks import NETWORKS, Recurrent
+from peers import PEERS, peer
 from real_batches import pool
-from scene import Scene
-from table import table
-from timing import Job, taken_in_turn
+from scene import ITERATIONS, RADIUS, Scene, gain, mlp
+from table import records, steps_of
+from timing import Job, Times, taken_in_turn
 
 from trpo_optim import TrustRegionOptimizer
+from trpo_optim.rollouts import SinglePathBatch, policy_closure
 
+ROUNDS, THREADS = 9, 2
 OURS: dict[str, dict[str, Any]] = {
     "without the third value": {"third": False},
-    "with it": {"third": True},
-    "with it, curvature on 10 %": {"third": True, "share": 0.1},
+    "with it": {},
+    "with it, curvature on 10 %": {"share": 0.1},
 }
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+"""Of Okabe and Ito, which colour-blind people can tell apart; peers are the last two."""
+EXACT = ("default", "Gauss–Newton")
+"""Columns of the table by network whose memory and gain are compared."""
 REAL = ("HalfCheetah-v5", 100)
-COLOURS = dict(
-    zip(
-        [*OURS, "sb3-contrib", "Tianshou"],
-        ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"],
-        strict=True,
-    )
-)
-"""Of Okabe and Ito, which colour-blind people can tell apart."""
-PEERS: dict[str, type[Peer]] = {"sb3-contrib": Sb3Contrib, "Tianshou": Tianshou}
+"""The policy whose steps are compared: its task, and its updates so far."""
+ROLLOUTS = (2, 8, 20)
+"""Numbers of its rollouts in a batch; a rollout is 1024 samples."""
+SIZES = {64: (64, 256, 4096, 8192, 20480), 256: (256, 4096, 20480)}
+"""Numbers of samples, by hidden units."""
+BATCHES = (256, 1024, 4096, 16384, 65536, 200_000)
+"""Numbers of samples in the picture."""
+WIDTHS = (990, 3_150, 9_990)
+"""Hidden units of one million, ten million and a hundred million parameters."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the benchmark runs."""
-
-    rounds: int = 9
-    """timed rounds of each table; the sweeps behind the picture take a third"""
-    threads: int = 2
-    """CPU threads of torch"""
-    device: str = "cpu"
-    """cpu, cuda, ..."""
-    largest_batch: int = 200_000
-    """samples at the end of the sweep over batch sizes"""
-    largest_hidden: int = 3_150
-    """hidden units at the end of the sweep over parameters; 3150 make ten million"""
-    folder: Path = Path("docs/results")
-    """where the page and its picture go"""
-    pools: Path = Path("runs/pools")
-    """where real batches are kept; missing ones are made"""
-
-    @property
-    def picture(self) -> Path:
-        """Where the picture goes; the page lies beside it."""
-        return self.folder / ("speed.png" if self.device == "cpu" else f"speed-{self.device}.png")
+def ms(times: Times, form: str = ".1f") -> str:
+    """Return the median in milliseconds."""
+    return f"{1000 * times.median:{form}}"
 
 
-def in_gradients(settings: Settings) -> str:
+def ratios(times: Mapping[str, Times]) -> dict[str, str]:
+    """Return all other times over that of a gradient."""
+    return {
+        name: each.over(times["gradient"]) for name, each in times.items() if name != "gradient"
+    }
+
+
+def peak(job: Job, device: str) -> int:
+    """Return the bytes that a job allocates at its peak."""
+    job.prepare()
+    return peak_bytes(job.run, device)
+
+
+def in_gradients(device: str) -> str:
     """Return the table of what a product and an update cost in gradients."""
-    jobs: dict[str, dict[str, Any]] = {
-        "update without the third value": {"third": False},
-        "by finite differences": {"third": False, "engine": "finite differences"},
-        "with it": {"third": True},
-        "with it, curvature on 10 %": {"third": True, "share": 0.1},
+    engine = {"third": False, "engine": "finite differences"}
+    how = OURS | {"without it, by finite differences": engine}
+    rows = []
+    for hidden, samples in [(hidden, each) for hidden, those in SIZES.items() for each in those]:
+        scene = mlp(hidden, samples, device)
+        rounds = ROUNDS * (3 if samples <= 256 else 1)
+        jobs = {name: scene.update(**each) for name, each in how.items()}
+        times = taken_in_turn({"gradient": scene.gradient(), **jobs}, rounds, device)
+        alone = {"gradient": Job(scene.gradient().run)}  # a reset would end the products' graphs
+        for name, third in (("product without", False), ("product with it", True)):
+            model = scene.model(third=third)
+            alone[name] = Job(partial(model.product, model.gradient))
+        row = {"network": f"17–{hidden}–{hidden}–6", "samples": samples}
+        row["gradient (ms)"] = ms(times["gradient"], ".2f")
+        rows.append(row | ratios(taken_in_turn(alone, rounds, device)) | ratios(times))
+    return records(rows)
+
+
+def networks(device: str) -> str:
+    """Return the table of what an update costs by network and engine, in gradients."""
+    how: dict[str, dict[str, Any]] = {
+        "default": {},
+        "default without the third value": {"third": False},
+        "Gauss–Newton": {"engine": "Gauss-Newton"},
+        "torch.func": {"third": False, "engine": "torch.func"},
     }
-    head = ["network", "samples", "gradient (ms)", "product without", "product with it", *jobs]
-    rows = [[*head, "checks"]]
-    sizes = {64: (64, 256, 4096, 8192, 20480), 256: (256, 4096, 20480)}
-    for hidden, samples in [(hidden, each) for hidden, those in sizes.items() for each in those]:
-        scene = Scene(hidden, samples, settings.device)
-        rounds = settings.rounds * (3 if samples <= 256 else 1)
-        unit = {"gradient": scene.gradient()}
-        updates = {name: scene.update(**how) for name, how in jobs.items()}
-        times = taken_in_turn(unit | updates, rounds, settings.device)
-        scene.reset()
-        unit = {"gradient": Job(scene.gradient().run)}
-        parts = {name: scene.product(third=third) for name, third in (("H", False), ("G", True))}
-        found = taken_in_turn(unit | parts | scene.checks(), rounds, settings.device)
-        checks = found["checked"].median - found["unchecked"].median
-        rows.append(
-            [
-                f"17–{hidden}–{hidden}–6",
-                str(samples),
-                f"{1000 * times['gradient'].median:.2f}",
-                *(found[name].over(found["gradient"]) for name in parts),
-                *(times[name].over(times["gradient"]) for name in updates),
-                f"{checks / found['gradient'].median:.2f}",
-            ]
-        )
-    return table(*rows)
+    compiled, rows = "default, compiled, over not compiled", []
+    for name, (make, shape) in NETWORKS.items():
+        torch.manual_seed(0)
+        scene = Scene(make().to(device), torch.rand(shape, device=device))
+        jobs = {"gradient": scene.gradient()}
+        jobs |= {column: scene.update(**each) for column, each in how.items()}
+        if make is not Recurrent:  # torch does not compile recurrence
+            twin = copy.deepcopy(scene.policy)
+            batch = scene.observations, scene.actions, scene.advantages
+            jobs[compiled] = Scene(twin, *batch).update()
+            twin.compile()
+        times = taken_in_turn(jobs, ROUNDS, device)
+        faster = times.pop(compiled).over(times["default"]) if compiled in times else "–"
+        row = {"network": name, "gradient (ms)": ms(times["gradient"])}
+        row |= {**ratios(times), compiled: faster}
+        gradient, *peaks = (peak(jobs[each], device) for each in ("gradient", *EXACT))
+        row |= {
+            f"memory, {each}": f"{size / gradient:.1f}"
+            for each, size in zip(EXACT, peaks, strict=True)
+        }
+        default, exact = (gain(jobs[each].repeat()) for each in EXACT)
+        rows.append(row | {"gain": f"{default / exact:.4f}"})
+    return records(rows)
 
 
-def engines(settings: Settings) -> str:
-    """Return the table of what an update costs by each engine, in updates by double backward."""
-    by: dict[str, dict[str, Any]] = {
-        "double backward": {"third": False, "engine": "double backward"},
-        "torch.func": {"third": False},
-        "Gauss–Newton": {"third": True},
-        "finite differences": {"third": True, "engine": "finite differences"},
-    }
-    unit, *others = by
-    rows = [["samples", f"{unit} (ms)", *others]]
-    for samples in (64, 256, 2048, 8192):
-        scene = Scene(64, samples, settings.device)
-        jobs = {name: scene.update(**how) for name, how in by.items()}
-        times = taken_in_turn(jobs, 3 * settings.rounds, settings.device)
-        ratios = [times[name].over(times[unit]) for name in others]
-        rows.append([str(samples), f"{1000 * times[unit].median:.2f}", *ratios])
-    return table(*rows)
-
-
-def beside_peers(settings: Settings) -> str:
+def beside_peers(device: str) -> str:
     """Return the table of how many times faster an update is than a peer's."""
-    real = pool(settings.pools, *REAL)
-    rows = [["samples", "peer", "peer (ms)", *OURS]]
-    for samples in (2048, 8192, 20480):
-        scene = Scene(64, samples, settings.device, pool=real)
+    real, rows = pool(*REAL), []
+    for rollouts in ROLLOUTS:
+        scene = real.scene(range(rollouts), device)
         jobs = {name: scene.update(**how) for name, how in OURS.items()}
-        jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
-        times = taken_in_turn(jobs, settings.rounds, settings.device)
-        for peer in PEERS:
-            ratios = [times[peer].over(times[name]) for name in OURS]
-            rows.append([str(samples), peer, f"{1000 * times[peer].median:.1f}", *ratios])
-    return table(*rows)
+        jobs |= {name: peer(name, scene)[0] for name in PEERS}
+        times = taken_in_turn(jobs, ROUNDS, device)
+        for name in PEERS:
+            row = {"samples": len(scene.advantages), "peer": name, "peer (ms)": ms(times[name])}
+            rows.append(row | {each: times[name].over(times[each]) for each in OURS})
+    return records(rows)
 
 
-MICRO_BATCHES: dict[str, dict[str, Any]] = {
-    "8 micro-batches": {"micro_batches": 8},
-    "8 micro-batches, exact products": {"micro_batches": 8, "engine": "Gauss-Newton"},
-    "8 micro-batches, curvature on 10 %": {"micro_batches": 8, "share": 0.1},
+def by_default(scene: Scene) -> Job:
+    """Return a job that builds the closures of a batch and takes one step, all by default."""
+    optimizer = TrustRegionOptimizer(scene.parameters, max_kl=RADIUS)
+    valid = torch.ones_like(scene.advantages[:, None], dtype=torch.bool)
+    unread: dict[str, Any] = dict.fromkeys(each.name for each in fields(SinglePathBatch))
+    rows = {"observations": scene.observations[:, None], "actions": scene.actions[:, None]}
+    rows |= {"rewards": valid * 0.0, "valid": valid}
+    batch = SinglePathBatch(**unread | rows | {"info": {}})
+    advantages = scene.advantages[:, None]
+    return Job(lambda: optimizer.step(policy_closure(scene.policy, batch, advantages)), scene.reset)
+
+
+def at_defaults(device: str) -> str:
+    """Return the table of times with both libraries at their defaults."""
+    rows = []
+    for rollouts in ROLLOUTS:
+        scene = pool(*REAL).scene(range(rollouts), device)
+        jobs = {"ours": by_default(scene), "theirs": peer("sb3-contrib", scene, defaults=True)[0]}
+        times = taken_in_turn(jobs, ROUNDS, device)
+        report = jobs["ours"].repeat()
+        rows.append(
+            {
+                "samples": steps_of(len(scene.advantages)),
+                "sb3-contrib (ms)": ms(times["theirs"]),
+                "times faster": times["theirs"].over(times["ours"]),
+                "evaluations": report.closure_evaluations,
+                "products": report.fisher_products,
+            }
+        )
+    return records(rows)
+
+
+def memory(device: str) -> str:
+    """Return the table of the memory that one update needs at its peak, its time and its gain."""
+    scene = mlp(64, 20480, device)
+    micro: dict[str, dict[str, Any]] = {
+        "with it, 8 micro-batches": {},
+        "with it, 8 micro-batches, exact products": {"engine": "Gauss-Newton"},
+        "with it, 8 micro-batches, curvature on 10 %": {"share": 0.1},
+    }
+    how = OURS | {name: {"micro_batches": 8, **each} for name, each in micro.items()}
+    updates = {f"update {name}": scene.update(**each) for name, each in how.items()}
+    jobs = {"one gradient": scene.gradient(), "one gradient, 8 micro-batches": scene.gradient(8)}
+    jobs |= updates | {f"{name}'s update": peer(name, scene)[0] for name in PEERS}
+    times = taken_in_turn(jobs, ROUNDS, device)
+    peaks = {name: peak(job, device) for name, job in jobs.items()}
+    whole = gain(updates["update with it"].repeat())
+    gains = {name: gain(job.repeat()) / whole for name, job in updates.items()}
+    return records(
+        {
+            "": name,
+            "peak (MiB)": f"{peaks[name] / 2**20:.1f}",
+            "peak, in gradients": f"{peaks[name] / peaks['one gradient']:.2f}",
+            "time, in gradients": times[name].over(times["one gradient"]),
+            "gain at equal KL": f"{gains[name]:.5f}" if name in gains else "",
+        }
+        for name in jobs
+    )
+
+
+def large_networks(device: str) -> str:
+    """Return the table of the memory of an optimizer's first step, on 16 samples."""
+    rows = []
+    mlp(64, 16, device).update().run()  # loads the code
+    for width in WIDTHS:
+        scene = mlp(width, 16, device)
+        count = sum(each.numel() for each in scene.parameters)
+        size = peak(scene.update(), device)
+        sizes = {"peak (vectors)": f"{size / 4 / count:.1f}", "peak (GiB)": f"{size / 2**30:.2f}"}
+        rows.append({"parameters": steps_of(count), **sizes})
+    return records(rows)
+
+
+def draw(device: str, path: Path) -> None:
+    """Draw the time of an update against batch size, parameters and iterations."""
+    figure = Figure(figsize=(9, 12), layout="constrained")
+    sweeps: dict[str, list[tuple[int, Scene, int]]] = {
+        "samples (17–64–64–6)": [(size, mlp(64, size, device), ITERATIONS) for size in BATCHES],
+        "iterations (4096 samples)": [(n, mlp(64, 4096, device), n) for n in (5, 10, 20, 40)],
+    }
+    scenes = [mlp(width, 512, device) for width in (64, 128, 256, 512, 1024, 3_150)]
+    sweeps["parameters (512 samples)"] = [
+        (sum(each.numel() for each in scene.parameters), scene, ITERATIONS) for scene in scenes
+    ]
+    for axis, (label, points) in zip(figure.subplots(3, 1), sweeps.items(), strict=True):
+        lines: dict[str, list[float]] = {name: [] for name in (*OURS, *PEERS)}
+        for _, scene, iterations in points:
+            jobs = {
+                name: scene.update(cg_iterations=iterations, **how) for name, how in OURS.items()
+            }
+            jobs |= {name: peer(name, scene, iterations=iterations)[0] for name in PEERS}
+            for name, each in taken_in_turn(jobs, ROUNDS // 3, device).items():
+                lines[name].append(each.median)
+        for colour, (name, line) in zip(COLOURS, lines.items(), strict=True):
+            style = "o--" if name in PEERS else "o-"
+            sizes = [size for size, _, _ in points]
+            axis.loglog(sizes, line, style, markersize=4, label=name, color=colour)
+        axis.set_xlabel(label, fontsize=13)
+        axis.set_ylabel("seconds per update", fontsize=13)
+        axis.tick_params(labelsize=12)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    figure.axes[0].legend(fontsize=12)
+    figure.savefig(path, dpi=120)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "setting": partial(page.setting, ("sb3-contrib", "tianshou")),
+    "gradients": in_gradients,
+    "networks": networks,
+    "peers": beside_peers,
+    "defaults": at_defaults,
+    "memory": memory,
+    "large": large_networks,
 }
 
 
-def memory(settings: Settings) -> str:
-    """Return the table of the memory that one update needs at its peak, its time and its gain."""
-    scene = Scene(64, 20480, settings.device)
-    ours = {f"update {name}": how for name, how in OURS.items()}
-    ours |= {
-        f"update with it, {name}": {"third": True, **how} for name, how in MICRO_BATCHES.items()
-    }
-    made = {name: scene.update_and_optimizer(**how) for name, how in ours.items()}
-    jobs = {"one gradient": scene.gradient(), "one gradient, 8 micro-batches": scene.gradient(8)}
-    jobs |= {name: job for name, (job, _) in made.items()}
-    jobs |= {f"{name}'s update": scene.peer(kind) for name, kind in PEERS.items()}
-    times = taken_in_turn(jobs, max(7, settings.rounds // 2), settings.device)
-    rows = [["", "peak (MiB)", "peak, in gradients", "time, in gradients", "gain at equal KL"]]
-    unit = 0
-    whole = _gain(made["update with it"][1])
-    for name, job in jobs.items():
-        job.prepare()
-        peak = peak_bytes(job.run, settings.device)
-        unit = unit or peak
-        slower = times[name].over(times["one gradient"])
-        gain = f"{_gain(made[name][1]) / whole:.5f}" if name in made else ""
-        rows.append([name, f"{peak / 2**20:.1f}", f"{peak / unit:.2f}", slower, gain])
-    return table(*rows)
-
-
-def _gain(optimizer: TrustRegionOptimizer) -> float:
-    """Return the improvement of the last step over √KL, which the step's length leaves alone."""
-    report = optimizer.last_report
-    assert report is not None
-    return report.improvement / math.sqrt(report.kl)
-
-
-def sweep(settings: Settings, axis: Axes, label: str, scenes: dict[int, Scene]) -> dict[str, float]:
-    """Draw the time of an update against one size; return the slopes of log–log.
+def main(device: str = "cpu") -> None:
+    """Write the tables that the device's page has, and its picture.
 
     Args:
-        settings: How to run.
-        axis: Where to draw.
-        label: Of the horizontal axis.
-        scenes: By size.
-
-    Returns:
-        By job, the power of the size that the time grows with.
+        device: cpu, cuda, ...
     """
-    lines: dict[str, list[float]] = {}
-    for scene in scenes.values():
-        jobs = {name: scene.update(**how) for name, how in OURS.items()}
-        jobs |= {name: scene.peer(kind) for name, kind in PEERS.items()}
-        times = taken_in_turn(jobs, max(3, settings.rounds // 3), settings.device)
-        for name, each in times.items():
-            lines.setdefault(name, []).append(each.median)
-    sizes = list(scenes)
-    for name, line in lines.items():
-        style = "o--" if name in PEERS else "o-"
-        axis.loglog(sizes, line, style, markersize=4, label=name, color=COLOURS[name])
-    axis.set_xlabel(label, fontsize=13)
-    axis.set_ylabel("seconds per update", fontsize=13)
-    axis.tick_params(labelsize=12)
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    logs = np.log(sizes)
-    return {name: float(np.polyfit(logs, np.log(line), 1)[0]) for name, line in lines.items()}
-
-
-def sweeps(settings: Settings) -> str:
-    """Draw cost against batch size, parameters and iterations; return the table of slopes."""
-    torch.manual_seed(0)
-    figure = Figure(figsize=(9, 12), layout="constrained")
-    axes = figure.subplots(3, 1)
-    device = settings.device
-    batches = [256, 1024, 4096, 16384, 65536, settings.largest_batch]
-    widths = [64, 128, 256, 512, 1024, settings.largest_hidden]
-    by_samples = {size: Scene(64, size, device) for size in batches}
-    by_width = [Scene(width, 512, device) for width in widths]
-    by_parameters = {sum(p.numel() for p in scene.parameters): scene for scene in by_width}
-    by_iterations = {n: Scene(64, 4096, device, iterations=n) for n in (5, 10, 20, 40)}
-    slopes = {
-        "samples": sweep(settings, axes[0], "samples (17–64–64–6)", by_samples),
-        "parameters": sweep(settings, axes[1], "parameters (512 samples)", by_parameters),
-        "iterations": sweep(settings, axes[2], "iterations (4096 samples)", by_iterations),
-    }
-    axes[0].legend(fontsize=12)
-    settings.folder.mkdir(exist_ok=True)
-    figure.savefig(settings.picture, dpi=120)
-    names = [*OURS, *PEERS]
-    rows = [["time grows with", *names]]
-    rows += [[size, *(f"{each[name]:.2f}" for name in names)] for size, each in slopes.items()]
-    return table(*rows)
-
-
-def alone(make: Callable[..., str], *arguments: object) -> str:
-    """Return a table that a new process makes: its memory is not as others left it."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as workers:
-        return workers.submit(make, *arguments).result()
-
-
-def main(settings: Settings) -> None:
-    """Write the page and its picture."""
-    torch.set_num_threads(settings.threads)
-    where = f"`make bench` on {settings.threads} CPU cores ({platform.machine()})"
-    on_cpu = settings.device == "cpu"
-    if not on_cpu:
-        card = torch.get_device_module(settings.device).get_device_name()
-        where = f"`benchmarks/speed.py --device {settings.device}` on one {card}"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sb3-contrib", "tianshou"))
-    page = PAGE.read_text(encoding="utf-8").format(
-        where=where,
-        versions=versions,
-        rounds=settings.rounds,
-        in_gradients=in_gradients(settings),
-        engines=engines(settings),
-        networks=networks(settings.rounds, settings.device),
-        compiled=alone(compiled, settings.rounds, settings.device),
-        beside_peers=beside_peers(settings),
-        at_defaults=alone(beside_sb3, settings.pools, settings.rounds) if on_cpu else ELSEWHERE,
-        memory=alone(memory, settings),
-        large=large_networks(threads=settings.threads) if on_cpu else ELSEWHERE,
-        slopes=sweeps(settings),
-        picture=settings.picture.name,
-    )
-    settings.picture.with_suffix(".md").write_text(page)
-    print(page)
-
-
-ELSEWHERE = "(On the page of the CPU.)"
-PAGE = Path(__file__).with_name("speed_page.md")
+    path = Path("docs/results/speed.md" if device == "cpu" else f"docs/results/speed-{device}.md")
+    wanted = {name: partial(TABLES[name], device) for name in page.marks(path)}
+    page.renew(path, wanted, THREADS)
+    torch.set_num_threads(THREADS)
+    draw(device, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    tyro.cli(main)

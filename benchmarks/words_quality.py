@@ -2,22 +2,22 @@
 
     make bench-words
 
-It writes docs/results/language-gain.md.
+Writes the table of docs/results/language-gain.md.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import page
 import torch
 import words
 from table import table
-from torch import Tensor
+from timing import putting_back
 
 from trpo_optim import TrustRegionOptimizer
 
@@ -26,23 +26,8 @@ PRODUCTS = (3, 5, 10, 20)
 PROMPTS = 32
 BEFORE, STEPS, HELD_OUT = 12, 4, 12
 """Batches whose gradients the preconditioner has seen, steps, and batches to judge them by."""
-
-PAGE = """# Language models: what a step gains
-
-This page was written by `make bench-words`. The models are the pretrained ones of
-[`words.py`](../../examples/words.py), with seed 0. A batch has 256 answers.
-
-The table shows the gain over √KL of one step with δ = 0.01. The first number is the gain on the
-batch of the step, the second the gain on {held_out} held-out batches. Both are means over {steps}
-steps from the pretrained model. *Diagonal* is `preconditioner="diagonal"`, which has seen the
-gradients of {before} batches before.
-
-{quality}
-
-A step gains five to eight times as much on its own batch as on held-out batches: the batch is
-small, and its noise is large. The preconditioner gains 2 to 8 % more on the batch of the step, and
-10 to 18 % less on held-out batches. So it is off by default.
-"""
+FOLDER = Path("runs/words")
+"""Where pretrained models are kept."""
 
 
 def batch(model: words.Llama, task: words.TaskName) -> words.Batch:
@@ -57,76 +42,55 @@ def batch(model: words.Llama, task: words.TaskName) -> words.Batch:
     return tokens, old.logits, (groups - groups.mean(1, keepdim=True)).view(-1, 1)
 
 
-def together(batches: Sequence[words.Batch]) -> Any:
-    """Return batches as one."""
-    return tuple(map(torch.cat, zip(*batches, strict=True)))
-
-
-def remembered(model: words.Llama, batches: Sequence[words.Batch]) -> dict[str, Any]:
-    """Return the state of an optimizer whose preconditioner has seen batches; nothing moves."""
-    start = [each.detach().clone() for each in model.parameters()]
-    optimizer = TrustRegionOptimizer(
-        model.parameters(), max_kl=1e-5, cg_iterations=1, preconditioner="diagonal"
-    )
-    for each in batches:
-        optimizer.step(functools.partial(words.evaluate, model, *each))
-        put_back(model, start)
-    state: dict[str, Any] = optimizer.state_dict()["state"]
-    return state
-
-
-def put_back(model: words.Llama, start: Sequence[Tensor]) -> None:
-    """Write the parameters that a model had."""
-    torch._foreach_copy_([each.detach() for each in model.parameters()], list(start))
-
-
-def quality(task: words.TaskName, folder: Path) -> list[list[str]]:
+def rows_of(task: words.TaskName) -> list[list[str]]:
     """Return a row of gains per number of products."""
-    model = words.pretrained(task, 0, 0.25, folder)
+    model = words.pretrained(task, 0, 0.25, FOLDER)
     torch.manual_seed(1)
-    start = [each.detach().clone() for each in model.parameters()]
-    state = remembered(model, [batch(model, task) for _ in range(BEFORE)])
-    held_out = together([batch(model, task) for _ in range(HELD_OUT)])
+    put_back = putting_back(list(model.parameters()))
+    optimizers: dict[str, Any] = {
+        name: TrustRegionOptimizer(
+            model.parameters(),
+            max_kl=1e-5,
+            cg_iterations=1,
+            cg_tolerance=0.0,
+            engine="Gauss-Newton",
+            preconditioner=name,
+        )
+        for name in ("none", "diagonal")
+    }
+    for each in [batch(model, task) for _ in range(BEFORE)]:
+        optimizers["diagonal"].step(partial(words.evaluate, model, *each))
+        put_back()
+    seen = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    batches = [batch(model, task) for _ in range(HELD_OUT)]
+    held_out: Any = tuple(map(torch.cat, zip(*batches, strict=True)))
     own = [batch(model, task) for _ in range(STEPS)]
     with torch.no_grad():
         before = float(words.evaluate(model, *held_out)[0])
     rows = []
     for products in PRODUCTS:
-        cells = []
-        for preconditioner in ("none", "diagonal"):
+        cells = [task, str(products)]
+        for name, optimizer in optimizers.items():
             gains = []
             for each in own:
-                optimizer = TrustRegionOptimizer(
-                    model.parameters(),
-                    max_kl=0.01,
-                    cg_iterations=products,
-                    cg_tolerance=0.0,
-                    engine="Gauss-Newton",
-                    preconditioner=preconditioner,
-                )
-                if preconditioner == "diagonal":
-                    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-                report = optimizer.step(functools.partial(words.evaluate, model, *each))
+                optimizer.load_state_dict(seen[name])
+                optimizer.param_groups[0].update(max_kl=0.01, cg_iterations=products)
+                report = optimizer.step(partial(words.evaluate, model, *each))
                 with torch.no_grad():
                     loss, kl, _ = words.evaluate(model, *held_out)
-                put_back(model, start)
+                put_back()
                 held = (before - float(loss)) / math.sqrt(float(kl))
                 gains.append((report.improvement / math.sqrt(report.kl), held))
             cells += [f"{fmean(side):.3f}" for side in zip(*gains, strict=True)]
-        rows.append([task, str(products), *cells])
+        rows.append(cells)
     return rows
 
 
-def main() -> None:
-    """Write the page."""
-    torch.set_num_threads(1)
-    folder = Path("runs/words")
-    head = ["task", "products", "own", "held out", "diagonal: own", "held out"]
-    rows = [row for task in TASKS for row in quality(task, folder)]
-    page = PAGE.format(held_out=HELD_OUT, steps=STEPS, before=BEFORE, quality=table(head, *rows))
-    Path("docs/results/language-gain.md").write_text(page, encoding="utf-8")
-    print(page)
+def gains() -> str:
+    """Return the table of gains."""
+    head = ["task", "products", "own", "held out", "diagonal: own", "diagonal: held out"]
+    return table(head, *(row for task in TASKS for row in rows_of(task)))
 
 
 if __name__ == "__main__":
-    main()
+    page.renew(Path("docs/results/language-gain.md"), {"gains": gains})

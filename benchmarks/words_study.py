@@ -4,8 +4,8 @@
 
 Every variant runs on every task with every setting of its grid and every seed. Each finished run is
 one line of runs/words/study.jsonl. If you stop the study, the same command makes only the runs that
-are missing. All variants start from the same pretrained models. At the end, it writes
-docs/results/language.md and docs/results/language.png.
+are missing. All variants start from the same pretrained models. At the end, it fills
+docs/results/language.md and draws docs/results/language.png.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from workers import pool
 
 FEW = 2
 """Seeds of the settings that only show how much a setting matters."""
+GOAL = 0.25
+"""Share of right answers that ends the pretraining."""
+PAGE = Path("docs/results/language.md")
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,12 @@ class Study:
     """names of VARIANTS"""
     seeds: int = 5
     """runs of each setting"""
-    updates: int | None = None
-    """updates of a run; None: the task's number"""
-    goal: float = 0.25
-    """share of right answers that ends the pretraining"""
     workers: int = 2
     """runs side by side, of one thread each"""
     folder: Path = Path("runs/words")
     """where runs and pretrained models are kept"""
     report: bool = False
-    """write the page of the finished runs, and run nothing"""
-    page: Path = Path("docs/results/language.md")
-    """what is written, with a picture beside it"""
+    """fill the page of the finished runs, and run nothing"""
 
     @property
     def lines(self) -> Path:
@@ -94,7 +91,7 @@ class Study:
         """Return what identifies each run, one seed after the other."""
         return [
             {"task": task, "variant": variant, VARIANTS[variant].name: value, "seed": seed}
-            | {"updates": self.updates, "goal": self.goal}
+            | {"updates": None, "goal": GOAL}
             for seed in range(self.seeds)
             for task in self.tasks
             for variant in self.variants
@@ -136,7 +133,7 @@ def make(study: Study) -> None:
         try:
             models = {(case["task"], case["seed"]) for case in missing}
             ready = [
-                workers.submit(words.pretrained, *model, study.goal, study.folder)
+                workers.submit(words.pretrained, *model, GOAL, study.folder)
                 for model in sorted(models)
             ]
             for each in ready:
@@ -150,11 +147,11 @@ def make(study: Study) -> None:
 
 
 def main(study: Study) -> None:
-    """Make the runs that are missing, and write the page."""
+    """Make the runs that are missing, and fill the page."""
     if not study.report:
         make(study)
     names = {variant: each.name for variant, each in VARIANTS.items()}
-    write(finished(study.lines), names, study.page)
+    write(finished(study.lines), names, PAGE)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,21 @@ from multiprocessing import get_context, parent_process
 import torch
 
 
-def pool(workers: int) -> ProcessPoolExecutor:
-    """Return a pool of processes of one thread each.
+def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
+    """Return a pool of processes.
 
     Should this process be killed, they end at once: left alone they would go on with runs that the
     next start makes again, and both would write the same files.
 
     Args:
         workers: How many.
+        threads: CPU threads of torch in each.
     """
-    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,))
 
 
-def _begin() -> None:
-    torch.set_num_threads(1)
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
