@@ -20,7 +20,7 @@ from unittest import mock
 import page
 import torch
 import torch.distributed as dist
-from networks import Discrete
+from costly_networks import Discrete
 from scene import ITERATIONS, Scene, mlp
 from table import percent, records, steps_of, table
 from timing import Job, taken_in_turn

@@ -20,10 +20,10 @@ from typing import Any
 import page
 import torch
 import tyro
+from costly_networks import NETWORKS, Recurrent
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from memory import peak_bytes
-from networks import NETWORKS, Recurrent
 from peers import PEERS, peer
 from real_batches import pool
 from scene import ITERATIONS, RADIUS, Scene, gain, mlp
