@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -172,18 +172,29 @@ class Comparison:
                 before = chunk.events.logits(self._outputs.logits(chunk.hidden))
                 old = before - log_sum_exp(before)[:, None]
         assert old is not None  # one of the two is kept
-        total, kl = _normalised(old, told)
+        # A chunk of a head is small enough to be differentiated as a whole.
+        whole = self._outputs.head is not None and torch.is_grad_enabled()
+        total, kl = _normalised([(old, told)] if whole else _in_pieces(old, told))
         return Compared(chosen(logits, chunk.tokens) - total, kl, told)
 
 
-def _normalised(old: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what normalises logits of events, (m, E), and their KL from old log-probabilities.
+def _in_pieces(old: Tensor, told: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(in_pieces(old), in_pieces(told), strict=True)
 
-    Some rows at a time: the passes over them then stay in the cache.
+
+def _normalised(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what normalises the logits of events, and their KL from old log-probabilities.
+
+    Args:
+        pairs: Old log-probabilities and logits of some rows, (n, E) each. Of a few rows, all passes
+            stay in the cache.
+
+    Returns:
+        Two tensors, (m,) each.
     """
     totals, kls = [], []
-    for before, now in zip(in_pieces(old), in_pieces(told), strict=True):
-        total = now.logsumexp(-1, keepdim=True)
+    for old, told in pairs:
+        total = told.logsumexp(-1, keepdim=True)
         totals.append(total[:, 0])
-        kls.append(kl_of_log_probabilities(before, now - total))
+        kls.append(kl_of_log_probabilities(old, told - total))
     return torch.cat(totals), torch.cat(kls)
