@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import page
-import train
 import tyro
-from checkpoint import comparable
 from jobs import PEER, RANDOM, gathered
 from learning import ARCHIVE, EARLIER, FOLDER, WITH_MODES, job_of
 from matplotlib.figure import Figure
@@ -36,8 +34,6 @@ COLORS = {
 }
 """By algorithm, in the order of the tables."""
 SETS = {"search": SEARCH, "held out": HELD_OUT, "all": tuple(TASKS)}
-GROUPS = {"most of MuJoCo": "Hopper-v5", "Swimmer": "Swimmer-v5", "classic control": "CartPole-v1"}
-"""The groups of tasks with settings of their own, and a task of each."""
 ENOUGH = 10
 """Seeds from which on a table has their IQM."""
 REPS = 2000
@@ -133,17 +129,6 @@ def missed(runs: Runs) -> str:
     return table(*rows)
 
 
-def settings() -> str:
-    """Return the table of trpo's settings, where they are not the example's defaults."""
-    groups = [comparable(job_of(env_id, "trpo", 0).args) for env_id in GROUPS.values()]
-    rows = [["setting", *GROUPS]]
-    for name, default in comparable(train.Args()).items():
-        values = [each[name] for each in groups]
-        if name != "env_id" and values != [default] * len(groups):
-            rows.append([f"`{name}`", *map(str, values)])
-    return table(*rows)
-
-
 def draw_curves(runs: Runs, env_ids: Sequence[str], columns: int, path: Path) -> None:
     """Draw the return of tasks by steps: the mean over the seeds, and their range."""
     shape = -(-len(env_ids) // columns), columns
@@ -165,7 +150,7 @@ def draw_curves(runs: Runs, env_ids: Sequence[str], columns: int, path: Path) ->
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supxlabel("environment steps", fontsize=13)
     figure.supylabel("return", fontsize=13)
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": 5, "frameon": False}
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": columns + 1, "frameon": False}
     figure.legend(labels.values(), labels, fontsize=12, **place)
     figure.savefig(path, dpi=100)
 
@@ -200,7 +185,6 @@ def main(folder: Path = FOLDER) -> None:
     runs = Runs(gathered(folder, ARCHIVE, job_of))
     page.fill(
         PAGE,
-        settings=settings(),
         search=per_task(runs, SEARCH),
         held_out=per_task(runs, HELD_OUT),
         across=across(runs),

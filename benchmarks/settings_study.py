@@ -3,7 +3,7 @@
     make bench-settings
 
 Killed at any moment, the same command makes only the runs that are missing. Finished runs are lines
-of docs/results/settings.jsonl.xz. At the end, it fills the table of docs/results/settings.md.
+of docs/results/settings.jsonl.xz. At the end, it fills the tables of docs/results/settings.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from statistics import fmean
 from typing import Any
 
 import page
+import train
 import tyro
+from checkpoint import comparable
 from jobs import RANDOM, Job, gathered
 from learning import ARCHIVE as RESULTS
+from learning import job_of as run_of
 from learning import play
 from learning_report import BETTER, IQM, number, with_interval
 from results import lines_of
@@ -34,6 +37,8 @@ SEEDS = range(100, 104)
 """Seeds that no other run has."""
 ARCHIVE, FOLDER = Path("docs/results/settings.jsonl.xz"), Path("runs/settings")
 PAGE = Path("docs/results/settings.md")
+GROUPS = {"most of MuJoCo": "Hopper-v5", "Swimmer": "Swimmer-v5", "classic control": "CartPole-v1"}
+"""The groups of tasks with settings of their own, and a task of each."""
 
 
 def job_of(env_id: str, name: str, seed: int, folder: Path = FOLDER) -> Job:
@@ -47,6 +52,17 @@ def job_of(env_id: str, name: str, seed: int, folder: Path = FOLDER) -> Job:
     }
     half = {each: 512 * steps // 1000 for each, steps in lengths.items()}
     return Job(env_id, name, seed, folder, replace(args, **half, **CANDIDATES[name]), pieces=1)
+
+
+def adopted() -> str:
+    """Return the table of the settings of trpo that are not the example's defaults."""
+    groups = [comparable(run_of(env_id, "trpo", 0).args) for env_id in GROUPS.values()]
+    rows = [["setting", *GROUPS]]
+    for name, default in comparable(train.Args()).items():
+        values = [each[name] for each in groups]
+        if name != "env_id" and values != [default] * len(groups):
+            rows.append([f"`{name}`", *map(str, values)])
+    return table(*rows)
 
 
 def candidates(runs: Runs) -> str:
@@ -72,11 +88,11 @@ def candidates(runs: Runs) -> str:
 
 
 def main(workers: int = 2, report: bool = False) -> None:
-    """Make the runs that are missing, and fill the table.
+    """Make the runs that are missing, and fill the tables.
 
     Args:
         workers: Runs side by side.
-        report: Fill the table of the finished runs, and run nothing.
+        report: Fill the tables of the finished runs, and run nothing.
     """
     jobs = [
         job_of(env_id, name, seed) for seed in SEEDS for name in CANDIDATES for env_id in SEARCH
@@ -84,7 +100,8 @@ def main(workers: int = 2, report: bool = False) -> None:
     if not report:
         play(jobs, ARCHIVE, workers)
     floors = [line for line in lines_of(RESULTS) if line["algorithm"] == RANDOM]
-    page.fill(PAGE, candidates=candidates(Runs([*gathered(FOLDER, ARCHIVE, job_of), *floors])))
+    runs = Runs([*gathered(FOLDER, ARCHIVE, job_of), *floors])
+    page.fill(PAGE, settings=adopted(), candidates=candidates(runs))
 
 
 if __name__ == "__main__":

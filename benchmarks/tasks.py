@@ -93,7 +93,7 @@ TASKS = {
         classic(100_000), 500, "500 (rl-zoo, TRPO)", CARTPOLE | {"n_critic_updates": 20}
     ),
     "Acrobot-v1": Task(
-        classic(100_000), -83, "-83 (rl-zoo, TRPO)", {"normalize": True, "n_steps": 1024}
+        classic(100_000), -83, "-83.1 (rl-zoo, TRPO)", {"normalize": True, "n_steps": 1024}
     ),
     "Pendulum-v1": Task(classic(100_000), -165, "-172 (rl-zoo, PPO)", PENDULUM | NOISE),
     "MountainCarContinuous-v0": Task(

@@ -20,8 +20,8 @@ from settings_study import CANDIDATES
 
 def small(folder: Path, algorithm: str) -> Job:
     job = job_of("CartPole-v1", algorithm, 0, folder)
-    lengths = {"total_steps": 4096, "anneal_steps": 4096}
-    return replace(job, args=replace(job.args, **lengths), pieces=2)
+    args = replace(job.args, total_steps=4096, anneal_steps=4096)
+    return replace(job, args=args, pieces=2)
 
 
 def lines_of(job: Job) -> list[dict[str, Any]]:

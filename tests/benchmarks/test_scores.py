@@ -41,7 +41,7 @@ def test_scores_go_from_random_actions_to_the_target() -> None:
     lines += [line("Reacher-v5", "trpo", 0, 1, -43), line("Reacher-v5", "trpo", 1, 1, -4.1)]
     lines += [line("Reacher-v5", "trpo", 2, 1, -23.55)]
     scores = Runs(lines).normalised("trpo", ["Reacher-v5"])
-    np.testing.assert_allclose(scores, [[0], [1], [0.5]])
+    np.testing.assert_allclose(scores, [[0.0], [1.0], [0.5]])
 
 
 def test_tasks_without_a_target_have_returns_but_no_score() -> None:
