@@ -22,6 +22,7 @@ import torch
 from memory import peak_bytes
 from peft import LoraConfig, get_peft_model
 from table import percent, table
+from timing import putting_back
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,14 +71,9 @@ class Problem:
                 nn.init.normal_(parameter, std=0.02)
         self.head: nn.Module = self.whole.base_model.model.lm_head
         self.parameters = [each for each in self.whole.parameters() if each.requires_grad]
-        self.start = [each.detach().clone() for each in self.parameters]
+        self.restart = putting_back(self.parameters)
         self.text = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))
         self.tokens, self.advantages = self.text[:, 1:], torch.randn(SEQUENCES)
-
-    def restart(self) -> None:
-        """Go back to the first parameters, and free memory."""
-        torch._foreach_copy_([each.detach() for each in self.parameters], self.start)
-        gc.collect()
 
     def logits(self, rows: Any) -> Tensor:
         """Return what predicts the tokens of some sequences, (n, T, V)."""
@@ -146,6 +142,7 @@ def cost() -> str:
         peaks, times = [], []
         for _ in range(2):
             problem.restart()
+            gc.collect()
             peaks.append(peak_bytes(job))
         for _ in range(ROUNDS):
             problem.restart()

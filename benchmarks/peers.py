@@ -22,7 +22,7 @@ from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
 from tianshou.algorithm.modelfree.trpo import TRPO
 from tianshou.algorithm.optim import TorchOptimizerFactory
 from tianshou.data import Batch
-from timing import Job
+from timing import Job, putting_back
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
@@ -53,27 +53,22 @@ def peer(
         warnings.simplefilter("ignore")
         made = PEERS[library](scene, None if defaults else (DAMPING, iterations))
     parameters, log_prob, update = made
-    start = [parameter.detach().clone() for parameter in scene.parameters]
-
-    @torch.no_grad()
-    def reset() -> None:
-        for parameter, value in zip(parameters, start, strict=True):
-            parameter.copy_(value)
-
-    def run() -> None:
-        with warnings.catch_warnings():  # of backtracking, and of a mean over no critic losses
-            warnings.simplefilter("ignore")
-            update()
-
-    reset()
     with torch.no_grad():
+        for theirs, ours in zip(parameters, scene.parameters, strict=True):
+            theirs.copy_(ours)
         difference = float((log_prob() - scene.old_log_prob).abs().max())
     if not difference < 1e-5:
         raise ValueError(
             f"{library} finds log-probabilities that differ by up to {difference:.2g} from the "
             "scene's; hand over the starting policy, with tanh between its layers."
         )
-    return Job(run, reset), parameters
+
+    def run() -> None:
+        with warnings.catch_warnings():  # of backtracking, and of a mean over no critic losses
+            warnings.simplefilter("ignore")
+            update()
+
+    return Job(run, putting_back(parameters)), parameters
 
 
 def _sb3(scene: Scene, solver: Solver) -> Made:

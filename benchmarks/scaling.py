@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from networks import Discrete
 from scene import ITERATIONS, Scene, mlp
-from table import percent, steps_of, table
+from table import percent, records, steps_of, table
 from timing import Job, taken_in_turn
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does not say so
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
+from trpo_optim import TrustRegionOptimizer
 from trpo_optim.distributed.fsdp import RanksInStep
 
 RANKS, ROUNDS, SAMPLES = 2, 7, 40_960
@@ -36,7 +37,7 @@ HIDDEN = (64, 256)
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {
     "trpo, 10 products": (ITERATIONS, {}),
     "trpo, 5 products": (5, {"cg_iterations": 5}),
-    "vanilla": (0, {"mode": "vanilla", "damping": None}),
+    "vanilla": (0, {"mode": "vanilla", "damping": None, "lr": 1e-3}),
 }
 """By name: the products of a step, and what the optimizer is given."""
 SHARDED = ((64, 4, 256), (256, 8, 512))
@@ -75,10 +76,11 @@ def traffic() -> str:
         scene = mlp(hidden, SAMPLES // RANKS)
         count = sum(each.numel() for each in scene.parameters)
         for name, (products, settings) in STEPS.items():
+            job = scene.update(process_group=dist.group.WORLD, **settings)
+            job.repeat()  # an optimizer's first step compares engines, too
             sizes.clear()
             with mock.patch.object(dist, "all_reduce", counted):
-                scene.update(process_group=dist.group.WORLD, **settings).repeat()
-            scene.reset()
+                job.repeat()
             vectors = products + 1
             collectives = f"{vectors} + {len(sizes) - vectors}"
             model = f"{vectors * 4 * (count + RANKS):,} + tables"
@@ -111,60 +113,54 @@ def scaling() -> str:
     return table(*rows)
 
 
-class Residual(nn.Module):
-    """A block of two layers beside its input.
-
-    Args:
-        width: Numbers that come in and go out.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the input and what the layers add."""
-        result: Tensor = inputs + self.layers(inputs)
-        return result
-
-
 def sharded() -> str:
     """Return the table of what a step costs with a policy in FSDP."""
-    said = [0.0]
+    return records(_sharded(*sizes) for sizes in SHARDED)
+
+
+def _sharded(width: int, depth: int, samples: int) -> dict[str, str]:
+    torch.manual_seed(0)
+    network = nn.Sequential()
+    for _ in range(depth):
+        layers = nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width)
+        network.append(nn.Sequential(*layers))
+        fully_shard(network[-1])
+    network.append(nn.Linear(width, 8))
+    fully_shard(network)
+    scene = Scene(Discrete(network), torch.randn(samples, width))
+    optimizer = TrustRegionOptimizer(
+        scene.parameters, process_group=dist.group.WORLD, cg_tolerance=0.0
+    )
+    closures: list[Any] = []
+
+    def renew() -> None:
+        closures[:] = [scene.closure(third=False)]
+        network.zero_grad()
+
+    step = Job(lambda: optimizer.step(closures[0]), renew)
+    gradient = Job(lambda: closures[0]()[0].backward(), renew)
+    times = taken_in_turn({"step": step, "gradient": gradient}, ROUNDS)
+    said = 0.0
     usual: Any = RanksInStep._say
 
     def timed(self: Any, own: Any) -> None:
+        nonlocal said
         start = time.perf_counter()
         usual(self, own)
-        said[0] += time.perf_counter() - start
+        said += time.perf_counter() - start
 
-    rows = [["parameters", "modules in FSDP", "step", "gradient in FSDP", "step, in gradients"]]
-    rows[0].append("share of messages")
-    for width, depth, samples in SHARDED:
-        torch.manual_seed(0)
-        blocks = [Residual(width) for _ in range(depth)]
-        network = nn.Sequential(*blocks, nn.Linear(width, 8))
-        for block in blocks:
-            fully_shard(block)
-        fully_shard(network)
-        scene = Scene(Discrete(network), torch.randn(samples, width))
-        closure = scene.closure(third=False)
-        jobs = {
-            "step": scene.update(third=False, process_group=dist.group.WORLD, damping=None),
-            "gradient": Job(lambda: closure()[0].backward(), network.zero_grad),  # noqa: B023 (run here)
-        }
-        times = taken_in_turn(jobs, ROUNDS)
-        with mock.patch.object(RanksInStep, "_say", timed):
-            said[0], start = 0.0, time.perf_counter()
-            jobs["step"].repeat()
-            share = said[0] / (time.perf_counter() - start)
-        seconds = (f"{times[name].median:.3g} s" for name in jobs)
-        count = steps_of(sum(each.numel() for each in scene.parameters))
-        ratio = times["step"].over(times["gradient"])
-        rows.append([count, str(depth + 1), *seconds, ratio, percent(share)])
-    return table(*rows)
+    start = time.perf_counter()
+    with mock.patch.object(RanksInStep, "_say", timed):
+        step.repeat()
+    share = said / (time.perf_counter() - start)
+    return {
+        "parameters": steps_of(sum(each.numel() for each in scene.parameters)),
+        "modules in FSDP": str(depth + 1),
+        "step": f"{times['step'].median:.3g} s",
+        "gradient in FSDP": f"{times['gradient'].median:.3g} s",
+        "step, in gradients": times["step"].over(times["gradient"]),
+        "share of messages": percent(share),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import agent
 import gymnasium as gym
 import torch
 import train
-from timing import Job
+from timing import Job, putting_back
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -44,14 +44,14 @@ class Scene:
         advantages: Tensor | None = None,
     ) -> None:
         self.policy, self.observations = policy, observations
+        self.parameters = list(policy.parameters())  # FSDP gathers them as soon as the policy runs
+        self.reset = putting_back(self.parameters)
         with torch.no_grad():
             old = policy(observations)
             self.actions = old.sample() if actions is None else actions
             self.old_log_prob = old.log_prob(self.actions)
         noise = torch.randn_like(self.old_log_prob)
         self.advantages = noise if advantages is None else advantages
-        self.parameters = list(policy.parameters())
-        self._start = [parameter.detach().clone() for parameter in self.parameters]
 
     def closure(
         self, rows: Any = slice(None), *, third: bool = True, sampled: bool = False
@@ -79,15 +79,9 @@ class Scene:
 
         return closure
 
-    def reset(self) -> None:
-        """Put the starting weights back, in place."""
-        with torch.no_grad():
-            for parameter, start in zip(self.parameters, self._start, strict=True):
-                parameter.copy_(start)
-
     def gradient(self, micro_batches: int = 1) -> Job:
         """Evaluate the closure and differentiate its loss: the unit of costs, if in one piece."""
-        closures = [self.closure(rows) for rows in self._parts(micro_batches)]
+        closures = self._closures(micro_batches, third=True)
 
         def differentiate() -> None:
             for closure in closures:
@@ -107,7 +101,7 @@ class Scene:
             **settings: Of the optimizer, besides those of ``SOLVER``.
         """
         optimizer = TrustRegionOptimizer(self.parameters, **(SOLVER | settings))
-        closures = [self.closure(rows, third=third) for rows in self._parts(micro_batches)]
+        closures = self._closures(micro_batches, third=third)
         part = None
         if share < 1:
             part = self.closure(slice(int(share * len(self.observations))), third=third)
@@ -126,9 +120,11 @@ class Scene:
         objective = Objective(self.closure(rows, **how), vector, Transaction(vector))
         return second_order(objective, gradient=gradient)
 
-    def _parts(self, micro_batches: int) -> list[slice]:
+    def _closures(self, micro_batches: int, *, third: bool) -> list[Closure]:
+        self.reset()  # whose policy is the old one
         size = len(self.observations) // micro_batches
-        return [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
+        parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
+        return [self.closure(rows, third=third) for rows in parts]
 
 
 def mlp(hidden: int, samples: int, device: str = "cpu") -> Scene:

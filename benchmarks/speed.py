@@ -108,10 +108,11 @@ def networks(device: str) -> str:
         scene = Scene(make().to(device), torch.rand(shape, device=device))
         jobs = {"gradient": scene.gradient()}
         jobs |= {column: scene.update(**each) for column, each in how.items()}
-        twin = copy.deepcopy(scene)
         if make is not Recurrent:  # torch does not compile recurrence
-            twin.policy.compile()
-            jobs[compiled] = twin.update()
+            twin = copy.deepcopy(scene.policy)
+            batch = scene.observations, scene.actions, scene.advantages
+            jobs[compiled] = Scene(twin, *batch).update()
+            twin.compile()
         times = taken_in_turn(jobs, ROUNDS, device)
         faster = times.pop(compiled).over(times["default"]) if compiled in times else "–"
         row = {"network": name, "gradient (ms)": ms(times["gradient"])}
@@ -146,7 +147,8 @@ def by_default(scene: Scene) -> Job:
     valid = torch.ones_like(scene.advantages[:, None], dtype=torch.bool)
     unread: dict[str, Any] = dict.fromkeys(each.name for each in fields(SinglePathBatch))
     rows = {"observations": scene.observations[:, None], "actions": scene.actions[:, None]}
-    batch = SinglePathBatch(**unread | rows | {"rewards": valid * 0.0, "valid": valid})
+    rows |= {"rewards": valid * 0.0, "valid": valid}
+    batch = SinglePathBatch(**unread | rows | {"info": {}})
     advantages = scene.advantages[:, None]
     return Job(lambda: optimizer.step(policy_closure(scene.policy, batch, advantages)), scene.reset)
 

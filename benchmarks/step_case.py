@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from real_batches import Pool
 from scene import ITERATIONS, RADIUS, Scene
+from scipy.optimize import brentq
 from timing import Job
 from torch import Tensor
 
@@ -89,26 +90,12 @@ class Case:
         return self._kl(_length(direction, product) * direction) / RADIUS
 
     def gains(self, direction: Tensor) -> Gains:
-        """Scale a direction until the KL on its own batch is the radius; return the gains there.
-
-        Args:
-            direction: Of the step, of any length.
-
-        Returns:
-            The gains on both batches.
-
-        Raises:
-            RuntimeError: If no such length is found.
-        """
+        """Return the gains at the length with which the KL on the own batch is the radius."""
         direction = direction.float()
-        scale = _length(direction, self.product)
-        for _ in range(40):
-            kl = self._kl(scale * direction)
-            if abs(kl / RADIUS - 1) < 1e-3:
-                break
-            scale *= math.sqrt(RADIUS / kl)
-        else:
-            raise RuntimeError(f"A direction has a KL of {kl:g} after 40 trials, not of {RADIUS}.")
+        high = _length(direction, self.product)
+        while self._kl(high * direction) < RADIUS:
+            high *= 2
+        scale = brentq(lambda t: self._kl(t * direction) - RADIUS, 0.0, high, rtol=1e-4)
         own, held_out = (
             start - self._at(scale * direction, judge)[0]
             for start, judge in zip(self._start, self._judges, strict=True)

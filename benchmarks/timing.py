@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ def taken_in_turn(jobs: Mapping[str, Job], rounds: int, device: str = "cpu") -> 
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Times(each) for name, each in seconds.items()}
+
+
+def putting_back(parameters: Sequence[Tensor]) -> Callable[[], None]:
+    """Return what writes the present values of parameters into them again."""
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, value in zip(parameters, start, strict=True):
+            parameter.copy_(value)
+
+    return put_back
 
 
 def _wait(device: str) -> None:

@@ -8,7 +8,6 @@ Writes the table of docs/results/language-gain.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ import page
 import torch
 import words
 from table import table
-from torch import Tensor
+from timing import putting_back
 
 from trpo_optim import TrustRegionOptimizer
 
@@ -43,16 +42,11 @@ def batch(model: words.Llama, task: words.TaskName) -> words.Batch:
     return tokens, old.logits, (groups - groups.mean(1, keepdim=True)).view(-1, 1)
 
 
-def put_back(model: words.Llama, start: Sequence[Tensor]) -> None:
-    """Write the parameters that a model had."""
-    torch._foreach_copy_([each.detach() for each in model.parameters()], list(start))
-
-
 def rows_of(task: words.TaskName) -> list[list[str]]:
     """Return a row of gains per number of products."""
     model = words.pretrained(task, 0, 0.25, FOLDER)
     torch.manual_seed(1)
-    start = [each.detach().clone() for each in model.parameters()]
+    put_back = putting_back(list(model.parameters()))
     optimizers: dict[str, Any] = {
         name: TrustRegionOptimizer(
             model.parameters(),
@@ -66,7 +60,7 @@ def rows_of(task: words.TaskName) -> list[list[str]]:
     }
     for each in [batch(model, task) for _ in range(BEFORE)]:
         optimizers["diagonal"].step(partial(words.evaluate, model, *each))
-        put_back(model, start)
+        put_back()
     seen = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     batches = [batch(model, task) for _ in range(HELD_OUT)]
     held_out: Any = tuple(map(torch.cat, zip(*batches, strict=True)))
@@ -84,7 +78,7 @@ def rows_of(task: words.TaskName) -> list[list[str]]:
                 report = optimizer.step(partial(words.evaluate, model, *each))
                 with torch.no_grad():
                     loss, kl, _ = words.evaluate(model, *held_out)
-                put_back(model, start)
+                put_back()
                 held = (before - float(loss)) / math.sqrt(float(kl))
                 gains.append((report.improvement / math.sqrt(report.kl), held))
             cells += [f"{fmean(side):.3f}" for side in zip(*gains, strict=True)]
