@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from rliable import library, metrics
 from scores import Array, Runs
-from table import steps_of, table
+from table import records, steps_of
 from tasks import HELD_OUT, SEARCH, TASKS
 
 PAGE = Path("docs/results/learning.md")
@@ -41,18 +41,15 @@ REPS = 2000
 IQM, BETTER = metrics.aggregate_iqm, metrics.probability_of_improvement
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Return a mean return, in words."""
+    if value is None:
+        return "–"
     return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def two_places(value: float) -> str:
-    """Return a score or a probability, in words."""
-    return f"{value:.2f}"
-
-
 def with_interval(
-    measure: Callable[..., Any], *scores: Array, form: Callable[[float], str] = two_places
+    measure: Callable[..., Any], *scores: Array, form: Callable[[float], str] = "{:.2f}".format
 ) -> str:
     """Return a measure of scores, (seeds, tasks) each, with its 95 % interval, if there are any."""
     if not all(each.size for each in scores):
@@ -66,25 +63,22 @@ def with_interval(
 
 def per_task(runs: Runs, env_ids: Sequence[str]) -> str:
     """Return the table of some tasks."""
-    head = ["task", "steps", "algorithm", "seeds", "mean", "IQM", "mean, sampled"]
-    rows = [[*head, "published", "target"]]
-    for env_id in env_ids:
-        task = TASKS[env_id]
-        target = "–" if task.target is None else number(task.target)
-        for algorithm in (each for each in COLORS if runs.common(each, among=[env_id])):
-            scores = runs.returns(algorithm, [env_id])
-            rows.append(
-                [
-                    *(env_id, steps_of(task.args.total_steps), algorithm, str(len(scores))),
-                    with_interval(np.mean, scores, form=number),
-                    with_interval(
-                        IQM, scores if len(scores) >= ENOUGH else scores[:0], form=number
-                    ),
-                    number(runs.final(env_id, algorithm, "sampled").mean()),
-                    *(task.published, target),
-                ]
-            )
-    return table(*rows)
+    return records(
+        {
+            "task": env_id,
+            "steps": steps_of(TASKS[env_id].args.total_steps),
+            "algorithm": algorithm,
+            "seeds": len(scores),
+            "mean": with_interval(np.mean, scores, form=number),
+            "IQM": with_interval(IQM, scores, form=number) if len(scores) >= ENOUGH else "–",
+            "mean, sampled": number(runs.mean(env_id, algorithm, "sampled")),
+            "published": TASKS[env_id].published,
+            "target": number(TASKS[env_id].target),
+        }
+        for env_id in env_ids
+        for algorithm in COLORS
+        if len(scores := runs.returns(algorithm, [env_id]))
+    )
 
 
 def own(runs: Runs) -> str:
@@ -94,39 +88,39 @@ def own(runs: Runs) -> str:
 
 def across(runs: Runs) -> str:
     """Return the table over the tasks that two algorithms share."""
-    head = ["", "tasks", "number of tasks", "runs of each", "IQM", "IQM of the other"]
-    rows = [[*head, "probability of improvement", "the same, sampled"]]
-    ours = own(runs)
+    ours, rows = own(runs), []
     for other in (each for each in COLORS if each != ours):
         sets: dict[tuple[str, ...], str] = {}  # by tasks, each once
         for name, among in SETS.items():
             sets.setdefault(tuple(runs.common(ours, other, among=among)), name)
         for env_ids, name in sets.items():
-            if not env_ids:
-                continue
             pair = [runs.returns(each, env_ids) for each in (ours, other)]
             sampled = [runs.returns(each, env_ids, "sampled") for each in (ours, other)]
-            rows.append(
-                [
-                    *(f"{ours} over {other}", name, str(len(env_ids))),
-                    " and ".join(str(len(each)) for each in pair),
-                    with_interval(IQM, runs.normalised(ours, env_ids)),
-                    with_interval(IQM, runs.normalised(other, env_ids)),
-                    with_interval(BETTER, *pair),
-                    with_interval(BETTER, *sampled),
-                ]
-            )
-    return table(*rows)
+            if env_ids:
+                row = {
+                    "": f"{ours} over {other}",
+                    "tasks": f"{name} ({len(env_ids)})",
+                    "runs of each": " and ".join(str(len(each)) for each in pair),
+                    "IQM": with_interval(IQM, runs.normalised(ours, env_ids)),
+                    "IQM of the other": with_interval(IQM, runs.normalised(other, env_ids)),
+                    "probability of improvement": with_interval(BETTER, *pair),
+                    "the same, sampled": with_interval(BETTER, *sampled),
+                }
+                rows.append(row)
+    return records(rows)
 
 
 def missed(runs: Runs) -> str:
     """Return the table of the tasks on which the mean is below the target."""
-    rows = [["task", "mean", "target", f"mean of {PEER}"]]
-    for env_id, target in runs.missed(own(runs)).items():
-        peer = runs.final(env_id, PEER)
-        theirs = number(peer.mean()) if len(peer) else "–"
-        rows.append([env_id, number(runs.final(env_id, own(runs)).mean()), number(target), theirs])
-    return table(*rows)
+    return records(
+        {
+            "task": env_id,
+            "mean": number(runs.mean(env_id, own(runs))),
+            "target": number(target),
+            f"mean of {PEER}": number(runs.mean(env_id, PEER)),
+        }
+        for env_id, target in runs.missed(own(runs)).items()
+    )
 
 
 def draw_curves(runs: Runs, env_ids: Sequence[str], columns: int, path: Path) -> None:
@@ -190,7 +184,7 @@ def main(folder: Path = FOLDER) -> None:
         across=across(runs),
         missed=missed(runs),
     )
-    trained = runs.common(own(runs))
+    trained = [env_id for env_id in TASKS if any((env_id, each) in runs.runs for each in COLORS)]
     draw_curves(runs, trained, 3, PAGE.with_name("learning.png"))
     draw_curves(runs, WITH_MODES, 2, PAGE.with_name("modes.png"))
     draw_profiles(runs, PAGE.with_name("profiles.png"))

@@ -17,7 +17,7 @@ from learning_report import PAGE
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
-from table import table
+from table import records
 from timing import Job, taken_in_turn
 
 from trpo_optim.rollouts import SinglePathBatch
@@ -83,16 +83,16 @@ def simulator(env_id: str) -> Parts:
 
 def loops() -> str:
     """Return the table of whole loops on one core."""
-    rows: list[list[str]] = []
+    rows = []
     for env_id, count in CASES:
         parts = {**simulator(env_id), **ours(env_id, count), **theirs(env_id, count)}
         times = taken_in_turn({name: Job(part) for name, part in parts.items()}, ROUNDS)
-        medians = [times[name].median for name in parts]
-        cells = [f"{1e3 * each:.0f}" for each in medians]
-        ratio = sum(medians[3:]) / sum(medians[1:3])
-        rows = rows or [["task", "environments", *parts, "ratio"]]
-        rows.append([env_id, str(count), *cells, f"{ratio:.2f}"])
-    return table(*rows)
+        ms = {name: 1e3 * times[name].median for name in parts}
+        _, collect, improve, *others = ms.values()
+        figures = {name: f"{each:.0f}" for name, each in ms.items()}
+        ratio = f"{sum(others) / (collect + improve):.2f}"
+        rows.append({"task": env_id, "environments": count, **figures, "ratio": ratio})
+    return records(rows)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ class Runs:
         runs = self.runs.get((env_id, algorithm), {})
         return np.array([fmean(run[-1][kind]) for run in runs.values()])
 
+    def mean(self, env_id: str, algorithm: str, kind: str = "deterministic") -> float | None:
+        """Return the mean over the seeds; None without runs."""
+        returns = self.final(env_id, algorithm, kind)
+        return float(returns.mean()) if len(returns) else None
+
     def curves(self, env_id: str, algorithm: str) -> tuple[Array, Array]:
         """Return steps, (P,), and every seed's mean returns, (S, P)."""
         runs = [*self.runs[env_id, algorithm].values()]
@@ -61,10 +66,11 @@ class Runs:
     def missed(self, algorithm: str) -> dict[str, float]:
         """Return the targets that the mean of an algorithm misses."""
         return {
-            env_id: target
-            for env_id in self.common(algorithm)
-            if (target := TASKS[env_id].target) is not None
-            and self.final(env_id, algorithm).mean() < target
+            env_id: task.target
+            for env_id, task in TASKS.items()
+            if (mean := self.mean(env_id, algorithm)) is not None
+            and task.target is not None
+            and mean < task.target
         }
 
 

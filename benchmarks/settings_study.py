@@ -24,7 +24,7 @@ from learning import play
 from learning_report import BETTER, IQM, number, with_interval
 from results import lines_of
 from scores import Runs
-from table import table
+from table import records
 from tasks import SEARCH, TASKS
 
 TODAY = "today"
@@ -56,35 +56,32 @@ def job_of(env_id: str, name: str, seed: int, folder: Path = FOLDER) -> Job:
 
 def adopted() -> str:
     """Return the table of the settings of trpo that are not the example's defaults."""
-    groups = [comparable(run_of(env_id, "trpo", 0).args) for env_id in GROUPS.values()]
-    rows = [["setting", *GROUPS]]
-    for name, default in comparable(train.Args()).items():
-        values = [each[name] for each in groups]
-        if name != "env_id" and values != [default] * len(groups):
-            rows.append([f"`{name}`", *map(str, values)])
-    return table(*rows)
+    groups = {name: comparable(run_of(env_id, "trpo", 0).args) for name, env_id in GROUPS.items()}
+    return records(
+        {"setting": f"`{setting}`", **{name: each[setting] for name, each in groups.items()}}
+        for setting, default in comparable(train.Args()).items()
+        if setting != "env_id" and any(each[setting] != default for each in groups.values())
+    )
 
 
 def candidates(runs: Runs) -> str:
     """Return the table of the candidates that have runs."""
-    head = ["candidate", "runs", *SEARCH, "IQM", f"improvement over {TODAY}"]
-    rows = [[*head, "CPU s of a run"]]
+    rows = []
     for name in CANDIDATES:
-        finals = [runs.final(env_id, name) for env_id in SEARCH]
         env_ids = runs.common(name, TODAY, among=SEARCH)
+        made = [run[-1] for each in env_ids for run in runs.runs[each, name].values()]
         pair = [runs.returns(each, env_ids) for each in (name, TODAY)]
-        cpu = [run[-1]["cpu"] for each in env_ids for run in runs.runs[each, name].values()]
-        if env_ids:
-            rows.append(
-                [
-                    *(name, str(sum(map(len, finals)))),
-                    *(number(each.mean()) if len(each) else "–" for each in finals),
-                    with_interval(IQM, runs.normalised(name, env_ids)),
-                    "–" if name == TODAY else with_interval(BETTER, *pair),
-                    f"{fmean(cpu):.0f}",
-                ]
-            )
-    return table(*rows)
+        if made:
+            row = {
+                "candidate": name,
+                "runs": len(made),
+                **{env_id: number(runs.mean(env_id, name)) for env_id in SEARCH},
+                "IQM": with_interval(IQM, runs.normalised(name, env_ids)),
+                f"improvement over {TODAY}": with_interval(BETTER, *pair) if name != TODAY else "–",
+                "CPU s of a run": round(fmean(line["cpu"] for line in made)),
+            }
+            rows.append(row)
+    return records(rows)
 
 
 def main(workers: int = 2, report: bool = False) -> None:
