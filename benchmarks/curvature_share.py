@@ -108,13 +108,7 @@ def _relative(trials: np.ndarray) -> Relative:
 
 
 def row(size: int, count: int, by_policy: dict[str, Relative]) -> dict[str, str]:
-    """Return one row of the table.
-
-    Args:
-        size: Of the own batch.
-        count: How many of its rows the products were taken on.
-        by_policy: What they gained.
-    """
+    """Return the table's row of products on so many rows of a batch of a size."""
     worst = min(by_policy, key=lambda name: by_policy[name].held_out)
     held_out, noise, own, first_kl = np.mean(list(by_policy.values()), 0)
     return {

@@ -97,13 +97,7 @@ def make(env_id: str, updates: int, rollouts: int) -> Pool:
 
 
 def pool(env_id: str, updates: int, rollouts: int = ROLLOUTS) -> Pool:
-    """Return a pool. One that is missing is made, which can take minutes.
-
-    Args:
-        env_id: The Gymnasium environment.
-        updates: Of the policy.
-        rollouts: Of the pool.
-    """
+    """Return a pool. One that is missing is made, which can take minutes."""
     path = FOLDER / f"{env_id}__{updates}__{rollouts}.pool"
     if not path.exists():
         with workers.pool(1) as process:

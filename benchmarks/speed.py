@@ -83,7 +83,6 @@ def in_gradients(device: str) -> str:
         rounds = ROUNDS * (3 if samples <= 256 else 1)
         jobs = {name: scene.update(**each) for name, each in how.items()}
         times = taken_in_turn({"gradient": scene.gradient(), **jobs}, rounds, device)
-        scene.reset()
         alone = {"gradient": Job(scene.gradient().run)}  # a reset would end the products' graphs
         for name, third in (("product without", False), ("product with it", True)):
             model = scene.model(third=third)
@@ -215,12 +214,7 @@ def large_networks(device: str) -> str:
 
 
 def draw(device: str, path: Path) -> None:
-    """Draw the time of an update against batch size, parameters and iterations.
-
-    Args:
-        device: Where the policies are.
-        path: Where the picture goes.
-    """
+    """Draw the time of an update against batch size, parameters and iterations."""
     figure = Figure(figsize=(9, 12), layout="constrained")
     sweeps: dict[str, list[tuple[int, Scene, int]]] = {
         "samples (17–64–64–6)": [(size, mlp(64, size, device), ITERATIONS) for size in BATCHES],

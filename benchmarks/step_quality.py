@@ -90,12 +90,7 @@ def best_of_dense(gains: dict[str, Gains]) -> float:
 
 
 def draw(means: dict[int, dict[str, Gains]], path: Path) -> None:
-    """Draw both gains against the dense solve's damping, and the held-out one against products.
-
-    Args:
-        means: The gains by the rollouts of the own batch and by the direction.
-        path: Where the picture goes.
-    """
+    """Draw both gains against the dense solve's damping, and the held-out one against products."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (size, gains) in zip(("C0", "C1"), means.items(), strict=True):

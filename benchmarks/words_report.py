@@ -139,13 +139,7 @@ def draw(tasks: Mapping[str, Runs], path: Path) -> None:
 
 
 def write(lines: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: Path) -> None:
-    """Write the tables of the page, and its picture.
-
-    Args:
-        lines: Finished runs.
-        names: The name of each variant's setting.
-        path: The page; the picture has its name.
-    """
+    """Fill a page with the tables of finished runs, and draw the picture beside it."""
     tasks = grouped(lines, names)
     page.fill(path, variants=compared(tasks), settings=by_setting(tasks))
     draw(tasks, path.with_suffix(".png"))
