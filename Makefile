@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo smollm test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning format clean
+.PHONY: demo smollm test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning bench-settings format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/advanced/demo.py
@@ -46,13 +46,14 @@ bench-language: .venv-recipes/installed ## memory and time of a language model's
 bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_study.py
 
-bench-learning: .venv/bench ## learning curves beside sb3-contrib (hours; goes on where it stopped); writes docs/results/learning.md
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms trpo random
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms sb3-contrib --seeds 3
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py --algorithms natural vanilla --seeds 3 \
-		--environments HalfCheetah-v5 Hopper-v5 Walker2d-v5 Swimmer-v5
+bench-learning: .venv/bench ## learning curves beside sb3-contrib (days; goes on where it stopped); fills docs/results/learning.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning_report.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/loop.py
+
+bench-settings: .venv/bench ## candidates for the settings of learning (hours; goes on where it stopped); fills docs/results/settings.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/settings_study.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -44,23 +44,15 @@ def returns_of(
 
 
 def returns_at_random(envs: SyncVectorEnv, seed: int) -> list[float]:
-    """Return the returns of uniformly random actions, which score 0; the environments are closed.
-
-    Args:
-        envs: The environments.
-        seed: Of the run.
-
-    Returns:
-        One number an episode.
-    """
+    """Return the returns of uniformly random actions; the environments are closed."""
     envs.action_space.seed(seed)
-    returns = _returns(envs, lambda _: torch.as_tensor(envs.action_space.sample()), seed)
+    returns = _returns(envs, lambda _: torch.as_tensor(envs.action_space.sample()), seed, "cpu")
     envs.close()
     return returns
 
 
 def _returns(
-    envs: SyncVectorEnv, policy: Callable[[Tensor], Any], seed: int, device: str = "cpu"
+    envs: SyncVectorEnv, policy: Callable[[Tensor], Any], seed: int, device: str
 ) -> list[float]:
     start = first_start(seed)
     batch = single_path(envs, policy, episodes=EPISODES, seed=start, device=device)

@@ -1,12 +1,11 @@
-"""Learning curves of this package's modes and of sb3-contrib's TRPO, job by job.
+"""Learning curves of this package's modes and of sb3-contrib's TRPO, run by run.
 
     make bench-learning
 
-A job is one environment, algorithm and seed. It is advanced in pieces, side by side with others;
-after each piece the policy is evaluated and one line of JSON written to runs/learning. Killed at
-any moment, the same command goes on from the last finished piece of every job; jobs that
-docs/results/results.jsonl.xz holds are finished. benchmarks/learning_report.py makes
-docs/results/learning.md of the lines.
+Runs are made in pieces, side by side with others. After each piece the policy is evaluated and one
+line of JSON written to runs/learning. Killed at any moment, the same command goes on from the last
+finished piece of every run; runs that docs/results/results.jsonl.xz holds are finished.
+benchmarks/learning_report.py fills docs/results/learning.md.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,84 +23,101 @@ import agent
 import train
 import tyro
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from jobs import SB3, SETTINGS, Job, changes_of
-from results import ARCHIVE, pieces_of, unpacked
+from jobs import PEER, RANDOM, Job
+from results import Line, by_run, lines_of
 from sb3_contrib import TRPO
-from scores import ALGORITHMS
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+from tasks import ADOPTED, TASKS, VANILLA_LR
 from tqdm import tqdm
 from workers import pool
 
+ARCHIVE, FOLDER = Path("docs/results/results.jsonl.xz"), Path("runs/learning")
+EARLIER = "trpo, earlier settings"
+"""What the runs are called that are without ``ADOPTED``."""
+WITH_MODES = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")
+WITH_ZOO = tuple(env_id for env_id, task in TASKS.items() if task.zoo)
+RUNS = {
+    "trpo": (10, tuple(TASKS)),
+    RANDOM: (5, tuple(TASKS)),
+    PEER: (3, WITH_ZOO),
+    "natural": (3, WITH_MODES),
+    "vanilla": (3, WITH_MODES),
+}
+"""How many seeds of each algorithm run, and on which tasks."""
 RESTART = 1_000_000
 """How far apart the random seeds of a run's pieces are; evaluations have those in between."""
 
 
+def job_of(env_id: str, algorithm: str, seed: int, folder: Path = FOLDER) -> Job:
+    """Return a run of the benchmark."""
+    args = replace(TASKS[env_id].args, env_id=env_id, seed=seed)
+    if algorithm != EARLIER:
+        args = replace(args, **ADOPTED)
+    if algorithm == "natural":
+        args = replace(args, mode="natural")
+    if algorithm == "vanilla":
+        args = replace(args, mode="vanilla", lr=VANILLA_LR)
+    return Job(env_id, algorithm, seed, folder, args, 1 if algorithm == RANDOM else 10)
+
+
 def advance(job: Job, piece: int) -> None:
     """Train one piece further, evaluate, and write the line of it."""
-    steps = job.total_steps * (piece + 1) // job.pieces
-    start = time.perf_counter()
-    if job.algorithm == "sb3-contrib":
-        result = _sb3(job, steps, piece)
-    elif job.algorithm == "random":
-        result = _random(job, steps)
-    else:
-        result = _ours(job, steps)
-    job.record(piece, {**result, "seconds": round(time.perf_counter() - start, 1)})
+    steps = job.args.total_steps * (piece + 1) // job.pieces
+    start = time.process_time()
+    result = {PEER: _peer, RANDOM: _random}.get(job.algorithm, _own)(job, steps, piece)
+    job.record({**result, "cpu": round(time.process_time() - start, 1)})
 
 
-def _random(job: Job, steps: int) -> dict[str, Any]:
-    envs = agent.make_envs(replace(job.args(steps), num_envs=EPISODES))
-    returns = returns_at_random(envs, job.seed)
+def _random(job: Job, steps: int, _: int) -> Line:
+    returns = returns_at_random(agent.make_envs(replace(job.args, num_envs=EPISODES)), job.seed)
     return {"steps": steps, "sampled": returns, "deterministic": returns}
 
 
-def _ours(job: Job, steps: int) -> dict[str, Any]:
+def _own(job: Job, steps: int, _: int) -> Line:
+    once = 10**9  # a checkpoint at the end of the piece
+    args = replace(job.args, run_dir=job.folder / job.name, resume=True, checkpoint_every=once)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        run = train.train(job.args(steps))
-    envs = agent.make_envs(replace(run.args, num_envs=EPISODES))
-    return {"steps": run.step, **returns_of(envs, run.act, job.seed)}
+        run = train.train(replace(args, total_steps=steps))
+    if run.step > steps:
+        raise SystemExit(
+            f"{args.folder()} is at step {run.step}, and {job.lines} has no line of the piece that "
+            f"ends at step {steps}. Move both away, and the run begins anew."
+        )
+    envs = agent.make_envs(replace(args, num_envs=EPISODES))
+    returns = returns_of(envs, run.act, job.seed)
+    return {"steps": run.step, "training": run.recent_return(), **returns}
 
 
-def _sb3(job: Job, steps: int, done: int) -> dict[str, Any]:
+def _peer(job: Job, steps: int, piece: int) -> Line:
     folder = job.folder / job.name
     folder.mkdir(parents=True, exist_ok=True)
     envs = make_vec_env(job.env_id, n_envs=2, seed=job.seed)
-    settings = {"normalize": False, "gamma": 0.99} | SB3[job.env_id]
+    settings = {"normalize": False, "gamma": 0.99} | (TASKS[job.env_id].zoo or {})
     scaled = settings.pop("normalize")
-    if done:
-        normalised = VecNormalize.load(str(folder / f"{done}.pkl"), envs)
-        model = TRPO.load(folder / f"{done}.zip", normalised, device="cpu")
-        model.set_random_seed(RESTART * done + job.seed)  # loading set that of the start again
+    if piece:
+        normalised = VecNormalize.load(str(folder / f"{piece}.pkl"), envs)
+        model = TRPO.load(folder / f"{piece}.zip", normalised, device="cpu")
+        model.set_random_seed(RESTART * piece + job.seed)  # loading set that of the start again
     else:
-        normalised = VecNormalize(
-            envs, norm_obs=scaled, norm_reward=scaled, gamma=settings["gamma"]
-        )
+        scaling = {"norm_obs": scaled, "norm_reward": scaled, "gamma": settings["gamma"]}
+        normalised = VecNormalize(envs, **scaling)
         model = TRPO("MlpPolicy", normalised, seed=job.seed, device="cpu", **settings)
     model.learn(steps - model.num_timesteps, reset_num_timesteps=False)
-    model.save(folder / f"{done + 1}.zip")
-    normalised.save(str(folder / f"{done + 1}.pkl"))
-    judged = VecNormalize(
-        make_vec_env(job.env_id, n_envs=1, seed=first_start(job.seed)),
-        training=False,
-        norm_obs=scaled,
-        norm_reward=False,
-    )
+    model.save(folder / f"{piece + 1}.zip")
+    normalised.save(str(folder / f"{piece + 1}.pkl"))
+    starts = make_vec_env(job.env_id, n_envs=1, seed=first_start(job.seed))
+    judged = VecNormalize(starts, training=False, norm_obs=scaled, norm_reward=False)
     if scaled:
         judged.obs_rms = normalised.obs_rms
-    returns = {
-        name: evaluate_policy(
-            model,
-            judged,
-            EPISODES,
-            deterministic=deterministic,
-            callback=_new_noise if model.use_sde else None,
-            return_episode_rewards=True,
-        )[0]
-        for name, deterministic in (("sampled", False), ("deterministic", True))
+    noise = _new_noise if model.use_sde else None
+    how = {"callback": noise, "return_episode_rewards": True}
+    return {
+        "steps": model.num_timesteps,
+        "sampled": evaluate_policy(model, judged, EPISODES, deterministic=False, **how)[0],
+        "deterministic": evaluate_policy(model, judged, EPISODES, **how)[0],
     }
-    return {"steps": model.num_timesteps, **returns}
 
 
 def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
@@ -110,86 +126,49 @@ def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
         now["model"].policy.reset_noise()
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which jobs to run."""
-
-    environments: tuple[str, ...] = tuple(SETTINGS)
-    """the tasks; sb3-contrib takes those that it has published settings for"""
-    algorithms: tuple[str, ...] = ("trpo",)
-    """trpo, natural, vanilla, sb3-contrib, random"""
-    seeds: int = 5
-    """runs of each"""
-    first_seed: int = 0
-    """the first of their seeds"""
-    pieces: int = 10
-    """evaluations of each run"""
-    workers: int = 2
-    """runs side by side"""
-    folder: Path = Path("runs/learning")
-    """where lines and checkpoints go"""
-    changes: dict[str, float] | None = None
-    """settings to change, for a study: --changes max_kl 0.02"""
+def finish(job: Job) -> None:
+    """Make the pieces of a run that are not finished."""
+    for piece in range(job.done(), job.pieces):
+        advance(job, piece)
 
 
-def main(settings: Settings) -> None:
-    """Advance all jobs to their ends.
+def play(jobs: Sequence[Job], archive: Path, workers: int) -> None:
+    """Make the runs that are not in an archive, or the rest of them, so many side by side."""
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
+    archived = by_run(lines_of(archive))
+    for job in jobs:
+        for line in archived.get(job.name, [])[-1:]:
+            job.require_own(line, archive)
+    left = [job for job in jobs if job.name not in archived and job.done() < job.pieces]
+    with pool(workers) as processes:
+        runs = [processes.submit(finish, job) for job in left]
+        try:
+            done, total = len(jobs) - len(left), len(jobs)
+            for run in tqdm(
+                as_completed(runs), initial=done, total=total, unit="run", disable=False
+            ):
+                run.result()
+        finally:
+            processes.shutdown(cancel_futures=True)  # after a failure, start no further run
+
+
+def main(only: str = "", workers: int = 2, folder: Path = FOLDER) -> None:
+    """Make the runs that are not finished.
 
     Args:
-        settings: Which.
-
-    Raises:
-        SystemExit: If a name is not known, a study's runs would get into the archive, or changes
-            cannot be made.
+        only: Part of the names of the runs to make, such as Hopper-v5__trpo; all by default.
+        workers: Runs side by side.
+        folder: Where lines and checkpoints go.
     """
-    study = settings.changes is not None or settings.first_seed != Settings().first_seed
-    if study and settings.folder.resolve() == Settings().folder.resolve():
-        raise SystemExit(
-            "--changes and --first-seed make a study's runs, and those of "
-            f"{settings.folder} go into {ARCHIVE}: give --folder another."
-        )
-    for wanted, known in (
-        (settings.environments, tuple(SETTINGS)),
-        (settings.algorithms, (*ALGORITHMS, "random")),
-    ):
-        if unknown := sorted(set(wanted) - set(known)):
-            raise SystemExit(f"{', '.join(unknown)}: not known here. There are {', '.join(known)}.")
-    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    if not study:
-        unpacked(ARCHIVE, settings.folder)
-    changes = changes_of(settings.changes or {}, settings.algorithms)
     jobs = [
-        Job(
-            env_id, algorithm, seed, settings.folder, pieces_of(algorithm, settings.pieces), changes
-        )
-        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
-        for algorithm in settings.algorithms
-        for env_id in settings.environments
-        if algorithm != "sb3-contrib" or env_id in SB3
+        job_of(env_id, algorithm, seed, folder)
+        for seed in range(max(seeds for seeds, _ in RUNS.values()))
+        for algorithm, (seeds, env_ids) in RUNS.items()
+        for env_id in env_ids
+        if seed < seeds
     ]
-    begun = [(job, job.done()) for job in jobs]
-    waiting = deque((job, done) for job, done in begun if done < job.pieces)
-    running: dict[Future[None], tuple[Job, int]] = {}
-    total = sum(job.pieces for job in jobs)
-    finished = sum(done for _, done in begun)
-    with (
-        pool(settings.workers) as workers,
-        tqdm(total=total, initial=finished, unit="piece", disable=False) as progress,
-    ):
-        while waiting or running:
-            while waiting and len(running) < settings.workers:
-                job, piece = waiting.popleft()
-                running[workers.submit(advance, job, piece)] = job, piece
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                job, piece = running.pop(future)
-                future.result()
-                progress.update()
-                progress.set_postfix_str(job.name)
-                if piece + 1 < job.pieces:
-                    waiting.appendleft((job, piece + 1))
+    play([job for job in jobs if only in job.name], ARCHIVE, workers)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    tyro.cli(main)

@@ -1,49 +1,53 @@
-"""The whole training loop beside sb3-contrib's at equal settings, and where its time goes."""
+"""The whole training loop beside sb3-contrib's at equal settings, and where its time goes.
+
+    make bench-learning
+
+It fills the last table of docs/results/learning.md.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import gymnasium as gym
-import normaliser
-import torch
+import page
 import train
+from learning_report import PAGE
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
-from table import table
+from table import records
 from timing import Job, taken_in_turn
 
 from trpo_optim.rollouts import SinglePathBatch
 
-BATCH = 2048
-"""Environment steps of an update."""
+BATCH, ROUNDS = 2048, 9
+"""Environment steps of an update, and timed updates."""
+CASES = [(name, n) for name in ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1") for n in (2, 8)]
+
+Parts = dict[str, Callable[[], object]]
+"""Parts of an update by the heads of their columns, in the order in which they run."""
 
 
-def ours(env_id: str, count: int) -> dict[str, Job]:
-    """Return the example's loop in parts: collecting, the policy's step, critic and scaling."""
+def ours(env_id: str, count: int) -> Parts:
+    """Return the example's loop in two parts."""
     run = train.new_run(train.Args(env_id=env_id, num_envs=count, batch_size=BATCH, max_kl=0.05))
-    last: list[SinglePathBatch] = []
-    targets: list[torch.Tensor] = []
+    batches: list[SinglePathBatch] = []
 
-    def collect() -> None:
-        last[:] = [train.collect(run)]
-
-    def step() -> None:
-        targets[:] = [train.improve_policy(run, last[0])[1]]
-
-    def fit() -> None:
-        train.fit_critic(run, last[0], targets[0])
-        normaliser.follow(run, last[0].flat(last[0].observations))
+    def improve() -> None:
+        train.improve(run, batches.pop())
         run.update += 1
 
-    return {"collect": Job(collect), "policy": Job(step), "critic": Job(fit)}
+    return {
+        "collect (ms)": lambda: batches.append(train.collect(run)),
+        "policy and critic (ms)": improve,
+    }
 
 
-def theirs(env_id: str, count: int) -> dict[str, Job]:
-    """Return sb3-contrib's in two: collecting, and policy and critic together."""
+def theirs(env_id: str, count: int) -> Parts:
+    """Return sb3-contrib's loop in two parts."""
     envs = VecNormalize(make_vec_env(env_id, count))
-    actions = math.prod(envs.action_space.shape or ())
     model = TRPO(
         "MlpPolicy",
         envs,
@@ -51,18 +55,18 @@ def theirs(env_id: str, count: int) -> dict[str, Job]:
         batch_size=128,
         n_critic_updates=20,
         cg_max_steps=10,
-        target_kl=0.05 / actions,  # it averages over the action's dimensions
+        target_kl=0.05 / math.prod(envs.action_space.shape or ()),  # it averages over dimensions
         device="cpu",
     )
     _, callback = model._setup_learn(10**9)
-    buffer, length = model.rollout_buffer, BATCH // count
+    rollout = callback, model.rollout_buffer, BATCH // count
     return {
-        "their collect": Job(lambda: model.collect_rollouts(envs, callback, buffer, length)),
-        "their train": Job(model.train),
+        "sb3-contrib: collect (ms)": lambda: model.collect_rollouts(envs, *rollout),
+        "sb3-contrib: policy and critic (ms)": model.train,
     }
 
 
-def simulator(env_id: str) -> dict[str, Job]:
+def simulator(env_id: str) -> Parts:
     """Return the environment's own share of collecting, by random actions."""
     env = gym.make(env_id).unwrapped
     env.reset(seed=0)
@@ -74,37 +78,22 @@ def simulator(env_id: str) -> dict[str, Job]:
             if env.step(action)[2]:
                 env.reset()
 
-    return {"simulator": Job(step)}
+    return {"simulator (ms)": step}
 
 
-def loop_table(rounds: int) -> str:
-    """Return the table of whole loops on one core.
+def loops() -> str:
+    """Return the table of whole loops on one core."""
+    rows = []
+    for env_id, count in CASES:
+        parts = {**simulator(env_id), **ours(env_id, count), **theirs(env_id, count)}
+        times = taken_in_turn({name: Job(part) for name, part in parts.items()}, ROUNDS)
+        ms = {name: 1e3 * times[name].median for name in parts}
+        _, collect, improve, *others = ms.values()
+        figures = {name: f"{each:.0f}" for name, each in ms.items()}
+        ratio = f"{sum(others) / (collect + improve):.2f}"
+        rows.append({"task": env_id, "environments": count, **figures, "ratio": ratio})
+    return records(rows)
 
-    Args:
-        rounds: Timed updates of each.
 
-    Returns:
-        Markdown.
-    """
-    torch.set_num_threads(1)
-    head = ["task", "environments", "simulator (ms)"]
-    head += ["collect (ms)", "policy (ms)", "critic and scaling (ms)"]
-    head += ["sb3-contrib: collect (ms)", "sb3-contrib: policy and critic (ms)"]
-    rows = [[*head, "trpo_optim (steps/s)", "sb3-contrib (steps/s)", "ratio"]]
-    for env_id in ("Hopper-v5", "HalfCheetah-v5", "CartPole-v1"):
-        for count in (2, 8):
-            jobs = {**simulator(env_id), **ours(env_id, count), **theirs(env_id, count)}
-            times = {name: each.median for name, each in taken_in_turn(jobs, rounds).items()}
-            mine = times["collect"] + times["policy"] + times["critic"]
-            other = times["their collect"] + times["their train"]
-            rows.append(
-                [
-                    env_id,
-                    str(count),
-                    *(f"{1e3 * each:.0f}" for each in times.values()),
-                    f"{BATCH / mine:.0f}",
-                    f"{BATCH / other:.0f}",
-                    f"{other / mine:.2f}",
-                ]
-            )
-    return table(*rows)
+if __name__ == "__main__":
+    page.renew(PAGE, {"loop": loops})

@@ -1,104 +1,116 @@
-"""The jobs of the learning benchmark: lines of other settings or lengths are refused."""
+"""The runs of the learning benchmark: other settings are refused, finished ones are kept."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CLASSIC_TASKS, MUJOCO_TASKS, SB3, SETTINGS, Job, changes_of
+from jobs import PEER, RANDOM, Job, gathered
+from results import by_run, lines_of
+from tasks import HELD_OUT, SEARCH, TASKS
 
 
-def job(folder: Path, algorithm: str = "trpo", env_id: str = "CartPole-v1") -> Job:
-    return Job(env_id, algorithm, 0, folder, 10)
+def job_of(env_id: str, algorithm: str, seed: int, folder: Path = Path("nowhere")) -> Job:
+    return Job(env_id, algorithm, seed, folder, replace(TASKS[env_id].args, seed=seed), pieces=2)
 
 
-def write(job: Job, steps: list[int], changes: dict[str, Any] | None = None) -> None:
-    settings = {**job.settings(), **(changes or {})}
-    lines = [json.dumps({"steps": each, "settings": settings}) for each in steps]
-    job.lines.write_text("\n".join(lines) + "\n")
+def play(job: Job, pieces: int = 2) -> None:
+    for piece in range(pieces):
+        job.record({"steps": 1000 * (piece + 1), "deterministic": [1.5]})
 
 
-@pytest.mark.parametrize("algorithm", ["trpo", "natural", "vanilla", "sb3-contrib"])
+def changed(job: Job, **changes: Any) -> None:
+    """Write the job's lines again, with other settings."""
+    lines = [json.loads(line) for line in job.lines.read_text().splitlines()]
+    lines = [{**line, "settings": line["settings"] | changes} for line in lines]
+    job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("algorithm", ["trpo", PEER, RANDOM])
 def test_finished_pieces_are_counted(tmp_path: Path, algorithm: str) -> None:
-    own = job(tmp_path, algorithm)
-    assert own.done() == 0
-    write(own, [9216, 19456, 30720])  # as whole updates come out
-    assert own.done() == 3
-
-
-def test_lines_of_other_settings_are_refused(tmp_path: Path) -> None:
-    own, peer = job(tmp_path), job(tmp_path, "sb3-contrib", "HalfCheetah-v5")
-    write(own, [9216], {"max_kl": 0.5})
-    with pytest.raises(SystemExit, match=r"max_kl 0\.5 -> 0\.03"):
-        own.done()
-    write(peer, [100_352], {"use_sde": True})
-    with pytest.raises(SystemExit, match="use_sde True -> None"):
-        peer.done()
-
-
-def test_lines_of_before_a_setting_stand_for_its_default(tmp_path: Path) -> None:
-    own = job(tmp_path)
-    settings = own.settings()
-    del settings["anneal_start"]
-    own.lines.write_text(json.dumps({"steps": 9216, "settings": settings}) + "\n")
-    assert own.done() == 1
-
-
-def test_lines_of_longer_or_shorter_pieces_are_refused(tmp_path: Path) -> None:
-    own = job(tmp_path)
-    write(own, [9216, 19456])
-    with pytest.raises(SystemExit, match="2 pieces, where 20 pieces of 100000 steps make 10000"):
-        replace(own, pieces=20).done()
-    with pytest.raises(SystemExit, match="10 pieces of 200000 steps make 40000"):
-        replace(own, changes=(("total_steps", 200_000),)).done()
-
-
-def test_a_piece_takes_the_place_of_what_is_at_its_own_or_after(tmp_path: Path) -> None:
-    own = job(tmp_path)
-    for piece, steps in enumerate([9216, 19456, 30720]):
-        own.record(piece, {"steps": steps})
-    own.record(1, {"steps": 20480})
-    lines = [json.loads(line) for line in own.lines.read_text().splitlines()]
-    assert [line["steps"] for line in lines] == [9216, 20480]
-    assert own.done() == 2
-
-
-def test_a_policy_that_is_further_than_its_piece_is_not_taken_for_it(tmp_path: Path) -> None:
-    own = job(tmp_path)
-    with pytest.raises(SystemExit, match=r"100352 steps in 1 pieces.* move away the folder"):
-        own.record(0, {"steps": 100_352})
-    assert not own.lines.exists()
-
-
-def test_every_task_of_the_peer_is_one_of_ours_and_none_is_in_both_sets() -> None:
-    assert not MUJOCO_TASKS.keys() & CLASSIC_TASKS.keys()
-    assert SB3.keys() <= SETTINGS.keys()
-    assert all(args.env_id == env_id for env_id, args in SETTINGS.items())
-
-
-def test_changes_are_whole_where_settings_are() -> None:
-    changes = changes_of({"max_kl": 1.0, "anneal_steps": 5e5, "per_dimension": 0}, ["natural"])
-    assert changes == (("max_kl", 1.0), ("anneal_steps", 500_000), ("per_dimension", 0))
-    assert [type(value) for _, value in changes] == [float, int, int]
+    job = job_of("CartPole-v1", algorithm, 3, tmp_path)
+    assert job.done() == 0
+    job.record({"steps": 1000})
+    assert job.done() == 1
+    job.record({"steps": 2000})
+    assert job.done() == 2
+    lines = [json.loads(line) for line in job.lines.read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [1000, 2000]
+    assert [line["seed"] for line in lines] == [3, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [job.lines.name]  # no half files
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "algorithm", "words"),
+    ("algorithm", "changes", "words"),
     [
-        ("max_lk", 0.01, "trpo", "max_lk: no number"),
-        ("mode", 1.0, "trpo", "mode: no number"),
-        ("seed", 12, "trpo", "seed: every run has its own"),
-        ("num_envs", math.inf, "trpo", "num_envs inf: it is a finite number"),
-        ("num_envs", 0.5, "trpo", "num_envs 0.5: it is a whole number"),
-        ("max_kl", 0.01, "sb3-contrib", "leave out sb3-contrib"),
+        ("trpo", {"max_kl": 0.5}, r"max_kl 0\.5 -> 0\.03"),
+        ("trpo", {"total_steps": 9}, "total_steps 9 -> 100000"),
+        ("trpo", {"gone": 3}, "gone 3 -> None"),
+        (PEER, {"use_sde": True}, "use_sde True -> None"),
+        (RANDOM, {"pieces": 1}, "pieces 1 -> 2"),
     ],
 )
-def test_changes_that_no_run_would_heed_are_refused(
-    name: str, value: float, algorithm: str, words: str
+def test_lines_of_other_settings_are_refused(
+    tmp_path: Path, algorithm: str, changes: dict[str, Any], words: str
 ) -> None:
+    job = job_of("CartPole-v1", algorithm, 0, tmp_path)
+    play(job)
+    changed(job, **changes)
+    with pytest.raises(SystemExit, match=rf"{words}\)\. Go on with the same ones, or"):
+        job.done()
+
+
+def test_lines_of_before_a_setting_stand_for_its_default(tmp_path: Path) -> None:
+    job = job_of("CartPole-v1", "trpo", 0, tmp_path)
+    settings = job.settings()
+    del settings["reuse"]
+    job.lines.write_text(json.dumps({"settings": settings}) + "\n")
+    assert job.done() == 1
+
+
+def test_finished_runs_go_into_the_archive_and_others_stay_out(tmp_path: Path) -> None:
+    archive = tmp_path / "all.jsonl.xz"
+    play(job_of("CartPole-v1", "trpo", 0, tmp_path / "there"))
+    play(job_of("CartPole-v1", "trpo", 1, tmp_path / "there"), pieces=1)
+    play(job_of("Acrobot-v1", RANDOM, 0, tmp_path / "here"))
+    gathered(tmp_path / "there", archive, job_of)
+    lines = gathered(tmp_path / "here", archive, job_of)
+    assert lines == lines_of(archive)
+    runs = by_run(lines)
+    assert list(runs) == ["Acrobot-v1__random__0", "CartPole-v1__trpo__0"]
+    assert [line["steps"] for line in runs["CartPole-v1__trpo__0"]] == [1000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "is not the run that"), ({"max_kl": 0.5}, r"xz was made .*max_kl 0\.5 -> 0\.03")],
+)
+def test_an_archive_stays_as_it_is_if_a_run_does_not_fit(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    archive = tmp_path / "all.jsonl.xz"
+    job = job_of("CartPole-v1", "trpo", 0, tmp_path / "runs")
+    play(job)
+    before = gathered(tmp_path / "runs", archive, job_of)
+    if changes:  # a new run, or that of the archive otherwise
+        job = job_of("CartPole-v1", "trpo", 1, tmp_path / "runs")
+        play(job)
+        changed(job, **changes)
+    else:
+        job.lines.write_text(job.lines.read_text().replace("1.5", "2.5"))
     with pytest.raises(SystemExit, match=words):
-        changes_of({name: value}, ["trpo", algorithm])
+        gathered(tmp_path / "runs", archive, job_of)
+    assert lines_of(archive) == before
+
+
+def test_without_an_archive_there_is_nothing(tmp_path: Path) -> None:
+    assert lines_of(tmp_path / "none.xz") == []
+
+
+def test_every_task_is_searched_or_held_out() -> None:
+    assert sorted(SEARCH + HELD_OUT) == sorted(TASKS)
+    assert len(TASKS) == 17
+    assert not set(SEARCH) & set(HELD_OUT)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scores import TARGETS, Runs
+from scores import Runs
+from tasks import TASKS
 
 
 def line(
@@ -36,40 +37,44 @@ def test_the_final_policy_counts_and_not_the_best_of_the_curve() -> None:
 
 
 def test_scores_go_from_random_actions_to_the_target() -> None:
-    target = TARGETS["Reacher-v5"][0]
     lines = [line("Reacher-v5", "random", seed, 1, -44 + seed) for seed in (0, 2)]  # mean -43
-    lines += [line("Reacher-v5", "trpo", 0, 1, -43), line("Reacher-v5", "trpo", 1, 1, target)]
-    scores = Runs(lines).normalised("trpo", ["Reacher-v5"], "deterministic")
-    np.testing.assert_allclose(scores, [[0], [1]])
+    lines += [line("Reacher-v5", "trpo", 0, 1, -43), line("Reacher-v5", "trpo", 1, 1, -4.1)]
+    lines += [line("Reacher-v5", "trpo", 2, 1, -23.55)]
+    scores = Runs(lines).normalised("trpo", ["Reacher-v5"])
+    np.testing.assert_allclose(scores, [[0.0], [1.0], [0.5]])
 
 
-def test_two_algorithms_are_compared_on_the_tasks_of_both() -> None:
-    lines = [line(env_id, "random", 0, 1, 0) for env_id in ("Hopper-v5", "Ant-v5")]
-    lines += [line(env_id, "trpo", 0, 1, 100) for env_id in ("Hopper-v5", "Ant-v5")]
-    lines += [line("Ant-v5", "sb3-contrib", seed, 1, 50) for seed in range(3)]
-    pairs = Runs(lines).pairs()
-    assert list(pairs) == ["sb3-contrib"]
-    assert pairs["sb3-contrib"]["trpo"].shape == (1, 1)
-    assert pairs["sb3-contrib"]["sb3-contrib"].shape == (3, 1)
+def test_tasks_without_a_target_have_returns_but_no_score() -> None:
+    tasks = ("Pusher-v5", "Hopper-v5")
+    lines = [line(env_id, "random", 0, 1, 0) for env_id in tasks]
+    lines += [line(env_id, "trpo", 0, 1, 3400) for env_id in tasks]
+    runs = Runs(lines)
+    assert runs.returns("trpo", tasks).shape == (1, 2)
+    np.testing.assert_allclose(runs.normalised("trpo", tasks), [[1]])
+    assert not runs.normalised("trpo", ["Pusher-v5"]).size
+
+
+def test_algorithms_are_compared_on_the_tasks_that_all_have() -> None:
+    lines = [line(env_id, "trpo", 0, 1, 100) for env_id in ("Hopper-v5", "Ant-v5")]
+    lines += [line("Ant-v5", "sb3-contrib", 0, 1, 50)]
+    runs = Runs(lines)
+    assert runs.common("trpo") == ["Hopper-v5", "Ant-v5"]
+    assert runs.common("trpo", "sb3-contrib") == ["Ant-v5"]
+    assert runs.common("trpo", among=["Hopper-v5", "Swimmer-v5"]) == ["Hopper-v5"]
+    assert runs.common("natural") == []
 
 
 def test_of_every_task_as_many_seeds_count_as_the_one_with_the_fewest_has() -> None:
-    tasks = ("Hopper-v5", "Ant-v5")
-    lines = [line(env_id, "random", 0, 1, 0) for env_id in tasks]
-    lines += [line("Hopper-v5", "trpo", seed, 1, 100 * seed) for seed in range(5)]
+    lines = [line("Hopper-v5", "trpo", seed, 1, 100 * seed) for seed in range(5)]
     lines += [line("Ant-v5", "trpo", seed, 1, 10 * seed) for seed in range(3)]
-    scores = Runs(lines).normalised("trpo", list(tasks), "deterministic")
-    wanted = [
-        [100 * seed / TARGETS["Hopper-v5"][0], 10 * seed / TARGETS["Ant-v5"][0]]
-        for seed in range(3)
-    ]
-    np.testing.assert_allclose(scores, wanted)
+    returns = Runs(lines).returns("trpo", ["Hopper-v5", "Ant-v5"], "sampled")
+    np.testing.assert_allclose(returns, [[0, 0], [50, 5], [100, 10]])
 
 
 def test_a_task_is_missed_where_the_mean_is_below_the_target() -> None:
-    target = TARGETS["Ant-v5"][0]
+    target = TASKS["Ant-v5"].target
+    assert target is not None
     lines = [line("Ant-v5", "trpo", seed, 1, target - 20 + 10 * seed) for seed in range(4)]
-    lines += [line("Ant-v5", "sb3-contrib", seed, 1, 600 + 20 * seed) for seed in range(2)]
-    lines += [line("Reacher-v5", "trpo", 0, 1, -7)]  # sb3-contrib has none of it
-    lines += [line("Hopper-v5", "trpo", 0, 1, TARGETS["Hopper-v5"][0])]
-    assert Runs(lines).missed() == {"Ant-v5": (target - 5, 610), "Reacher-v5": (-7, None)}
+    lines += [line("Hopper-v5", "trpo", 0, 1, 3400), line("Pusher-v5", "trpo", 0, 1, -1000)]
+    lines += [line("Swimmer-v5", "vanilla", 0, 1, 0)]
+    assert Runs(lines).missed("trpo") == {"Ant-v5": target}
