@@ -58,9 +58,3 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=100)
-
-
-def pong_part(_: Path) -> str:
-    """Return Pong's section, as it is, for a report that writes the whole page anew."""
-    text = PAGE.read_text("utf-8")
-    return text[text.index("## Pong\n") : text.index("## How the settings were found\n")]
