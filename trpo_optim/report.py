@@ -193,8 +193,7 @@ class StepReport:
             preconditioner: the factor of D.
         backtracks: Further trials of the line search after the first, typically 0 or 1. They
             include a longer trial, and the trial that ``lr`` below 1 takes.
-        trial_loss: The closure's first value at the last trial. Of several closures, a trial
-            evaluates no further ones once its KL is above ``max_kl``.
+        trial_loss: The closure's first value at the last trial.
         trial_kl: The closure's KL at the last trial, in nats.
         trial_largest_kl: The largest KL of a sample at the last trial, in nats, or NaN.
         closure_evaluations: Calls of all closures of the step, typically 2 or 3 after the first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -103,13 +102,8 @@ class Batch(Protocol):
             None if it is the batch's own.
         """
 
-    def values(self, most: float = math.inf) -> Numbers:
-        """Return the values where the parameters now are.
-
-        Args:
-            most: The largest KL that matters, in nats. Beyond it, the values may be those of a part
-                of the batch.
-        """
+    def values(self) -> Numbers:
+        """Return the values where the parameters now are."""
 
     def probe(self) -> Numbers | None:
         """Return the values where the parameters now are, or None if they have none there."""

@@ -107,11 +107,9 @@ def take_step(
         kl=0.5 * length * length * direction.curvature,
     )
 
-    most = settings.max_kl if mode.radius_is_held else None
-
     def attempt(scale: float) -> Trial:
         parameters.move(step, scale)
-        values = batch.values(math.inf if most is None else most)
+        values = batch.values()
         improvement = sign * (values.loss - model.loss)
         return Trial(values.loss, values.kl, improvement, values.largest_kl)
 

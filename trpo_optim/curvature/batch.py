@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -101,28 +100,21 @@ class Batch:
         return sum(part.evaluations for part in [*self.parts, *own])
 
     def concluded(self, report: StepReport) -> StepReport:
-        """Return the report of the step that was taken on this, with its evaluations counted."""
-        return replace(report, closure_evaluations=self.evaluations)
-
-    def values(self, most: float = math.inf) -> Numbers:
-        """Return the loss and the KL where the parameters now are, without a graph.
+        """Return the report of the step that was taken on this, its evaluations counted.
 
         Args:
-            most: The largest KL that matters, in nats. Where some parts bring the mean above it, no
-                further ones are evaluated, and all means are over these parts.
+            report: Without them.
         """
-        found, total = list[Numbers](), 0.0
-        for part, weight in zip(self.parts, self.weights, strict=True):
+        return replace(report, closure_evaluations=self.evaluations)
+
+    def values(self) -> Numbers:
+        """Return the loss and the KL where the parameters now are, without a graph."""
+        found = []
+        for part in self.parts:
             with blaming(part.name):
                 found.append(part.values())
-            total += weight * found[-1].kl
-            if total > most:
-                break
         losses, kls, largest = zip(*found, strict=True)
-        weights = self.weights if total <= most else shares(self.weights[: len(found)])
-        return Numbers(
-            weighted_mean(weights, losses), weighted_mean(weights, kls), largest_of(largest)
-        )
+        return Numbers(self._mean(losses), self._mean(kls), largest_of(largest))
 
     def probe(self) -> Numbers | None:
         """Return the values where the parameters now are, or None if the closure raises there."""
@@ -191,7 +183,11 @@ class Batch:
         return bool(self._choice["one_sided"])
 
     def learn_sides(self, *, one_serves: bool) -> None:
-        """Note whether further steps may look at one side alone."""
+        """Note what a step found of both sides, or of one.
+
+        Args:
+            one_serves: Whether further steps may look at one side alone.
+        """
         self._choice["one_sided"] = one_serves
 
     def _dear(self) -> str:

@@ -94,13 +94,11 @@ class SharedBatch:
         whole = self._vector.fsdp is None
         return nullcontext() if whole else sums_over_parts(self._vector, self._reduction)
 
-    def values(self, most: float = math.inf) -> Numbers:
-        """Return the values where the parameters now are, as ``Batch.values`` does."""
-        share = self._shares[self._reduction.rank]
-        own_most = math.inf if self._vector.fsdp or not share else most / share
+    def values(self) -> Numbers:
+        """Return the loss and the KL where the parameters now are, without a graph."""
 
         def work() -> list[float]:
-            return [0.0] * 3 if self._own is None else _row(self._own.values(own_most))
+            return [0.0] * 3 if self._own is None else _row(self._own.values())
 
         rows = self._reduction.rows(work, 3)
         losses, kls, largest = zip(*(rows[rank] for rank in self._present), strict=True)
