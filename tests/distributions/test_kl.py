@@ -63,7 +63,8 @@ def test_kls_of_categoricals_can_be_mapped_over_a_further_dimension() -> None:
     logits[..., 1] = -math.inf
 
     def kl(old: Tensor, new: Tensor) -> Tensor:
-        return joint_kl(*(td.Categorical(logits=each, validate_args=False) for each in (old, new)))
+        dists = [td.Categorical(logits=each, validate_args=False) for each in (old, new)]
+        return joint_kl(dists[0], dists[1])
 
     one_by_one = torch.stack([kl(*each) for each in zip(*logits, strict=True)])
     torch.testing.assert_close(torch.vmap(kl)(*logits), one_by_one)
