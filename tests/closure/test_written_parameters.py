@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from micro_batches import on_rows
 from problems import Problem, gaussian
 from torch import Tensor, nn
 
@@ -49,6 +50,30 @@ def test_a_parameter_clamped_through_data_takes_the_step_of_one_clamped_in_place
             moved.clamp_(-5, 0.31)
         vectors.append(problem.vector())
     torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["trpo", "natural"])
+def test_what_the_closure_of_the_curvature_writes_is_no_part_of_the_step(mode: str) -> None:
+    ends = []
+    for writes in (False, True):
+        problem = gaussian()
+        log_std = problem.policy.get_parameter("log_std")
+        start, values = log_std.detach().clone(), on_rows(problem, slice(0, 4))
+
+        def curvature(
+            writes: bool = writes, log_std: Any = log_std, start: Any = start, values: Any = values
+        ) -> Any:
+            if writes:
+                log_std.data.clamp_(min=start)
+            return values()
+
+        optimizer = problem.optimizer(mode=mode, max_kl=1e-4, damping=1e-2)
+        report = optimizer.step(problem.closure, curvature=curvature)
+        assert report.accepted
+        assert report.kl > 2 * report.predicted_kl  # so that the part is evaluated at the end
+        assert (log_std < start).all()
+        ends.append(problem.vector())
+    assert torch.equal(*ends)
 
 
 class Drawing(torch.autograd.Function):

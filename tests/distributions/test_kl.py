@@ -57,6 +57,19 @@ def test_the_kl_of_a_frozen_copy_is_zero(name: str) -> None:
     assert kl.item() == pytest.approx(0, abs=1e-14)
 
 
+def test_kls_of_categoricals_can_be_mapped_over_a_further_dimension() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    logits[..., 1] = -math.inf
+
+    def kl(old: Tensor, new: Tensor) -> Tensor:
+        dists = [td.Categorical(logits=each, validate_args=False) for each in (old, new)]
+        return joint_kl(dists[0], dists[1])
+
+    one_by_one = torch.stack([kl(*each) for each in zip(*logits, strict=True)])
+    torch.testing.assert_close(torch.vmap(kl)(*logits), one_by_one)
+
+
 def test_parts_are_joint_and_elements_averaged() -> None:
     old, new = pair(FAMILIES["dict (Dict)"])
     expected = torch.stack([kl_divergence(old[key], new[key]) for key in old]).sum(0)

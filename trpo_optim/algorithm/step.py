@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -117,9 +117,14 @@ def take_step(
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
-    parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
-    if mode.curved and _is_surprising(search, prediction, model, batch):
+
+    def kl_of_curvature() -> float | None:
+        parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
+        return batch.kl_of_curvature()
+
+    if mode.curved and _is_surprising(search, prediction, model, kl_of_curvature):
         batch.doubt()
+    parameters.move(step, search.scale)  # undoes what an evaluation wrote
     change = parameters.change()
     figures["rounded_away"] = _lost_share(change, step)
     if search.outcome is Outcome.ACCEPTED:
@@ -201,7 +206,12 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _is_surprising(search: Search, prediction: Prediction, model: LocalModel, batch: Batch) -> bool:
+def _is_surprising(
+    search: Search,
+    prediction: Prediction,
+    model: LocalModel,
+    kl_of_curvature: Callable[[], float | None],
+) -> bool:
     """Return whether the KL that products are taken of is far from the predicted one."""
     predicted = search.scale**2 * prediction.kl
 
@@ -212,7 +222,7 @@ def _is_surprising(search: Search, prediction: Prediction, model: LocalModel, ba
 
     if not is_far(search.trial.kl - model.kl):
         return False
-    own = batch.kl_of_curvature()  # of other samples, whose mean may be another
+    own = kl_of_curvature()  # of other samples, whose mean may be another
     return own is None or is_far(own)
 
 

@@ -32,7 +32,7 @@ from trpo_optim.distributions.precision import (
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.torch_private import kl_of_bases, kl_rule
 
-__all__ = ["kl_of_family", "kl_of_log_probabilities"]
+__all__ = ["kl_of_family"]
 
 _WITHOUT_CLOSED_FORM = (
     "Use sampled_kl(old_log_prob, new_log_prob) on the batch's own actions instead, and return the "
@@ -121,26 +121,9 @@ def _has_own_kl(dist: Distribution) -> bool:
 def _categorical_kl(old: Categorical, new: Categorical) -> Tensor:
     """Return the KL; infinite where the new policy rules out what the old one does."""
     old, new = at_least_single(old), at_least_single(new)
-    if not (given_by_probabilities(old) or given_by_probabilities(new)):
-        return kl_of_log_probabilities(old.logits, new.logits)
     out = old.probs == 0
     change = _log_probabilities(old, out) - _log_probabilities(new, out)
     return old.probs.mul(change).sum(-1)
-
-
-def kl_of_log_probabilities(old: Tensor, new: Tensor) -> Tensor:
-    """Return Σ p (ln p − ln q) over the last dimension, in which p = 0 adds nothing.
-
-    Args:
-        old: ln p, normalised.
-        new: ln q, normalised.
-    """
-    chances = old.exp()
-    kl = chances.mul(old - new).sum(-1)
-    if not kl.isnan().any():
-        return kl
-    out = chances == 0  # times infinity is no number
-    return chances.mul(old.masked_fill(out, 0) - new.masked_fill(out, 0)).sum(-1)
 
 
 def _log_probabilities(dist: Categorical, out: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from trpo_optim.distributions.kl import kl_of_log_probabilities
 from trpo_optim.distributions.parts import require_valid
 from trpo_optim.distributions.precision import widened
 from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
@@ -196,5 +195,20 @@ def _normalised(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     for old, told in pairs:
         total = told.logsumexp(-1, keepdim=True)
         totals.append(total[:, 0])
-        kls.append(kl_of_log_probabilities(old, told - total))
+        kls.append(_kl_of_log_probabilities(old, told - total))
     return torch.cat(totals), torch.cat(kls)
+
+
+def _kl_of_log_probabilities(old: Tensor, new: Tensor) -> Tensor:
+    """Return Σ p (ln p − ln q) over the last dimension, in which p = 0 adds nothing.
+
+    Args:
+        old: ln p, normalised.
+        new: ln q, normalised.
+    """
+    chances = old.exp()
+    kl = chances.mul(old - new).sum(-1)
+    if not kl.isnan().any():
+        return kl
+    out = chances == 0  # times infinity is no number
+    return chances.mul(old.masked_fill(out, 0) - new.masked_fill(out, 0)).sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,8 +63,8 @@ def token_log_prob(
 
 
 def in_pieces(rows: Tensor) -> Sequence[Tensor]:
-    """Return a tensor, (m, V), in pieces of rows that several passes are fast on."""
-    size = max(1, _PIECE.get(rows.device.type, 2**26) // max(1, rows.shape[-1]))
+    """Return a tensor, (m, …), in pieces of rows that several passes are fast on."""
+    size = max(1, _most(rows) // max(1, math.prod(rows.shape[1:])))
     pieces: tuple[Tensor, ...] = rows.split(size)
     return pieces
 
@@ -72,9 +73,14 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     """Return ``logits.logsumexp(-1)``, a few rows at a time."""
     if logits.dim() < 2 or not len(logits):
         return logits.logsumexp(-1)
-    if logits.dim() > 2:
+    if logits.dim() > 2 and math.prod(logits.shape[1:]) > _most(logits):
         return torch.stack([log_sum_exp(each) for each in logits])
     return torch.cat([each.logsumexp(-1) for each in in_pieces(logits)])
+
+
+def _most(rows: Tensor) -> int:
+    """Return how many numbers a piece may hold."""
+    return _PIECE.get(rows.device.type, 2**26)
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
