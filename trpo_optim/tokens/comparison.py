@@ -211,4 +211,4 @@ def _kl_of_log_probabilities(old: Tensor, new: Tensor) -> Tensor:
     if not kl.isnan().any():
         return kl
     out = chances == 0  # times infinity is no number
-    return chances.mul(old.masked_fill(out, 0) - new.masked_fill(out, 0)).sum(-1)
+    return chances.mul((old - new).masked_fill(out, 0)).sum(-1)
