@@ -14,11 +14,9 @@ def table(*rows: Sequence[object]) -> str:
 def records(rows: Iterable[Mapping[str, object]]) -> str:
     """Return rows as a Markdown table with the columns of the first; what a row lacks is empty."""
     rows = list(rows)
-    return (
-        "None."
-        if not rows
-        else table([*rows[0]], *([row.get(name, "") for name in rows[0]] for row in rows))
-    )
+    if not rows:
+        return "None."
+    return table([*rows[0]], *([row.get(name, "") for name in rows[0]] for row in rows))
 
 
 def steps_of(number: int) -> str:

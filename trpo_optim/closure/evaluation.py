@@ -160,9 +160,7 @@ class Objective:
         with told(self.lockstep):
             return _passed(self._with_graph(), check)
 
-    def with_graph_elsewhere(
-        self, check: Callable[[Values], object] | None = None
-    ) -> Values | None:
+    def with_graph_elsewhere(self, check: Callable[[Values], object]) -> Values | None:
         """Evaluate with a graph, after an evaluation that checked.
 
         Args:

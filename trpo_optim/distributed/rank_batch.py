@@ -140,7 +140,10 @@ class SharedBatch:
         if not self._curves_apart:
             return None
         own = self._own
-        return self._mean(self._of_present(lambda: (own and own.kl_of_curvature()) or 0.0))
+        absent = 0.0  # of a rank without samples, which does not count
+        return self._mean(
+            self._of_present(lambda: absent if own is None else own.kl_of_curvature() or 0.0)
+        )
 
     def is_unproven(self) -> bool:
         """Return whether products are yet to be compared with finite differences."""
