@@ -38,6 +38,7 @@ from trpo_optim.tokens import (
 from trpo_optim.tokens.events import OldPolicy
 
 VOCABULARY, SEQUENCES, LENGTH, MICRO_BATCH, RANK, ROUNDS = 50257, 32, 128, 8, 8, 2
+PIECES = torch.arange(SEQUENCES).split(MICRO_BATCH)
 CHUNK = 256
 """Positions whose logits exist at once, with a head."""
 SMALL_VOCABULARY, SMALL_LENGTH, SEEDS = 256, 16, 3
@@ -87,24 +88,28 @@ class Problem:
         result: Tensor = outputs.last_hidden_state
         return result
 
+    def log_prob(self, rows: Any, *, head: bool) -> Tensor:
+        """Return the log-probabilities of some sequences' tokens, (n, T)."""
+        tokens = self.tokens[rows]
+        if head:
+            return chunked_log_prob(self.hidden(rows), self.head, tokens, chunk=CHUNK)
+        return token_log_prob(self.logits(rows), tokens)
+
+    @torch.no_grad()
+    def old_log_prob(self, *, head: bool) -> Tensor:
+        """Return the log-probabilities of all tokens before any update, (N, T)."""
+        return torch.cat([self.log_prob(rows, head=head) for rows in PIECES])
+
     def adamw(self, *, head: bool) -> Callable[[], None]:
         """Return AdamW's update, one pass over the batch in micro-batches."""
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        pieces = torch.arange(SEQUENCES).split(MICRO_BATCH)
-
-        def log_prob(rows: Tensor) -> Tensor:
-            tokens = self.tokens[rows]
-            if head:
-                return chunked_log_prob(self.hidden(rows), self.head, tokens, chunk=CHUNK)
-            return token_log_prob(self.logits(rows), tokens)
-
-        with torch.no_grad():
-            old = [log_prob(rows) for rows in pieces]
+        old = self.old_log_prob(head=head)
 
         def update() -> None:
             optimizer.zero_grad()
-            for rows, before in zip(pieces, old, strict=True):
-                loss = token_surrogate(log_prob(rows), before, self.advantages[rows])
+            for rows in PIECES:
+                new = self.log_prob(rows, head=head)
+                loss = token_surrogate(new, old[rows], self.advantages[rows])
                 (loss * len(rows) / len(self.text)).backward()
             optimizer.step()
 
@@ -116,6 +121,8 @@ class Problem:
         outputs = self.hidden if head else self.logits
         options: dict[str, Any] = {"head": self.head, "chunk": CHUNK} if head else {}
         options |= {"micro_batch": MICRO_BATCH, "curvature": 1 / 8, "old": old}
+        if old == "log_prob":  # as AdamW has it
+            options["old_log_prob"] = self.old_log_prob(head=head)
 
         def step() -> StepReport:
             return optimizer.step(

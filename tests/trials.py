@@ -32,6 +32,7 @@ def search(
     *,
     promised: float = 1.0,
     predicted_kl: float = PREDICTED,
+    own_kl: Callable[[float], float] | None = None,
     **changes: Any,
 ) -> tuple[Search, list[float]]:
     """A backtracking search, and the scales that it tried."""
@@ -41,7 +42,9 @@ def search(
         scales.append(scale)
         return attempt(scale)
 
-    result = backtrack(recorded, Prediction(promised, predicted_kl), settings(**changes))
+    own = None if own_kl is None else lambda: own_kl(scales[-1])
+    prediction = Prediction(promised, predicted_kl, own)
+    result = backtrack(recorded, prediction, settings(**changes))
     return result, scales
 
 

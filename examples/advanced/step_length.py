@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from training_run import Run
 
 
+SMALLEST = 2e-6
+"""The least radius, in nats: single precision does not resolve KLs below a millionth."""
+
+
 def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
     """Return the trust-region radius, before any falling: joint over the action's dimensions."""
     return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
@@ -22,9 +26,9 @@ def anneal(run: Run) -> None:
     args = run.args
     if args.anneal_steps is not None:
         left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
-        left = min(max(left, 1e-3), 1.0)  # a radius is positive
+        left = min(max(left, 1e-3), 1.0)
         for group in run.optimizer.param_groups:
             # a step's length goes with the radius' root
-            group["max_kl"] = run.optimizer.defaults["max_kl"] * left**2
+            group["max_kl"] = max(run.optimizer.defaults["max_kl"] * left**2, SMALLEST)
             if args.mode == "vanilla":
                 group["lr"] = run.optimizer.defaults["lr"] * left

@@ -46,6 +46,17 @@ def test_the_loss_of_the_curvature_closure_is_not_used() -> None:
     assert torch.equal(*steps)
 
 
+def test_a_part_that_promises_too_small_a_kl_costs_one_further_trial() -> None:
+    problem = gaussian()
+    part = on_rows(problem, slice(0, 4), third=True)
+    optimizer = problem.optimizer(max_kl=1e-4, damping=1e-2)
+    report = optimizer.step(problem.closure_with_dist, curvature=part)
+    assert report.accepted
+    assert report.kl > 2 * report.predicted_kl
+    assert report.backtracks == 1
+    assert 0.9e-4 <= report.kl <= 1e-4
+
+
 def test_the_part_is_evaluated_once_however_many_products() -> None:
     problem = gaussian()
     part, calls = on_rows(problem, slice(0, 48)), []  # its KL is near that of the batch

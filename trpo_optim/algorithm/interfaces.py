@@ -63,6 +63,10 @@ class LocalModel(Numbers, Protocol):
 class Batch(Protocol):
     """The closures of one step as one function of the parameters."""
 
+    @property
+    def curves_apart(self) -> bool:
+        """Whether products are taken of another KL than the batch's, such as that of a part."""
+
     def first_order(self) -> LocalModel:
         """Return the local model without curvature."""
 
@@ -95,12 +99,8 @@ class Batch(Protocol):
     def doubt(self) -> None:
         """Have the next step compare products with finite differences."""
 
-    def kl_of_curvature(self) -> float | None:
-        """Return the KL that products are taken of, in nats, where the parameters now are.
-
-        Returns:
-            None if it is the batch's own.
-        """
+    def kl_of_curvature(self) -> float:
+        """Return the KL that products are taken of, in nats, where the parameters now are."""
 
     def values(self) -> Numbers:
         """Return the values where the parameters now are."""

@@ -15,6 +15,10 @@ _FIRST, _TARGET, _ENOUGH = 0.97, 0.98, 0.9
 """Shares of the radius: where the first trial aims by the model, where a further one aims by what
 was measured, and from where on no other is made. See docs/results/step-quality.md."""
 
+_ALIKE = 0.2
+"""By which share of the batch's KL that of a part may differ, if the model of the one is to serve
+for the other."""
+
 _MOST_GROWTH = 2.0
 """How many times the first trial may be lengthened."""
 
@@ -46,10 +50,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the local model promises of the full step: gᵀs and ½ sᵀFs (nats)."""
+    """What the local model promises of the full step.
+
+    Attributes:
+        improvement: gᵀs.
+        kl: ½ sᵀFs, in nats.
+        own_kl: Measures the KL that F is of, at the last trial, in nats. None: the trials measure
+            it. If F is of a part of the samples, a step that is solved with it moves the other
+            samples more than it promises.
+    """
 
     improvement: float
     kl: float
+    own_kl: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,6 @@ def _fitted(
     """Search for the length that fills the radius, from a first share of the step on."""
     radius = settings.max_kl
     assert radius is not None
-    bend = prediction.kl  # of the KL that is held; of the largest, as the trial has it to the mean
     known: _Point | None = None  # the other measured point of the bracket
     beyond: _Point | None = None  # the last point beyond the radius
     short: Search | None = None  # acceptable, but with much of the radius left
@@ -149,7 +161,6 @@ def _fitted(
             last = found
             known = known if short is not None else beyond
             beyond = (scale, held)
-            bend = prediction.kl * (held / trial.kl if trial.kl > 0 else 1.0)
         elif found.outcome is Outcome.NO_IMPROVEMENT:
             last = found
             beyond = None
@@ -161,7 +172,8 @@ def _fitted(
             short = found
             known = (scale, held)
         if beyond is not None:
-            scale = beyond[0] * _share(_TARGET * radius, bend, known, beyond)
+            near = held if known else _quadratic(prediction, found, held)
+            scale = beyond[0] * _share(_TARGET * radius, near, known, beyond)
         elif backtracks == 0 and short is not None:
             scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * radius / max(held, 1e-300)))
         else:
@@ -209,15 +221,29 @@ def _held(trial: Trial, settings: Hyperparameters) -> float:
     return held
 
 
-def _share(kl: float, predicted: float, known: _Point | None, beyond: _Point) -> float:
-    """Return the share of ``beyond`` at which KL(t) = a t² exp(bt) reaches ``kl``.
+def _quadratic(prediction: Prediction, search: Search, held: float) -> float:
+    """Return what the KL that is held would be at the last trial if it stayed quadratic."""
+    kl, predicted = search.trial.kl, prediction.kl * search.scale**2
 
-    Beyond the quadratic term KLs grow faster than any fixed power would have it; on random policies
-    this curve needs fewer trials than a cubic through the same points.
+    def is_near(other: float) -> bool:
+        return abs(other - kl) <= _ALIKE * kl
+
+    if prediction.own_kl is None or is_near(predicted) or is_near(prediction.own_kl()):
+        return predicted * (held / kl if kl > 0 else 1.0)
+    return held  # the model says nothing of the batch
+
+
+def _share(kl: float, quadratic: float, known: _Point | None, beyond: _Point) -> float:
+    """Return the share of ``beyond`` at which a curve through two points reaches ``kl``.
+
+    Where KL(t)/t² grows with t, the curve is a t² exp(bt): beyond the quadratic term such KLs grow
+    faster than any fixed power would have it. On random policies this curve needs fewer trials than
+    a cubic through the same points. Where KL(t)/t² falls, as it does far away, where a policy is
+    already sure of its actions, the curve is a ln(1 + bt²).
 
     Args:
         kl: The KL to reach, below that of ``beyond``.
-        predicted: KL(t)/t² at t = 0 by the local model, for want of a known point.
+        quadratic: The KL at ``beyond`` if it stayed quadratic, for want of a known point.
         known: Another measured point, on either side.
         beyond: A measured point with a larger KL.
 
@@ -225,16 +251,40 @@ def _share(kl: float, predicted: float, known: _Point | None, beyond: _Point) ->
         A share between 0.01 and 0.999.
     """
     scale, measured = beyond
-    place, ratio = 0.0, predicted * scale**2
+    place, ratio = 0.0, quadratic
     if known is not None:
         place = known[0] / scale
         ratio = known[1] / place**2
-    fall = _log(kl) - _log(measured)
     growth = (_log(measured) - _log(ratio)) / (1 - place)
-    low, high = 0.01, 0.999
+    if growth >= 0:
+        fall = _log(kl) - _log(measured)
+        return _crossing(lambda x: 2 * math.log(x) + growth * (x - 1) - fall, 0.01, 0.999)
+    bend = _bend(place, ratio / measured)
+    return _crossing(
+        lambda x: math.log1p(bend * x**2) - kl / measured * math.log1p(bend), 0.01, 0.999
+    )
+
+
+def _bend(place: float, ratio: float) -> float:
+    """Return b, if KL(t)/t² of ln(1 + bt²) at a place is so many times what it is at 1.
+
+    It is the nearest one if there is none in range.
+    """
+
+    def excess(power: float) -> float:
+        bend = math.exp(power)
+        there = math.log1p(bend * place**2) / place**2 if place > 0 else bend
+        return there / math.log1p(bend) - ratio
+
+    falling = -1.0 if place > 1 else 1.0  # from 1 at b = 0 to 1/place²
+    return math.exp(_crossing(lambda power: falling * excess(power), -20.0, 30.0))
+
+
+def _crossing(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Return where a rising function crosses zero, from above, or the nearest end."""
     for _ in range(50):
         middle = (low + high) / 2
-        if 2 * math.log(middle) + growth * (middle - 1) > fall:
+        if rising(middle) > 0:
             high = middle
         else:
             low = middle

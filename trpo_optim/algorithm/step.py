@@ -105,6 +105,7 @@ def take_step(
     prediction = Prediction(
         improvement=gradient_norm * float(dot(uphill, step)),
         kl=0.5 * length * length * direction.curvature,
+        own_kl=batch.kl_of_curvature if batch.curves_apart else None,
     )
 
     def attempt(scale: float) -> Trial:
@@ -118,7 +119,7 @@ def take_step(
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
 
-    def kl_of_curvature() -> float | None:
+    def kl_of_curvature() -> float:
         parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
         return batch.kl_of_curvature()
 
@@ -210,7 +211,7 @@ def _is_surprising(
     search: Search,
     prediction: Prediction,
     model: LocalModel,
-    kl_of_curvature: Callable[[], float | None],
+    kl_of_curvature: Callable[[], float],
 ) -> bool:
     """Return whether the KL that products are taken of is far from the predicted one."""
     predicted = search.scale**2 * prediction.kl
@@ -222,8 +223,7 @@ def _is_surprising(
 
     if not is_far(search.trial.kl - model.kl):
         return False
-    own = kl_of_curvature()  # of other samples, whose mean may be another
-    return own is None or is_far(own)
+    return prediction.own_kl is None or is_far(kl_of_curvature())
 
 
 def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:

@@ -136,14 +136,15 @@ class Batch:
         assert gradient is not None  # there is at least one part
         return total, gradient
 
-    def kl_of_curvature(self) -> float | None:
-        """Return the KL that products are taken of, in nats, where the parameters now are.
+    @property
+    def curves_apart(self) -> bool:
+        """Whether products are taken of another KL than the mean over the parts."""
+        return self.curvature is not None
 
-        Returns:
-            None if it is the mean over the parts.
-        """
+    def kl_of_curvature(self) -> float:
+        """Return the KL that products are taken of, in nats, where the parameters now are."""
         if self.curvature is None:
-            return None
+            return self.values().kl
         with blaming("curvature"):
             return self.curvature.values().kl
 

@@ -69,6 +69,7 @@ class SharedBatch:
 
     Attributes:
         in_step: Keeps the ranks in step while FSDP sends between them; None without FSDP.
+        curves_apart: Whether some rank takes products of another KL than its batch's.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SharedBatch:
         self._vector = vector
         self._reduction = reduction
         self._unproven = self._prefers_differences = False
-        self._one_side_serves = self._curves_apart = False
+        self._one_side_serves = self.curves_apart = False
         self.in_step = RanksInStep(reduction) if vector.fsdp else None
         if self.in_step is not None and own is not None:
             own.evaluate_together(self.in_step, self._shares[reduction.rank])
@@ -131,18 +132,12 @@ class SharedBatch:
         gradient = self._total(work)
         return self._mean(self._of_present(lambda: found)), gradient
 
-    def kl_of_curvature(self) -> float | None:
-        """Return the KL that products are taken of, in nats, where the parameters now are.
-
-        Returns:
-            None if the batch of a rank has no closure for the curvature alone.
-        """
-        if not self._curves_apart:
-            return None
+    def kl_of_curvature(self) -> float:
+        """Return the KL that products are taken of, in nats, where the parameters now are."""
         own = self._own
         absent = 0.0  # of a rank without samples, which does not count
         return self._mean(
-            self._of_present(lambda: absent if own is None else own.kl_of_curvature() or 0.0)
+            self._of_present(lambda: absent if own is None else own.kl_of_curvature())
         )
 
     def is_unproven(self) -> bool:
@@ -226,7 +221,7 @@ class SharedBatch:
                 self._own.is_unproven(),
                 self._own.prefers_differences(),
                 self._own.one_side_serves(),
-                self._own.curvature is not None,
+                self._own.curves_apart,
             ]
             return [*_row(values), _furthest(own.kls.values()), *numbers, *flags]
 
@@ -236,7 +231,7 @@ class SharedBatch:
         losses, kls, largest, furthest, resolutions, precisions, said, *flags = columns
         unproven, prefers, one_side_serves, curved = flags
         self._unproven, self._prefers_differences = any(unproven), any(prefers)
-        self._one_side_serves, self._curves_apart = all(one_side_serves), all(curved)
+        self._one_side_serves, self.curves_apart = all(one_side_serves), any(curved)
         engine, fallback = self._said(own, alike=len(present) == len(rows) and len(set(said)) == 1)
         names = [f"the closure of {self._reduction.name(rank)}" for rank in self._present]
         return LocalModel(

@@ -15,7 +15,9 @@ from trpo_optim.errors import TrustRegionError
 
 __all__ = [
     "counted_tokens",
+    "penalty_weight",
     "require_aligned",
+    "require_batching",
     "require_chunk",
     "require_drawn",
     "require_head",
@@ -131,6 +133,18 @@ def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     return counted
 
 
+def require_batching(micro_batch: int | None, curvature: float) -> None:
+    """Check the options that say how much is evaluated at once."""
+    if micro_batch is not None and (
+        isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
+    ):
+        raise TrustRegionError(
+            f"micro_batch is {micro_batch!r}; it must be a whole number of at least 1, or None."
+        )
+    if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
+        raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
+
+
 def require_sequences(tokens: Any) -> None:
     """Check that tokens are sequences of one length, (N, T)."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
@@ -202,3 +216,23 @@ def require_drawn(behaviour_log_prob: Tensor, counted: Tensor, old_log_prob: flo
             "the log-probabilities of what drew these tokens. If they are 0 because a mask left "
             "these tokens out, one of the two masks is inverted: it must be true for responses."
         )
+
+
+def penalty_weight(weight: float | None, reference: Tensor | None) -> float:
+    """Return the weight of the penalty to a reference policy, 0 without one."""
+    if weight is None:
+        if reference is None:
+            return 0.0
+        raise TrustRegionError(
+            "reference_log_prob is given and reference_weight is not, so the penalty has no "
+            "weight. Pass both, such as reference_weight=0.05, or leave both out. A weight of 0 "
+            "leaves the penalty out."
+        )
+    if not math.isfinite(weight):
+        raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
+    if weight and reference is None:
+        raise TrustRegionError(
+            f"reference_weight is {weight!r} and reference_log_prob is None. Pass the reference "
+            "policy's log-probabilities of the tokens."
+        )
+    return weight

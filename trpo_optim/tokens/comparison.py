@@ -164,6 +164,7 @@ class Comparison:
             return Compared(widened(rows, torch.float32), None, rows)
         logits = self._outputs.logits(rows)
         if chunk.events is None:
+            require_vocabulary(chunk.tokens, logits.shape[-1])  # the old ones may have been given
             return Compared(chosen(logits, chunk.tokens) - log_sum_exp(logits), None, logits)
         told, old = chunk.events.logits(logits), chunk.logs
         if chunk.hidden is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from trpo_optim.distributions.masks import Per, of_sequences, require_per
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import (
     counted_tokens,
+    penalty_weight,
     require_aligned,
+    require_batching,
     require_drawn,
     require_head,
     require_hidden,
@@ -47,6 +48,7 @@ def token_closures(
     head: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
     behaviour_log_prob: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     old: OldPolicy = "log_prob",
     per: Per = "token",
     temperature: float = 1.0,
@@ -84,6 +86,10 @@ def token_closures(
             head, it must be None.
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
+        old_log_prob: ln π of the present policy, (N, T), if the same function has computed it with
+            the parameters as they are. The call then evaluates nothing. It needs
+            ``old="log_prob"``. If it is of other parameters, ``optimizer.step`` says that the KL is
+            not about zero. None: this call computes it.
         old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
             token. The KL is estimated on the tokens, without bias: with ``behaviour_log_prob``,
             each token is weighted by π_old/π_behaviour. ``"logits"``: all logits of tokens that
@@ -133,8 +139,8 @@ def token_closures(
     require_per(per)
     require_old(old)
     require_temperature(temperature)
-    _require_options(micro_batch, curvature)
-    penalty = _penalty(reference_weight, reference_log_prob)
+    require_batching(micro_batch, curvature)
+    penalty = penalty_weight(reference_weight, reference_log_prob)
     require_sequences(tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
@@ -142,11 +148,20 @@ def token_closures(
     if advantages.shape == tokens.shape[:1]:
         advantages = advantages[:, None].expand(tokens.shape)
     reference = reference_log_prob if penalty else None
-    named = {"behaviour_log_prob": behaviour_log_prob, "reference_log_prob": reference}
+    if old_log_prob is not None and old != "log_prob":
+        raise TrustRegionError(
+            f"old_log_prob is given and old is {old!r}, which needs more of the old policy than "
+            "one number per token. Pass old='log_prob', or leave old_log_prob out."
+        )
+    named = {
+        "behaviour_log_prob": behaviour_log_prob,
+        "old_log_prob": old_log_prob,
+        "reference_log_prob": reference,
+    }
     for name, values in {"advantages": advantages, **named}.items():
         if values is not None:
             require_numbers(name, values, counted)
-    whole = _Part(tokens, counted, advantages, behaviour_log_prob, reference)
+    whole = _Part(tokens, counted, advantages, behaviour_log_prob, old_log_prob, reference)
     require_head(head, chunk)
     read = Outputs(temperature, None if head is None else Head(head, chunk or _CHUNK))
     options = _Options(read, old, per, penalty)
@@ -178,15 +193,22 @@ class _Part:
     mask: Tensor
     advantages: Tensor
     behaviour: Tensor | None
+    old: Tensor | None
     reference: Tensor | None
 
     def of(self, rows: Any) -> _Part:
         """Return some of the sequences."""
-        behaviour, reference = (
-            None if each is None else each[rows] for each in (self.behaviour, self.reference)
-        )
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
         return _Part(
-            self.tokens[rows], self.mask[rows], self.advantages[rows], behaviour, reference
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            advantages=self.advantages[rows],
+            behaviour=some(self.behaviour),
+            old=some(self.old),
+            reference=some(self.reference),
         )
 
 
@@ -217,7 +239,8 @@ def _closure(
         return outputs.flatten(0, 1) if all_count else outputs[mask]  # a mask copies all logits
 
     with torch.no_grad(), random_state_kept([mask.device]):
-        compare = Comparison(of_counted(), part.tokens[mask], options.outputs, options.old)
+        start = of_counted() if part.old is None else part.old[mask]
+        compare = Comparison(start, part.tokens[mask], options.outputs, options.old)
     old_log_prob = spread(compare.log_prob, mask)
     base = old_log_prob if part.behaviour is None else part.behaviour
     weight = old_log_prob - base.masked_fill(~mask, 0)
@@ -259,35 +282,3 @@ def _require_outputs(outputs: Any, tokens: Tensor, options: _Options) -> None:
             f"{options.outputs.temperature!r}. Pass the temperature where you compute them, and "
             "leave it out here."
         )
-
-
-def _require_options(micro_batch: int | None, curvature: float) -> None:
-    """Check the options that say how much is evaluated at once."""
-    if micro_batch is not None and (
-        isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
-    ):
-        raise TrustRegionError(
-            f"micro_batch is {micro_batch!r}; it must be a whole number of at least 1, or None."
-        )
-    if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
-        raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
-
-
-def _penalty(weight: float | None, reference: Tensor | None) -> float:
-    """Return the weight of the penalty to a reference policy, 0 without one."""
-    if weight is None:
-        if reference is None:
-            return 0.0
-        raise TrustRegionError(
-            "reference_log_prob is given and reference_weight is not, so the penalty has no "
-            "weight. Pass both, such as reference_weight=0.05, or leave both out. A weight of 0 "
-            "leaves the penalty out."
-        )
-    if not math.isfinite(weight):
-        raise TrustRegionError(f"reference_weight is {weight!r}; it must be a finite number.")
-    if weight and reference is None:
-        raise TrustRegionError(
-            f"reference_weight is {weight!r} and reference_log_prob is None. Pass the reference "
-            "policy's log-probabilities of the tokens."
-        )
-    return weight
