@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from trpo_optim.distributions.precision import widened
 from trpo_optim.tokens.arguments import require_logits_of_head, require_vocabulary
 from trpo_optim.tokens.chunks import evaluated_again
 from trpo_optim.tokens.events import Events, OldPolicy, events_of
-from trpo_optim.tokens.log_prob import at_temperature, chosen, in_pieces, log_sum_exp
+from trpo_optim.tokens.exact_kl import exact_kl
+from trpo_optim.tokens.log_prob import at_temperature, chosen, log_sum_exp
 
 __all__ = ["Compared", "Comparison", "Head", "Outputs"]
 
@@ -172,44 +173,7 @@ class Comparison:
                 before = chunk.events.logits(self._outputs.logits(chunk.hidden))
                 old = before - log_sum_exp(before)[:, None]
         assert old is not None  # one of the two is kept
-        # A chunk of a head is small enough to be differentiated as a whole.
-        whole = self._outputs.head is not None and torch.is_grad_enabled()
-        total, kl = _normalised([(old, told)] if whole else _in_pieces(old, told))
+        # Gauss–Newton products through a head that is trained cut the graph at log-probabilities.
+        cut = self._outputs.head is not None and chunk.hidden is None
+        total, kl = exact_kl(old, told, visible=cut)
         return Compared(chosen(logits, chunk.tokens) - total, kl, told)
-
-
-def _in_pieces(old: Tensor, told: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(in_pieces(old), in_pieces(told), strict=True)
-
-
-def _normalised(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what normalises the logits of events, and their KL from old log-probabilities.
-
-    Args:
-        pairs: Old log-probabilities and logits of some rows, (n, E) each. Of a few rows, all passes
-            stay in the cache.
-
-    Returns:
-        Two tensors, (m,) each.
-    """
-    totals, kls = [], []
-    for old, told in pairs:
-        total = told.logsumexp(-1, keepdim=True)
-        totals.append(total[:, 0])
-        kls.append(_kl_of_log_probabilities(old, told - total))
-    return torch.cat(totals), torch.cat(kls)
-
-
-def _kl_of_log_probabilities(old: Tensor, new: Tensor) -> Tensor:
-    """Return Σ p (ln p − ln q) over the last dimension, in which p = 0 adds nothing.
-
-    Args:
-        old: ln p, normalised.
-        new: ln q, normalised.
-    """
-    chances = old.exp()
-    kl = chances.mul(old - new).sum(-1)
-    if not kl.isnan().any():
-        return kl
-    out = chances == 0  # times infinity is no number
-    return chances.mul((old - new).masked_fill(out, 0)).sum(-1)
