@@ -71,7 +71,7 @@ def test_torch_func_takes_the_hessian() -> None:
             total, kl = function(old, each)
             return (total * kl).sum()
 
-        def slope(each: Tensor, weighed: Any = weighed) -> Tensor:
+        def slope(each: Tensor, weighed: Any = weighed) -> Any:
             return torch.func.grad(weighed)(each).sum()
 
         hessians.append(torch.func.grad(slope)(logits.detach()))
