@@ -40,7 +40,7 @@ bench-scaling: .venv/bench ## several processes: traffic, time, FSDP (ten minute
 bench-words: .venv/bench ## one step of a small language model, held out (five minutes); fills docs/results/language-gain.md
 	PYTHONPATH=examples $(BIN)/python benchmarks/words_quality.py
 
-bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (half an hour); fills docs/results/language-steps.md
+bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (twenty minutes); fills docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
 bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
