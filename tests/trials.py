@@ -42,8 +42,7 @@ def search(
         scales.append(scale)
         return attempt(scale)
 
-    own = None if own_kl is None else lambda: own_kl(scales[-1])
-    prediction = Prediction(promised, predicted_kl, own)
+    prediction = Prediction(promised, predicted_kl, own_kl)
     result = backtrack(recorded, prediction, settings(**changes))
     return result, scales
 

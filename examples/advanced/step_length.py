@@ -26,9 +26,10 @@ def anneal(run: Run) -> None:
     args = run.args
     if args.anneal_steps is not None:
         left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
-        left = min(max(left, 1e-3), 1.0)
+        left = min(max(left, 1e-3), 1.0)  # a rate is positive
         for group in run.optimizer.param_groups:
             # a step's length goes with the radius' root
-            group["max_kl"] = max(run.optimizer.defaults["max_kl"] * left**2, SMALLEST)
+            start = run.optimizer.defaults["max_kl"]
+            group["max_kl"] = max(start * left**2, min(start, SMALLEST))
             if args.mode == "vanilla":
                 group["lr"] = run.optimizer.defaults["lr"] * left

@@ -61,7 +61,7 @@ class Args:
     max_kl: float = 0.01
     """trust-region radius in nats: batch mean of the joint KL (modes trpo and natural)"""
     anneal_steps: int | None = None
-    """environment step at which the steps' length reaches zero (it goes with √max_kl; in mode
+    """environment step at which the steps' length is almost zero (it goes with √max_kl; in mode
     vanilla it is lr); None: it stays"""
     anneal_start: int = 0
     """environment step from which it falls, linearly"""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+from scipy.optimize import brentq
 from trials import AT_RADIUS, BEYOND, DELTA, GOOD, JUST_BEYOND, WORSE, scripted, search
 
 from trpo_optim import Outcome
@@ -193,6 +194,22 @@ def test_a_model_of_samples_with_another_kl_is_forgotten_at_once(
     assert result.trial.largest_kl == pytest.approx(0.98 * DELTA)
 
 
+@pytest.mark.parametrize(("max_backtracks", "asked"), [(0, []), (10, [1.0])])
+def test_the_kl_of_other_samples_is_measured_once_and_only_for_a_further_trial(
+    max_backtracks: int, asked: list[float]
+) -> None:
+    measured: list[float] = []
+
+    def own_kl(scale: float) -> float:
+        measured.append(scale)
+        return DELTA
+
+    kls = iter([5.0, 3.0, 2.0, 0.95])
+    attempt = improving(lambda _: DELTA * next(kls))
+    search(attempt, own_kl=own_kl, max_backtracks=max_backtracks)
+    assert measured == asked
+
+
 @pytest.mark.parametrize(("kl", "predicted", "trials"), EXACT)
 def test_a_model_of_samples_with_the_same_kl_is_as_good_as_the_batchs(
     kl: Callable[[float], float], predicted: float, trials: int
@@ -213,6 +230,22 @@ def test_a_kl_that_bends_down_is_aimed_by_a_logarithm(bend: float, factor: float
     assert result.outcome is Outcome.ACCEPTED
     assert result.trial.kl == pytest.approx(0.98 * DELTA)
     assert len(scales) == 3
+
+
+def test_between_two_trials_a_kl_that_bends_down_is_aimed_by_a_logarithm() -> None:
+    kls = [10.0, 7.0, 0.85, 0.95]
+    trials = [Trial(-1.0, DELTA * kl, 1.0 + index) for index, kl in enumerate(kls)]
+    result, scales = search(scripted(trials), own_kl=lambda _: 0.0)
+    assert result == Search(Outcome.ACCEPTED, trials[-1], scales[-1], 3)
+    _, beyond, short, last = scales
+    assert short < last < beyond
+    assert kls[2] / short**2 > kls[1] / beyond**2  # it bends down
+
+    def curve(bend: float, scale: float) -> float:
+        return 7.0 * math.log1p(bend * scale**2) / math.log1p(bend * beyond**2)
+
+    bend = brentq(lambda each: curve(each, short) - 0.85, 1e-6, 1e9)
+    assert curve(bend, last) == pytest.approx(0.98)
 
 
 @pytest.mark.parametrize("kl", [1e3, 1e10, 1e38, 1e300])

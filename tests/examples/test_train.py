@@ -73,6 +73,17 @@ def test_vanillas_learning_rate_falls_linearly(tmp_path: Path) -> None:
     assert group["lr"] == pytest.approx(0.1 * (1 - 7 / 16))  # the eighth step's
 
 
+@pytest.mark.parametrize(("max_kl", "least"), [(0.02, 2e-6), (1.5e-6, 1.5e-6)])
+def test_the_radius_stays_where_single_precision_resolves_it(
+    tmp_path: Path, max_kl: float, least: float
+) -> None:
+    run = train.new_run(small(tmp_path, max_kl=max_kl, anneal_steps=1024))
+    for run.update in range(20):
+        step_length.anneal(run)
+    assert run.optimizer.param_groups[0]["max_kl"] == least
+    assert train.improve(run, train.collect(run))[0].accepted
+
+
 def test_the_steps_length_stays_until_anneal_start(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, anneal_steps=1280, anneal_start=768)
     lengths = []

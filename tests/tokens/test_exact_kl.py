@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from trpo_optim.tokens import log_prob
 from trpo_optim.tokens.exact_kl import exact_kl
@@ -34,7 +37,7 @@ def policies(*, ruled_out: bool = False) -> tuple[Tensor, Tensor]:
 
 def in_pieces_of(old: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     assert len(in_pieces(logits)) == 4
-    return exact_kl(old, logits, visible=False)
+    return exact_kl(old, logits, log_probabilities=False)
 
 
 def by_torch(old: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,7 @@ def test_torch_func_takes_the_hessian() -> None:
     torch.testing.assert_close(*hessians, rtol=0, atol=1e-12)
 
 
-def test_the_backward_pass_keeps_the_logits_alone() -> None:
+def test_the_backward_pass_keeps_old_and_present_logits_alone() -> None:
     old, logits = policies()
     kept: list[Tensor] = []
 
@@ -88,4 +91,23 @@ def test_the_backward_pass_keeps_the_logits_alone() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, kept.__getitem__):
         in_pieces_of(old, logits)
-    assert [each.shape for each in kept] == [(ROWS, EVENTS), (ROWS, EVENTS), (ROWS,)]
+    assert [each.shape for each in kept] == [(ROWS, EVENTS)] * 2
+
+
+def test_a_checkpoint_leaves_nothing_to_the_garbage_collector() -> None:
+    old, logits = policies()
+    made: list[Any] = []
+
+    def last(each: Tensor) -> tuple[Tensor, Tensor]:
+        doubled = 2 * each
+        made.append(weakref.ref(doubled))
+        return in_pieces_of(old, doubled)
+
+    gc.disable()
+    try:
+        _, kl = checkpoint(last, logits, use_reentrant=False)
+        torch.autograd.grad(kl.sum(), [logits])
+        del kl
+        assert [each() for each in made] == [None, None]
+    finally:
+        gc.enable()

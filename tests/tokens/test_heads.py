@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from language_model import Rollout, both, kept_elements
+from language_model import VOCABULARY, Rollout, both, kept_elements
 from torch import Tensor
 
 from trpo_optim import Closures, TrustRegionOptimizer
-from trpo_optim.tokens import token_closures
+from trpo_optim.tokens import log_prob, token_closures
 
 pytestmark = pytest.mark.usefixtures("flat_policies_pass")
 
@@ -95,3 +96,50 @@ def test_a_graph_keeps_no_logits(old: Any) -> None:
         chunk=5,
     )
     assert kept_elements(closures.parts[0]) < 40 * 500
+
+
+@each_head
+@each_old
+@pytest.mark.parametrize("grad", [True, False])
+def test_few_chunks_of_logits_exist_at_once(old: Any, trained: bool, grad: bool) -> None:
+    rollout = posed(trained)
+    alive, most = 0, 0
+
+    def head(hidden: Tensor) -> Tensor:
+        nonlocal alive, most
+        logits: Tensor = rollout.model.head(hidden)
+        alive, most = alive + 1, max(most, alive + 1)
+        weakref.finalize(logits, gone)
+        return logits
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    closures = token_closures(
+        lambda rows: rollout.model.hidden(rollout.whole[rows][:, :-1]),
+        *(rollout.tokens, rollout.mask, rollout.advantages),
+        old=old,
+        head=head,
+        chunk=4,
+    )
+    with torch.set_grad_enabled(grad):
+        closures.parts[0]()
+    assert most <= 2  # of the old and of the present policy
+
+
+@each_head
+@pytest.mark.parametrize("old", ["logits", 3])
+@pytest.mark.parametrize("engine", ["Gauss-Newton", "double backward"])
+def test_chunks_of_several_pieces_give_the_same_step(
+    old: Any, trained: bool, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for most in (2**18, 2 * VOCABULARY):
+        monkeypatch.setitem(log_prob._PIECE, "cpu", most)
+        rollout = posed(trained)
+        optimizer = TrustRegionOptimizer(moved(rollout), engine=engine)
+        report = optimizer.step(closures_of(rollout, with_head=True, old=old))
+        assert (report.accepted, report.engine) == (True, engine)
+        ends.append(torch.cat([each.detach().flatten() for each in rollout.parameters]))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-10)

@@ -15,9 +15,9 @@ _FIRST, _TARGET, _ENOUGH = 0.97, 0.98, 0.9
 """Shares of the radius: where the first trial aims by the model, where a further one aims by what
 was measured, and from where on no other is made. See docs/results/step-quality.md."""
 
-_ALIKE = 0.2
-"""By which share of the batch's KL that of a part may differ, if the model of the one is to serve
-for the other."""
+_NEAR, _EQUAL = 0.2, 0.01
+"""A model of other samples is kept if the batch's KL differs from the predicted one by at most the
+first share, or from the KL of these samples by at most the second."""
 
 _MOST_GROWTH = 2.0
 """How many times the first trial may be lengthened."""
@@ -55,14 +55,14 @@ class Prediction:
     Attributes:
         improvement: gᵀs.
         kl: ½ sᵀFs, in nats.
-        own_kl: Measures the KL that F is of, at the last trial, in nats. None: the trials measure
-            it. If F is of a part of the samples, a step that is solved with it moves the other
-            samples more than it promises.
+        own_kl: Measures at a share of the step the KL of the samples that F is of, in nats. A step
+            that is solved on a part of the batch moves the other samples more than it promises.
+            None: F is of the whole batch.
     """
 
     improvement: float
     kl: float
-    own_kl: Callable[[], float] | None = None
+    own_kl: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,15 @@ def _fitted(
         else:
             short = found
             known = (scale, held)
+        if backtracks == settings.max_backtracks:
+            break
         if beyond is not None:
-            near = held if known else _quadratic(prediction, found, held)
-            scale = beyond[0] * _share(_TARGET * radius, near, known, beyond)
+            if known is None:
+                place, ratio = 0.0, _quadratic(prediction, found, held)
+            else:
+                place = known[0] / beyond[0]
+                ratio = known[1] / place**2
+            scale = beyond[0] * _share(_TARGET * radius, beyond[1], place, ratio)
         elif backtracks == 0 and short is not None:
             scale *= min(_MOST_GROWTH, math.sqrt(_TARGET * radius / max(held, 1e-300)))
         else:
@@ -222,53 +228,51 @@ def _held(trial: Trial, settings: Hyperparameters) -> float:
 
 
 def _quadratic(prediction: Prediction, search: Search, held: float) -> float:
-    """Return what the KL that is held would be at the last trial if it stayed quadratic."""
+    """Return what the KL that is held would be at the last trial if it were quadratic."""
     kl, predicted = search.trial.kl, prediction.kl * search.scale**2
-
-    def is_near(other: float) -> bool:
-        return abs(other - kl) <= _ALIKE * kl
-
-    if prediction.own_kl is None or is_near(predicted) or is_near(prediction.own_kl()):
+    own_kl = prediction.own_kl
+    if (
+        own_kl is None
+        or abs(predicted - kl) <= _NEAR * kl
+        or abs(own_kl(search.scale) - kl) <= _EQUAL * kl
+    ):
         return predicted * (held / kl if kl > 0 else 1.0)
     return held  # the model says nothing of the batch
 
 
-def _share(kl: float, quadratic: float, known: _Point | None, beyond: _Point) -> float:
-    """Return the share of ``beyond`` at which a curve through two points reaches ``kl``.
+def _share(kl: float, measured: float, place: float, ratio: float) -> float:
+    """Return the share of a trial's step at which a curve of the KL reaches a value.
 
-    Where KL(t)/t² grows with t, the curve is a t² exp(bt): beyond the quadratic term such KLs grow
-    faster than any fixed power would have it. On random policies this curve needs fewer trials than
-    a cubic through the same points. Where KL(t)/t² falls, as it does far away, where a policy is
-    already sure of its actions, the curve is a ln(1 + bt²).
+    The curve goes through that trial, at t = 1, and through another point. If KL(t)/t² grows
+    with t, it is a t² exp(bt): beyond the quadratic term, such KLs grow faster than any fixed power
+    would have it. On random policies this curve needs fewer trials than a cubic. If KL(t)/t² falls,
+    the curve is a ln(1 + bt²). The KL of language models falls in this way far beyond the radius.
 
     Args:
-        kl: The KL to reach, below that of ``beyond``.
-        quadratic: The KL at ``beyond`` if it stayed quadratic, for want of a known point.
-        known: Another measured point, on either side.
-        beyond: A measured point with a larger KL.
+        kl: The value to reach, below ``measured``.
+        measured: The KL at the trial.
+        place: The t of the other point. It is 0 at the start of the step.
+        ratio: KL(t)/t² at this point.
 
     Returns:
         A share between 0.01 and 0.999.
     """
-    scale, measured = beyond
-    place, ratio = 0.0, quadratic
-    if known is not None:
-        place = known[0] / scale
-        ratio = known[1] / place**2
     growth = (_log(measured) - _log(ratio)) / (1 - place)
     if growth >= 0:
         fall = _log(kl) - _log(measured)
-        return _crossing(lambda x: 2 * math.log(x) + growth * (x - 1) - fall, 0.01, 0.999)
+        return _crossing(lambda t: 2 * math.log(t) + growth * (t - 1) - fall, 0.01, 0.999)
     bend = _bend(place, ratio / measured)
     return _crossing(
-        lambda x: math.log1p(bend * x**2) - kl / measured * math.log1p(bend), 0.01, 0.999
+        lambda t: math.log1p(bend * t**2) - kl / measured * math.log1p(bend), 0.01, 0.999
     )
 
 
 def _bend(place: float, ratio: float) -> float:
-    """Return b, if KL(t)/t² of ln(1 + bt²) at a place is so many times what it is at 1.
+    """Return the b > 0 of a curve KL(t) = ln(1 + bt²), or the nearest b in its range.
 
-    It is the nearest one if there is none in range.
+    Args:
+        place: A place t other than 1.
+        ratio: KL(t)/t² there, over KL(1).
     """
 
     def excess(power: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,10 +102,15 @@ def take_step(
         return Outcome.ZERO_LEARNING_RATE
     if not math.isfinite(step_norm):
         return Outcome.NON_FINITE_TRIAL
+
+    def own_kl(scale: float) -> float:
+        parameters.move(step, scale)  # the last evaluation may have been elsewhere
+        return batch.kl_of_curvature()
+
     prediction = Prediction(
         improvement=gradient_norm * float(dot(uphill, step)),
         kl=0.5 * length * length * direction.curvature,
-        own_kl=batch.kl_of_curvature if batch.curves_apart else None,
+        own_kl=own_kl if batch.curves_apart else None,
     )
 
     def attempt(scale: float) -> Trial:
@@ -119,11 +124,7 @@ def take_step(
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
 
-    def kl_of_curvature() -> float:
-        parameters.move(step, search.scale)  # the last evaluation may have been elsewhere
-        return batch.kl_of_curvature()
-
-    if mode.curved and _is_surprising(search, prediction, model, kl_of_curvature):
+    if mode.curved and _is_surprising(search, prediction, model):
         batch.doubt()
     parameters.move(step, search.scale)  # undoes what an evaluation wrote
     change = parameters.change()
@@ -207,12 +208,7 @@ def _still(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     return change == 0 or change <= model.kl_resolution < predicted
 
 
-def _is_surprising(
-    search: Search,
-    prediction: Prediction,
-    model: LocalModel,
-    kl_of_curvature: Callable[[], float],
-) -> bool:
+def _is_surprising(search: Search, prediction: Prediction, model: LocalModel) -> bool:
     """Return whether the KL that products are taken of is far from the predicted one."""
     predicted = search.scale**2 * prediction.kl
 
@@ -223,7 +219,7 @@ def _is_surprising(
 
     if not is_far(search.trial.kl - model.kl):
         return False
-    return prediction.own_kl is None or is_far(kl_of_curvature())
+    return prediction.own_kl is None or is_far(prediction.own_kl(search.scale))
 
 
 def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:

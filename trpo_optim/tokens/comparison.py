@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,14 @@ class _Chunk:
         events: Between what the KL distinguishes.
         logs: ln π of the old policy over the events, (m, E).
         hidden: In place of them: the old hidden states, (m, H), for a head that no step moves.
+        unseen: Whether no logits have shown yet how large the vocabulary is.
     """
 
     tokens: Tensor
     events: Events | None = None
     logs: Tensor | None = None
     hidden: Tensor | None = None
+    unseen: bool = False
 
 
 class Comparison:
@@ -118,19 +121,22 @@ class Comparison:
 
     def __call__(self, rows: Tensor) -> Compared:
         """Compare the present policy's outputs, in the shape of the old ones."""
-        measured = self._measured
-        head = self._outputs.head
-        pieces = [
-            measured(chunk, piece)
-            if head is None
-            else evaluated_again(lambda each, chunk=chunk: measured(chunk, each), piece)
-            for chunk, piece in zip(self._chunks, self._split(rows), strict=True)
-        ]
-        log_prob = torch.cat([each.log_prob for each in pieces])
-        kls = [each.kl for each in pieces if each.kl is not None]
-        if not kls:
-            return Compared(log_prob, None, log_prob)
-        return Compared(log_prob, torch.cat(kls), pieces[0].third if head is None else rows)
+        if self._outputs.head is None:
+            (chunk,) = self._chunks
+            whole = self._measured(chunk, rows)
+            return whole if whole.kl is not None else whole._replace(third=whole.log_prob)
+
+        def numbers(chunk: _Chunk, piece: Tensor) -> tuple[Tensor, Tensor | None]:
+            """Compare the policies at a chunk of tokens, and leave its logits behind."""
+            return self._measured(chunk, piece)[:2]
+
+        pairs = zip(self._chunks, self._split(rows), strict=True)
+        found = [evaluated_again(partial(numbers, chunk), piece) for chunk, piece in pairs]
+        log_prob = torch.cat([each for each, _ in found])
+        kls = [each for _, each in found if each is not None]
+        return (
+            Compared(log_prob, torch.cat(kls), rows) if kls else Compared(log_prob, None, log_prob)
+        )
 
     def _split(self, rows: Tensor) -> Sequence[Tensor]:
         head = self._outputs.head
@@ -139,7 +145,7 @@ class Comparison:
     def _kept(self, rows: Tensor, tokens: Tensor, old: OldPolicy) -> tuple[_Chunk, Tensor]:
         """Return what to keep at some tokens, and their log-probabilities."""
         if rows.dim() == 1:
-            return _Chunk(tokens), widened(rows, torch.float32)
+            return _Chunk(tokens, unseen=True), widened(rows, torch.float32)
         logits = self._outputs.logits(rows)
         require_vocabulary(tokens, logits.shape[-1])
         events = None if old == "log_prob" else events_of(logits, old)
@@ -165,7 +171,8 @@ class Comparison:
             return Compared(widened(rows, torch.float32), None, rows)
         logits = self._outputs.logits(rows)
         if chunk.events is None:
-            require_vocabulary(chunk.tokens, logits.shape[-1])  # the old ones may have been given
+            if chunk.unseen:
+                require_vocabulary(chunk.tokens, logits.shape[-1])
             return Compared(chosen(logits, chunk.tokens) - log_sum_exp(logits), None, logits)
         told, old = chunk.events.logits(logits), chunk.logs
         if chunk.hidden is not None:
@@ -173,7 +180,7 @@ class Comparison:
                 before = chunk.events.logits(self._outputs.logits(chunk.hidden))
                 old = before - log_sum_exp(before)[:, None]
         assert old is not None  # one of the two is kept
-        # Gauss–Newton products through a head that is trained cut the graph at log-probabilities.
+        # Exact products through a head that may be trained cut the graph at log-probabilities.
         cut = self._outputs.head is not None and chunk.hidden is None
-        total, kl = exact_kl(old, told, visible=cut)
+        total, kl = exact_kl(old, told, log_probabilities=cut)
         return Compared(chosen(logits, chunk.tokens) - total, kl, told)

@@ -14,21 +14,21 @@ from trpo_optim.tokens.log_prob import in_pieces
 __all__ = ["exact_kl"]
 
 
-def exact_kl(old: Tensor, logits: Tensor, *, visible: bool) -> tuple[Tensor, Tensor]:
+def exact_kl(old: Tensor, logits: Tensor, *, log_probabilities: bool) -> tuple[Tensor, Tensor]:
     """Return ln Σ exp of the logits of events, and KL(old ‖ present) over these events.
 
-    Where there are many logits, both passes take a few rows at a time. The backward pass then makes
-    the gradient and nothing else of the logits' size.
+    Many logits are taken a few rows at a time. A gradient then needs no other tensor of their size
+    than old and present logits. Second derivatives do.
 
     Args:
         old: ln π of the old policy, normalised, (m, E). It is a constant.
         logits: Of the present policy, (m, E).
-        visible: Whether the graph is to have the log-probabilities of many logits, too.
+        log_probabilities: Whether they are to be in the graph, even of many logits.
 
     Returns:
         Two tensors, (m,) each.
     """
-    if torch.is_grad_enabled() and (visible or len(in_pieces(logits)) == 1):
+    if torch.is_grad_enabled() and (log_probabilities or len(in_pieces(logits)) == 1):
         total = logits.logsumexp(-1, keepdim=True)
         return total[:, 0], _kl(old, logits - total)
     total, kl = _ExactKL.apply(old, logits)  # type: ignore[no-untyped-call]  # torch's own
@@ -48,35 +48,31 @@ class _ExactKL(Function):
         return torch.cat(totals), torch.cat(kls)
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
-    ) -> None:
-        ctx.save_for_backward(*inputs, output[0])
-        ctx.save_for_forward(*inputs, output[0])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)  # with an output, what a checkpoint drops would be a cycle
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, of_kl: Tensor) -> tuple[None, Tensor]:
-        old, logits, total = ctx.saved_tensors
+        old, logits = ctx.saved_tensors
         present, before = (of_total + of_kl)[:, None], of_kl[:, None]
         if torch.is_grad_enabled():  # to be differentiated again
-            return None, present * (logits - total[:, None]).exp() - before * old.exp()
+            return None, present * logits.softmax(-1) - before * old.exp()
         gradient = torch.empty_like(logits)
-        for here, now, then, whole, weight, share in _pieces(
-            gradient, logits, old, total[:, None], present, before
-        ):
-            torch.sub(now, whole, out=here).exp_().mul_(weight).sub_(then.exp().mul_(share))
+        for here, now, then, weight, share in _pieces(gradient, logits, old, present, before):
+            torch.softmax(now, -1, out=here).mul_(weight).sub_(then.exp().mul_(share))
         return None, gradient
 
     @staticmethod
     def jvp(ctx: Any, _: None, change: Tensor) -> tuple[Tensor, Tensor]:
-        old, logits, total = ctx.saved_tensors
-        chances = (logits - total[:, None]).exp()
+        old, logits = ctx.saved_tensors
+        chances = logits.softmax(-1)
         return (chances * change).sum(-1), ((chances - old.exp()) * change).sum(-1)
 
 
 def _pieces(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return tensors, (m, …), in the pieces of the first."""
-    size = max(1, len(in_pieces(rows[0])[0]))
+    size = len(in_pieces(rows[0])[0])
     return zip(*(each.split(size) for each in rows), strict=True)
 
 

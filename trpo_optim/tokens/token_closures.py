@@ -86,10 +86,10 @@ def token_closures(
             head, it must be None.
         behaviour_log_prob: ln π of what drew the tokens, (N, T): an earlier policy, or an inference
             server. None: the present policy drew them.
-        old_log_prob: ln π of the present policy, (N, T), if the same function has computed it with
-            the parameters as they are. The call then evaluates nothing. It needs
-            ``old="log_prob"``. If it is of other parameters, ``optimizer.step`` says that the KL is
-            not about zero. None: this call computes it.
+        old_log_prob: ln π of the present policy, (N, T), if you have computed it with the
+            parameters as they are. The call then evaluates nothing. It needs ``old="log_prob"``,
+            and a model without dropout. ``optimizer.step`` raises an error if the KL from these
+            numbers is more than a tenth of the radius. None: this call computes it.
         old: What is kept of the old policy for the KL. ``"log_prob"``: one log-probability per
             token. The KL is estimated on the tokens, without bias: with ``behaviour_log_prob``,
             each token is weighted by π_old/π_behaviour. ``"logits"``: all logits of tokens that
