@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import agent
+import critic_fit
 import torch
 import train
 import workers
@@ -88,8 +89,8 @@ def make(env_id: str, updates: int, rollouts: int) -> Pool:
     for number in range(rollouts):
         batch = train.collect(run)
         if number == 0:
-            train.scaled_rewards(run, batch)
-        estimates, _ = train.advantages(run, batch, batch.rewards / train.scale(run))
+            critic_fit.scaled_rewards(run, batch)
+        estimates, _ = critic_fit.advantages(run, batch, batch.rewards / critic_fit.scale(run))
         seen = run.normalise(batch.flat(batch.observations))
         rows.append((seen, batch.flat(batch.actions), batch.flat(estimates)))
     run.envs.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import critic_fit
 import gymnasium as gym
 import normaliser
 import numpy as np
@@ -207,10 +208,12 @@ def learn_environment(
     )
     for _ in range(updates):
         batch = train.collect(run)
-        advantages, targets = train.advantages(run, batch, train.scaled_rewards(run, batch))
+        advantages, targets = critic_fit.advantages(
+            run, batch, critic_fit.scaled_rewards(run, batch)
+        )
         observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
         learner.update(observations, actions, batch.flat(advantages))
-        train.fit_critic(run, batch, targets)
+        critic_fit.fit_critic(run, batch, targets)
         run.update += 1
     envs.close()
     return float(np.mean([value for _, value in run.episodes[-100:]]))

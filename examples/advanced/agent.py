@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Beta, Categorical, Distribution, Independent, Normal
+from torch.nn.functional import softplus
 
 from trpo_optim.snapshots import restorable
 
@@ -30,14 +31,15 @@ class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
 def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode.
 
-    Observations are flat; bounded actions go from −1 to 1.
+    Observations are flat; bounded actions go from −1 to 1, or from 0 to 1 for a beta distribution.
     """
 
     def make() -> gym.Env[Any, Any]:
         env = restorable(partial(gym.make, args.env_id))
         space, actions = env.observation_space, env.action_space
         if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
-            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+            low = np.float32(0 if args.actions == "beta" else -1)  # where its actions begin
+            env = gym.wrappers.RescaleAction(env, low, np.float32(1))
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         return WithoutInfo(env if flat else gym.wrappers.FlattenObservation(env))
 
@@ -63,6 +65,7 @@ class Policy(nn.Module):
     def __init__(self, observations: int, actions: gym.Space[Any], args: Args) -> None:
         super().__init__()
         self.discrete = isinstance(actions, gym.spaces.Discrete)
+        self.beta = args.actions == "beta"
         if isinstance(actions, gym.spaces.Discrete):
             outputs = int(actions.n)
         elif isinstance(actions, gym.spaces.Box):
@@ -70,7 +73,18 @@ class Policy(nn.Module):
             log_std = (
                 min(args.log_std - math.log(outputs), 0.0) if args.per_dimension else args.log_std
             )
-            self.log_std = nn.Parameter(torch.full((outputs,), log_std))
+            if self.beta and not actions.is_bounded("both"):
+                raise SystemExit(
+                    f"{args.env_id} has the action space {actions}; a beta distribution needs "
+                    "bounds. Choose --actions normal."
+                )
+            if args.actions == "normal":
+                self.log_std = nn.Parameter(torch.full((outputs,), log_std))
+            else:
+                # Both parameters begin at a. On (−1, 1), the variance is then 1/(2a + 1).
+                begin = max((math.exp(-2 * log_std) - 1) / 2, 1.1)
+                self.shift = math.log(math.expm1(begin - 1))
+                outputs *= 2
         else:
             raise SystemExit(
                 f"{args.env_id} has the action space {actions}; this loop knows Box and Discrete."
@@ -82,5 +96,9 @@ class Policy(nn.Module):
         output = self.network(observation)
         if self.discrete:
             return Categorical(logits=output)
+        if self.beta:  # above 1: the density has one peak
+            towards_one, towards_zero = (1 + softplus(output + self.shift)).chunk(2, -1)
+            beta = Beta(towards_one, towards_zero, validate_args=False)
+            return Independent(beta, 1, validate_args=False)
         normal = Normal(output, self.log_std.exp(), validate_args=False)  # which takes time
         return Independent(normal, 1, validate_args=False)

@@ -26,8 +26,9 @@ import tyro
 from agent import Policy, make_envs, mlp
 from charts import draw, log
 from checkpoint import load, prepare, save
+from critic_fit import advantages, fit_critic, new_optimizer, scale, scaled_rewards
 from normaliser import Normaliser, follow
-from processes import Processes, leave, moments
+from processes import Processes, leave
 from step_length import anneal, joint_radius
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,14 +37,7 @@ from tqdm import tqdm
 from training_run import Run
 
 from trpo_optim import StepReport, TrustRegionOptimizer
-from trpo_optim.rollouts import (
-    SinglePathBatch,
-    ValueFit,
-    fit_value,
-    gae,
-    policy_closure,
-    single_path,
-)
+from trpo_optim.rollouts import SinglePathBatch, ValueFit, policy_closure, single_path
 
 
 @dataclass(frozen=True)
@@ -88,18 +82,30 @@ class Args:
     """GAE's lambda"""
     reuse: int = 0
     """how many earlier batches each step of the policy uses again"""
+    reuse_weight: float = 1.0
+    """how much a row of an earlier batch counts beside a row of the batch after it"""
+    actions: Literal["normal", "beta"] = "normal"
+    """the distribution of continuous actions; a beta distribution needs bounded ones"""
     hidden: int = 64
     """width of the two hidden layers of policy and critic"""
     log_std: float = 0.0
     """initial log standard deviation of continuous actions"""
+    critic_hidden: int | None = None
+    """width of the critic's hidden layers; None: as the policy's"""
+    critic: Literal["adam", "trpo"] = "adam"
+    """what fits the critic: Adam, or trust-region steps on the mean of a normal distribution"""
     critic_lr: float = 1e-3
-    """the critic's learning rate (Adam)"""
+    """the critic's learning rate (adam)"""
+    critic_kl: float = 0.05
+    """trust-region radius of each of the critic's steps, in nats (trpo)"""
+    critic_fresh: bool = False
+    """compute the targets of all these batches anew by the present policy and critic (V-trace)"""
     critic_batches: int = 1
     """how many batches, the last ones, the critic is fitted to"""
     critic_epochs: int = 20
-    """the critic's passes over them"""
+    """the critic's passes over them (adam), or its steps on all of them (trpo)"""
     critic_minibatch: int = 128
-    """the critic's minibatch, over all processes"""
+    """the critic's minibatch, over all processes (adam)"""
     checkpoint_every: int = 5
     """updates between two checkpoints"""
     threads: int = 1
@@ -122,7 +128,7 @@ def new_run(args: Args, processes: Processes | None = None) -> Run:
     envs = make_envs(replace(args, num_envs=own_envs))
     size = math.prod(envs.single_observation_space.shape or ())
     policy = Policy(size, envs.single_action_space, args).to(args.device)
-    critic = mlp(size, args.hidden, 1, gain=1.0).to(args.device)
+    critic = mlp(size, args.critic_hidden or args.hidden, 1, gain=1.0).to(args.device)
     if processes.rank:
         torch.manual_seed(processes.seed(args.seed))  # actions of its own
     return Run(
@@ -140,7 +146,7 @@ def new_run(args: Args, processes: Processes | None = None) -> Run:
             lr=args.lr,
             process_group=processes.group,
         ),
-        critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True),
+        critic_optimizer=new_optimizer(args, critic, processes),
         normalise=Normaliser(size, args.device),
         discounted=torch.zeros(own_envs, device=args.device),
     )
@@ -167,50 +173,29 @@ def collect(run: Run) -> SinglePathBatch:
     return batch
 
 
-def scale(run: Run) -> float:
-    """Return the standard deviation of the discounted returns so far, the unit of the critic."""
-    return math.sqrt(run.return_stats.var + 1e-8)
-
-
-def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
-    """Return rewards over the scale, (T, N), the batch counted in."""
-    returns = []
-    for reward, ends in zip(batch.rewards, batch.terminated | batch.truncated, strict=True):
-        run.discounted = run.args.gamma * run.discounted + reward
-        returns.append(run.discounted)
-        run.discounted = run.discounted * ~ends
-    for each in run.processes.all(moments(torch.cat(returns).double())):
-        run.return_stats.update_from_moments(*each)
-    return batch.rewards / scale(run)
-
-
-def advantages(
-    run: Run, batch: SinglePathBatch, rewards: Tensor, log_ratios: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return GAE's advantages and the critic's targets, both (T, N)."""
-    fade = {"gamma": run.args.gamma, "gae_lambda": run.args.gae_lambda}
-    values, following = batch.values(run.value)
-    result = gae(rewards, values, following, batch.ends, log_ratios=log_ratios, **fade)
-    return result, result + values
-
-
 def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor]:
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
+    args = run.args
     estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
     anneal(run)
+    again = run.earlier[: args.reuse]
     earlier = [
         advantages(run, each, each.rewards / scale(run), each.log_ratios(run.act))[0]
-        for each in run.earlier
+        for each in again
     ]
     closures = policy_closure(  # products on all rows, as in the published results
         run.act,
-        [batch, *run.earlier] if run.args.reuse else batch,
-        [estimates, *earlier] if run.args.reuse else estimates,
+        [batch, *again] if args.reuse else batch,
+        [estimates, *earlier] if args.reuse else estimates,
+        batch_weights=[args.reuse_weight**age for age in range(len(again) + 1)]
+        if args.reuse
+        else None,
         standardise=True,
         curvature=None,
         process_group=run.processes.group,
     )
-    run.earlier = [batch, *run.earlier][: run.args.reuse]
+    kept = max(args.reuse, args.critic_batches * args.critic_fresh)
+    run.earlier = [batch, *run.earlier][:kept]
     return run.optimizer.step(closures), targets
 
 
@@ -220,21 +205,6 @@ def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     fit = fit_critic(run, batch, targets)
     follow(run, batch.flat(batch.observations))
     return report, fit
-
-
-def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
-    """Fit the critic by Adam to the targets of the last batches."""
-    run.fitted.append((batch.flat(batch.observations), batch.flat(targets) * scale(run)))
-    del run.fitted[: -run.args.critic_batches]
-    observations, returns = (torch.cat(each) for each in zip(*run.fitted, strict=True))
-    return fit_value(
-        run.critic_of_all,
-        run.normalise(observations),
-        returns / scale(run),
-        run.critic_optimizer,
-        epochs=run.args.critic_epochs,
-        minibatch=max(1, run.args.critic_minibatch // run.processes.size),
-    )
 
 
 def train(args: Args) -> Run:

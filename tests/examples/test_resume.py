@@ -98,6 +98,28 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
     assert same(without_pickles(whole), without_pickles(parts))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reuse": 1, "reuse_weight": 0.5, "actions": "beta"},
+        {"critic": "trpo", "critic_epochs": 2, "critic_hidden": 16},
+        {"critic_fresh": True, "critic_batches": 2},
+    ],
+    ids=["earlier batch", "critic by trust-region steps", "fresh targets"],
+)
+def test_a_resumed_run_goes_on_with_every_option(tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {"env_id": "Pendulum-v1", **changes}
+    train.train(small(tmp_path / "whole", **changes, total_steps=512))
+    for total_steps in (256, 512):
+        train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    assert same(without_pickles(whole), without_pickles(parts))
+    for name in changes.keys() - {"env_id", "critic_epochs", "critic_batches"}:
+        without = {key: value for key, value in changes.items() if key != name}
+        train.train(small(tmp_path / name, **without, total_steps=512))
+        assert not same(checkpoint(tmp_path / name)["critic"], whole["critic"]), name
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5"])
 def test_a_resumed_run_uses_the_same_earlier_batches_again(tmp_path: Path, env_id: str) -> None:
     changes: dict[str, Any] = {"env_id": env_id, "reuse": 2}
