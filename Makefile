@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo smollm test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning bench-settings format clean
+.PHONY: demo smollm test quick test-thorough docs bench bench-sampling bench-scaling bench-words bench-words-learning bench-language bench-learning bench-pong bench-settings format clean
 
 demo: .venv/examples ## train CartPole-v1 in all three modes; prints a table, writes runs/demo.png
 	$(BIN)/python examples/advanced/demo.py
@@ -48,9 +48,10 @@ bench-words-learning: .venv/bench ## small language models: trpo beside AdamW an
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (days; goes on where it stopped); fills docs/results/learning.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning_report.py
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/loop.py
+
+bench-pong: .venv/bench ## Pong from frames, by single path and vine (hours; goes on where it stopped); fills docs/results/pong.md
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
 
 bench-settings: .venv/bench ## candidates for the settings of learning (hours; goes on where it stopped); fills docs/results/settings.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/settings_study.py

@@ -1,10 +1,10 @@
 """Pong from frames, by both sampling schemes of the paper and at random.
 
-    make bench-learning
+    make bench-pong
 
 Killed at any moment, the same command goes on where it stopped, from checkpoints in runs/pong.
 Every finished run is one line of docs/results/pong.jsonl.xz, and is not made again. At the end, it
-fills the table of Pong in docs/results/learning.md and draws docs/results/pong.png.
+fills the table of docs/results/pong.md and draws docs/results/pong.png.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table and the picture of Pong in docs/results/learning.md."""
+"""The table and the picture of docs/results/pong.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from table import steps_of, table
 
-PAGE = Path("docs/results/learning.md")
+PAGE = Path("docs/results/pong.md")
 COLORS = {"single-path": "#1f5fbf", "vine": "#e8872a", "random": "gray"}
 """By scheme, in the order of the table."""
 WINDOW = 20

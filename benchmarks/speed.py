@@ -263,7 +263,7 @@ def main(device: str = "cpu") -> None:
         device: cpu, cuda, ...
     """
     path = Path("docs/results/speed.md" if device == "cpu" else f"docs/results/speed-{device}.md")
-    wanted = {name: partial(TABLES[name], device) for name in page.marks(path)}
+    wanted = {name: partial(TABLES[name], device) for name in page.marks(path) if name in TABLES}
     page.renew(path, wanted, THREADS)
     torch.set_num_threads(THREADS)
     draw(device, path.with_suffix(".png"))
