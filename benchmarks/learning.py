@@ -85,7 +85,7 @@ def _own(job: Job, steps: int, _: int) -> Line:
             f"{args.folder()} is at step {run.step}, and {job.lines} has no line of the piece that "
             f"ends at step {steps}. Move both away, and the run begins anew."
         )
-    envs = agent.make_envs(replace(args, num_envs=EPISODES))
+    envs = agent.make_envs(replace(args, num_envs=EPISODES, stagger=False))
     returns = returns_of(envs, run.act, job.seed)
     return {"steps": run.step, "training": run.recent_return(), **returns}
 

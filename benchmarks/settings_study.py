@@ -30,7 +30,14 @@ from tasks import SEARCH, TASKS
 TODAY = "today"
 CANDIDATES: dict[str, dict[str, Any]] = {
     TODAY: {},
-    "reuse of one batch": {"reuse": 1},
+    "reuse of one batch, half weight": {"reuse": 1, "reuse_weight": 0.5},
+    "critic by trust-region steps": {"critic": "trpo", "critic_epochs": 3},
+    "16 environments": {"num_envs": 16, "critic_minibatch": 256},
+    "16 environments, staggered": {"num_envs": 16, "critic_minibatch": 256, "stagger": True},
+    "256 units": {"hidden": 256},
+    "beta policy": {"actions": "beta"},
+    "critic of 256 units": {"critic_hidden": 256},
+    "V-trace targets": {"critic_fresh": True},
 }
 """By name, what each changes of the earlier settings."""
 SEEDS = range(100, 104)
@@ -51,7 +58,7 @@ def job_of(env_id: str, name: str, seed: int, folder: Path = FOLDER) -> Job:
         each: getattr(args, each) for each in ("total_steps", "anneal_start", "anneal_steps")
     }
     half = {each: 512 * steps // 1000 for each, steps in lengths.items()}
-    return Job(env_id, name, seed, folder, replace(args, **half, **CANDIDATES[name]), pieces=1)
+    return Job(env_id, name, seed, folder, replace(args, **half | CANDIDATES[name]), pieces=1)
 
 
 def adopted() -> str:

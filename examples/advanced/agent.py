@@ -28,14 +28,37 @@ class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
         return *self.env.step(action)[:4], {}
 
 
+class Staggered(gym.Wrapper[Any, Any, Any, Any]):
+    """Cuts the first episode.
+
+    Args:
+        env: The environment.
+        first: The most steps of its first episode.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], first: int) -> None:
+        super().__init__(env)
+        self.left = first
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step; the first episode is truncated where it is to be cut."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.left > 0:
+            truncated = truncated or self.left == 1
+            self.left = 0 if terminated or truncated else self.left - 1
+        return observation, reward, terminated, truncated, info
+
+
 def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode.
 
     Observations are flat; bounded actions go from −1 to 1, or from 0 to 1 for a beta distribution.
     """
 
-    def make() -> gym.Env[Any, Any]:
+    def make(index: int) -> gym.Env[Any, Any]:
         env = restorable(partial(gym.make, args.env_id))
+        if args.stagger and env.spec is not None and env.spec.max_episode_steps:
+            env = Staggered(env, env.spec.max_episode_steps * (index + 1) // args.num_envs)
         space, actions = env.observation_space, env.action_space
         if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
             low = np.float32(0 if args.actions == "beta" else -1)  # where its actions begin
@@ -43,7 +66,8 @@ def make_envs(args: Args) -> SyncVectorEnv:
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         return WithoutInfo(env if flat else gym.wrappers.FlattenObservation(env))
 
-    return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    makers = [partial(make, index) for index in range(args.num_envs)]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:

@@ -74,6 +74,9 @@ class Args:
     """folder of the run; default runs/ENV__MODE__SEED"""
     num_envs: int = 8
     """environments stepped side by side, over all processes"""
+    stagger: bool = False
+    """cut first episodes at different steps, so that environments whose episodes have one length
+    are not all at the same step"""
     batch_size: int = 1024
     """environment steps per update, over all environments of all processes"""
     gamma: float = 0.99

@@ -104,8 +104,9 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
         {"reuse": 1, "reuse_weight": 0.5, "actions": "beta"},
         {"critic": "trpo", "critic_epochs": 2, "critic_hidden": 16},
         {"critic_fresh": True, "critic_batches": 2},
+        {"stagger": True},
     ],
-    ids=["earlier batch", "critic by trust-region steps", "fresh targets"],
+    ids=["earlier batch", "critic by trust-region steps", "fresh targets", "staggered"],
 )
 def test_a_resumed_run_goes_on_with_every_option(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"env_id": "Pendulum-v1", **changes}

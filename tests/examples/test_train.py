@@ -117,6 +117,17 @@ def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen, plain.step(np.ones(1, np.float32))[0], rtol=1e-6)
 
 
+def test_staggered_environments_end_their_episodes_in_turn(tmp_path: Path) -> None:
+    envs = agent.make_envs(small(tmp_path, env_id="Pendulum-v1", stagger=True))
+    envs.reset(seed=0)
+    ends = []
+    for step in range(1, 451):
+        *_, truncated, _ = envs.step(envs.action_space.sample())
+        ends += [(step, index) for index in truncated.nonzero()[0].tolist()]
+    firsts = [(50, 0), (100, 1), (150, 2), (200, 3)]
+    assert ends == [*firsts, *[(step + 200, index) for step, index in firsts], (450, 0)]
+
+
 @pytest.mark.parametrize("log_std", [-1.0, 0.0])
 def test_beta_actions_begin_in_the_middle_with_the_noise_asked_for(
     tmp_path: Path, log_std: float
