@@ -28,8 +28,9 @@ test-thorough: .venv/dev ## every combination; properties on 1000 examples (half
 docs: .venv/docs ## build the site (two minutes); open docs/_build/html/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --builder html docs docs/_build/html
 
-bench: .venv/bench ## time this package beside its peers (a quarter of an hour); fills docs/results/speed.md, draws docs/results/speed.png
+bench: .venv/bench ## time this package beside its peers (twenty minutes); fills docs/results/speed.md, draws docs/results/speed.png
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/speed.py
+	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/loop.py
 
 bench-sampling: .venv/bench ## vine beside single path, variance and returns (ten minutes or more); fills docs/results/sampling.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/sampling.py

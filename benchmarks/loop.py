@@ -1,6 +1,6 @@
 """The whole training loop beside sb3-contrib's at equal settings, and where its time goes.
 
-    PYTHONPATH=examples/advanced python benchmarks/loop.py
+    make bench
 
 It fills a table of docs/results/speed.md.
 """

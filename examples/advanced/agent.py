@@ -97,18 +97,18 @@ class Policy(nn.Module):
             log_std = (
                 min(args.log_std - math.log(outputs), 0.0) if args.per_dimension else args.log_std
             )
-            if self.beta and not actions.is_bounded("both"):
-                raise SystemExit(
-                    f"{args.env_id} has the action space {actions}; a beta distribution needs "
-                    "bounds. Choose --actions normal."
-                )
-            if args.actions == "normal":
-                self.log_std = nn.Parameter(torch.full((outputs,), log_std))
-            else:
-                # Both parameters begin at a. On (−1, 1), the variance is then 1/(2a + 1).
-                begin = max((math.exp(-2 * log_std) - 1) / 2, 1.1)
-                self.shift = math.log(math.expm1(begin - 1))
+            if self.beta:
+                if not actions.is_bounded("both"):
+                    raise SystemExit(
+                        f"{args.env_id} has the action space {actions}; a beta distribution needs "
+                        "bounds. Choose --actions normal."
+                    )
+                # If both parameters of the distribution are a, its variance on (−1, 1) is 1/(2a+1).
+                both = max((math.exp(-2 * log_std) - 1) / 2, 1.1)
+                self.shift = math.log(math.expm1(both - 1))
                 outputs *= 2
+            else:
+                self.log_std = nn.Parameter(torch.full((outputs,), log_std))
         else:
             raise SystemExit(
                 f"{args.env_id} has the action space {actions}; this loop knows Box and Discrete."

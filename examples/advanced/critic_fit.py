@@ -67,8 +67,9 @@ def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
     args = run.args
     if args.critic_fresh:
         batches = run.earlier[: args.critic_batches]
-        pairs = [(each.flat(each.observations), fresh_targets(run, each)) for each in batches]
-        fitted = [(seen, batch.flat(aims)) for seen, aims in pairs]
+        fitted = [
+            (each.flat(each.observations), each.flat(fresh_targets(run, each))) for each in batches
+        ]
     else:
         run.fitted.append((batch.flat(batch.observations), batch.flat(targets) * scale(run)))
         del run.fitted[: -args.critic_batches]
@@ -115,7 +116,7 @@ def _fit_by_steps(run: Run, observations: Tensor, targets: Tensor) -> ValueFit:
             loss = (present - targets).square().mean() / (2 * variance)
             return loss, (present - old).square().mean() / (2 * variance)
 
-        run.critic_optimizer.step(closure)  # type: ignore[arg-type]
+        run.critic_optimizer.step(closure)  # type: ignore[arg-type]  # one value, says torch
     with torch.no_grad():
         last = values()
     return ValueFit(

@@ -246,7 +246,7 @@ def _share(kl: float, measured: float, place: float, ratio: float) -> float:
     The curve goes through that trial, at t = 1, and through another point. If KL(t)/t² grows
     with t, it is a t² exp(bt): beyond the quadratic term, such KLs grow faster than any fixed power
     would have it. On random policies this curve needs fewer trials than a cubic. If KL(t)/t² falls,
-    the curve is a ln(1 + bt²). The KL of language models falls in this way far beyond the radius.
+    the curve is a ln(1 + bt²). KLs of language models bend down like this far beyond the radius.
 
     Args:
         kl: The value to reach, below ``measured``.

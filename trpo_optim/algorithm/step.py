@@ -123,7 +123,6 @@ def take_step(
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
         _require_moving_kl(batch, parameters, model)
-
     if mode.curved and _is_surprising(search, prediction, model):
         batch.doubt()
     parameters.move(step, search.scale)  # undoes what an evaluation wrote

@@ -69,7 +69,8 @@ class SharedBatch:
 
     Attributes:
         in_step: Keeps the ranks in step while FSDP sends between them; None without FSDP.
-        curves_apart: Whether some rank takes products of another KL than its batch's.
+        curves_apart: Whether some rank takes products of another KL than its batch's. It is known
+            after ``second_order()``.
     """
 
     def __init__(
