@@ -49,7 +49,6 @@ bench-words-learning: .venv/bench ## small language models: trpo beside AdamW an
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (days; goes on where it stopped); fills docs/results/learning.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py
-	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning_report.py
 
 bench-pong: .venv/bench ## Pong from frames, by single path and vine (hours; goes on where it stopped); fills docs/results/pong.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py

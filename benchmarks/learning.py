@@ -1,123 +1,123 @@
-"""Learning curves of this package's modes and of sb3-contrib's TRPO, run by run.
+"""Learning curves of this package's modes and of sb3-contrib's TRPO.
 
     make bench-learning
 
-Runs are made in pieces, side by side with others. After each piece the policy is evaluated and one
-line of JSON written to runs/learning. Killed at any moment, the same command goes on from the last
-finished piece of every run; runs that docs/results/results.jsonl.xz holds are finished.
-benchmarks/learning_report.py fills docs/results/learning.md.
+Finished runs are lines of docs/results/results.jsonl.xz, one for each evaluation. Killed at any
+moment, the same command makes the runs that are missing. At the end, it fills the tables of
+docs/results/learning.md and draws its pictures.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import as_completed
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import agent
+import archived_runs
+import learning_report
+import torch
 import train
 import tyro
+from archived_runs import Line
+from checkpoint import comparable
 from evaluation import EPISODES, first_start, returns_at_random, returns_of
-from jobs import PEER, RANDOM, Job
-from results import Line, by_run, lines_of
 from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
-from tasks import ADOPTED, TASKS, VANILLA_LR
-from tqdm import tqdm
-from workers import pool
+from tasks import ADOPTED, EARLIER, PEER, RANDOM, RUNS, TASKS, VANILLA_LR
 
-ARCHIVE, FOLDER = Path("docs/results/results.jsonl.xz"), Path("runs/learning")
-EARLIER = "trpo, earlier settings"
-"""What the runs are called that are without ``ADOPTED``."""
-WITH_MODES = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")
-WITH_ZOO = tuple(env_id for env_id, task in TASKS.items() if task.zoo)
-RUNS = {
-    "trpo": (10, tuple(TASKS)),
-    RANDOM: (5, tuple(TASKS)),
-    PEER: (3, WITH_ZOO),
-    "natural": (3, WITH_MODES),
-    "vanilla": (3, WITH_MODES),
-}
-"""How many seeds of each algorithm run, and on which tasks."""
-RESTART = 1_000_000
-"""How far apart the random seeds of a run's pieces are; evaluations have those in between."""
+ARCHIVE = Path("docs/results/results.jsonl.xz")
+DEFAULTS = comparable(train.Args())
 
 
-def job_of(env_id: str, algorithm: str, seed: int, folder: Path = FOLDER) -> Job:
-    """Return a run of the benchmark."""
-    args = replace(TASKS[env_id].args, env_id=env_id, seed=seed)
+def case(env_id: str, algorithm: str, seed: int) -> Line:
+    """Return a run of the benchmark, and what it is made with."""
+    task = TASKS[env_id]
+    args = replace(task.args, env_id=env_id, seed=seed)
     if algorithm != EARLIER:
         args = replace(args, **ADOPTED)
     if algorithm == "natural":
         args = replace(args, mode="natural")
     if algorithm == "vanilla":
         args = replace(args, mode="vanilla", lr=VANILLA_LR)
-    return Job(env_id, algorithm, seed, folder, args, 1 if algorithm == RANDOM else 10)
+    own = {PEER: task.zoo, RANDOM: {}}.get(algorithm, comparable(args)) or {}
+    length = {"total_steps": args.total_steps, "pieces": 1 if algorithm == RANDOM else 10}
+    who = {"environment": env_id, "algorithm": algorithm, "seed": seed}
+    return {**who, "settings": own | length}
 
 
-def advance(job: Job, piece: int) -> None:
-    """Train one piece further, evaluate, and write the line of it."""
-    steps = job.args.total_steps * (piece + 1) // job.pieces
-    start = time.process_time()
-    result = {PEER: _peer, RANDOM: _random}.get(job.algorithm, _own)(job, steps, piece)
-    job.record({**result, "cpu": round(time.process_time() - start, 1)})
+def cases() -> list[Line]:
+    """Return all runs of the benchmark, seed by seed."""
+    return [
+        case(env_id, algorithm, seed)
+        for seed in range(max(seeds for seeds, _ in RUNS.values()))
+        for algorithm, (seeds, env_ids) in RUNS.items()
+        for env_id in env_ids
+        if seed < seeds
+    ]
 
 
-def _random(job: Job, steps: int, _: int) -> Line:
-    returns = returns_at_random(agent.make_envs(replace(job.args, num_envs=EPISODES)), job.seed)
-    return {"steps": steps, "sampled": returns, "deterministic": returns}
+def play(case: Line) -> list[Line]:
+    """Make a run; return what its evaluations came to, with the CPU seconds of each piece."""
+    pieces = {PEER: _peer, RANDOM: _random}.get(case["algorithm"], own)(case)
+    lines, start = [], time.process_time()
+    for result in pieces:
+        lines.append({**result, "cpu": round(time.process_time() - start, 1)})
+        start = time.process_time()
+    return lines
 
 
-def _own(job: Job, steps: int, _: int) -> Line:
-    once = 10**9  # a checkpoint at the end of the piece
-    args = replace(job.args, run_dir=job.folder / job.name, resume=True, checkpoint_every=once)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        run = train.train(replace(args, total_steps=steps))
-    if run.step > steps:
-        raise SystemExit(
-            f"{args.folder()} is at step {run.step}, and {job.lines} has no line of the piece that "
-            f"ends at step {steps}. Move both away, and the run begins anew."
-        )
-    envs = agent.make_envs(replace(args, num_envs=EPISODES, stagger=False))
-    returns = returns_of(envs, run.act, job.seed)
-    return {"steps": run.step, "training": run.recent_return(), **returns}
+def own(case: Line) -> Iterator[Line]:
+    """Train by this package, piece by piece, and evaluate after each."""
+    settings = dict(case["settings"])
+    pieces = settings.pop("pieces")
+    run = train.new_run(train.Args(**settings))
+    for piece in range(1, pieces + 1):
+        while run.step + run.args.batch_size <= run.args.total_steps * piece // pieces:
+            train.improve(run, train.collect(run))
+            run.update += 1
+        envs = agent.make_envs(replace(run.args, num_envs=EPISODES, stagger=False))
+        with torch.random.fork_rng():  # training does not depend on how often it is evaluated
+            returns = returns_of(envs, run.act, run.args.seed)
+        yield {"steps": run.step, "training": run.recent_return(), **returns}
+    run.envs.close()
 
 
-def _peer(job: Job, steps: int, piece: int) -> Line:
-    folder = job.folder / job.name
-    folder.mkdir(parents=True, exist_ok=True)
-    envs = make_vec_env(job.env_id, n_envs=2, seed=job.seed)
-    settings = {"normalize": False, "gamma": 0.99} | (TASKS[job.env_id].zoo or {})
-    scaled = settings.pop("normalize")
-    if piece:
-        normalised = VecNormalize.load(str(folder / f"{piece}.pkl"), envs)
-        model = TRPO.load(folder / f"{piece}.zip", normalised, device="cpu")
-        model.set_random_seed(RESTART * piece + job.seed)  # loading set that of the start again
-    else:
-        scaling = {"norm_obs": scaled, "norm_reward": scaled, "gamma": settings["gamma"]}
-        normalised = VecNormalize(envs, **scaling)
-        model = TRPO("MlpPolicy", normalised, seed=job.seed, device="cpu", **settings)
-    model.learn(steps - model.num_timesteps, reset_num_timesteps=False)
-    model.save(folder / f"{piece + 1}.zip")
-    normalised.save(str(folder / f"{piece + 1}.pkl"))
-    starts = make_vec_env(job.env_id, n_envs=1, seed=first_start(job.seed))
-    judged = VecNormalize(starts, training=False, norm_obs=scaled, norm_reward=False)
-    if scaled:
-        judged.obs_rms = normalised.obs_rms
+def _random(case: Line) -> Iterator[Line]:
+    args = replace(TASKS[case["environment"]].args, env_id=case["environment"], num_envs=EPISODES)
+    returns = returns_at_random(agent.make_envs(args), case["seed"])
+    yield {"steps": args.total_steps, "sampled": returns, "deterministic": returns}
+
+
+def _peer(case: Line) -> Iterator[Line]:
+    env_id, seed = case["environment"], case["seed"]
+    settings = {"normalize": False, "gamma": 0.99} | case["settings"]
+    scaled, pieces, total = (settings.pop(key) for key in ("normalize", "pieces", "total_steps"))
+    scaling = {"norm_obs": scaled, "norm_reward": scaled, "gamma": settings["gamma"]}
+    envs = VecNormalize(make_vec_env(env_id, n_envs=2, seed=seed), **scaling)
+    model = TRPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     noise = _new_noise if model.use_sde else None
-    how = {"callback": noise, "return_episode_rewards": True}
-    return {
-        "steps": model.num_timesteps,
-        "sampled": evaluate_policy(model, judged, EPISODES, deterministic=False, **how)[0],
-        "deterministic": evaluate_policy(model, judged, EPISODES, **how)[0],
-    }
+    how: Any = {"callback": noise, "return_episode_rewards": True}
+    for piece in range(1, pieces + 1):
+        left = total * piece // pieces - model.num_timesteps
+        model.learn(left, reset_num_timesteps=False)
+        judged = VecNormalize(
+            make_vec_env(env_id, n_envs=1, seed=first_start(seed)),
+            training=False,
+            norm_obs=scaled,
+            norm_reward=False,
+        )
+        if scaled:
+            judged.obs_rms = envs.obs_rms
+        yield {
+            "steps": model.num_timesteps,
+            "sampled": evaluate_policy(model, judged, EPISODES, deterministic=False, **how)[0],
+            "deterministic": evaluate_policy(model, judged, EPISODES, **how)[0],
+        }
 
 
 def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
@@ -126,48 +126,18 @@ def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
         now["model"].policy.reset_noise()
 
 
-def finish(job: Job) -> None:
-    """Make the pieces of a run that are not finished."""
-    for piece in range(job.done(), job.pieces):
-        advance(job, piece)
-
-
-def play(jobs: Sequence[Job], archive: Path, workers: int) -> None:
-    """Make the runs that are not in an archive, or the rest of them, so many side by side."""
-    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
-    archived = by_run(lines_of(archive))
-    for job in jobs:
-        for line in archived.get(job.name, [])[-1:]:
-            job.require_own(line, archive)
-    left = [job for job in jobs if job.name not in archived and job.done() < job.pieces]
-    with pool(workers) as processes:
-        runs = [processes.submit(finish, job) for job in left]
-        try:
-            done, total = len(jobs) - len(left), len(jobs)
-            for run in tqdm(
-                as_completed(runs), initial=done, total=total, unit="run", disable=False
-            ):
-                run.result()
-        finally:
-            processes.shutdown(cancel_futures=True)  # after a failure, start no further run
-
-
-def main(only: str = "", workers: int = 2, folder: Path = FOLDER) -> None:
-    """Make the runs that are not finished.
+def main(only: str = "", workers: int = 2, report: bool = False) -> None:
+    """Make the runs that are missing, and fill the page.
 
     Args:
-        only: Part of the names of the runs to make, such as Hopper-v5__trpo; all by default.
+        only: A task or an algorithm, to make its runs alone; all by default.
         workers: Runs side by side.
-        folder: Where lines and checkpoints go.
+        report: Fill the page of the finished runs, and run nothing.
     """
-    jobs = [
-        job_of(env_id, algorithm, seed, folder)
-        for seed in range(max(seeds for seeds, _ in RUNS.values()))
-        for algorithm, (seeds, env_ids) in RUNS.items()
-        for env_id in env_ids
-        if seed < seeds
-    ]
-    play([job for job in jobs if only in job.name], ARCHIVE, workers)
+    if not report:
+        chosen = [each for each in cases() if only in ("", each["environment"], each["algorithm"])]
+        archived_runs.make(ARCHIVE, chosen, play, DEFAULTS, workers)
+    learning_report.write(archived_runs.finished(ARCHIVE, cases(), DEFAULTS))
 
 
 if __name__ == "__main__":

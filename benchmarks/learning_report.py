@@ -1,7 +1,5 @@
 """What the learning runs came to: the tables of docs/results/learning.md, and its pictures.
 
-    make bench-learning
-
 The statistics are rliable's (Agarwal et al., "Deep Reinforcement Learning at the Edge of the
 Statistical Precipice", 2021): interquartile means, stratified bootstrap, performance profiles.
 """
@@ -14,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import page
-import tyro
-from jobs import PEER, RANDOM, gathered
-from learning import ARCHIVE, EARLIER, FOLDER, WITH_MODES, job_of
+import pandas as pd
+import seaborn as sns
+from archived_runs import Line
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from rliable import library, metrics
-from scores import Array, Runs
+from scores import Array, Finals, frame
 from table import records, steps_of
-from tasks import HELD_OUT, SEARCH, TASKS
+from tasks import EARLIER, HELD_OUT, PEER, RANDOM, SEARCH, TASKS, WITH_MODES
 
 PAGE = Path("docs/results/learning.md")
 COLORS = {
@@ -61,7 +59,7 @@ def with_interval(
     return f"{middle} ({low} to {high})"
 
 
-def per_task(runs: Runs, env_ids: Sequence[str]) -> str:
+def per_task(finals: Finals, env_ids: Sequence[str]) -> str:
     """Return the table of some tasks."""
     return records(
         {
@@ -71,96 +69,77 @@ def per_task(runs: Runs, env_ids: Sequence[str]) -> str:
             "seeds": len(scores),
             "mean": with_interval(np.mean, scores, form=number),
             "IQM": with_interval(IQM, scores, form=number) if len(scores) >= ENOUGH else "–",
-            "mean, sampled": number(runs.mean(env_id, algorithm, "sampled")),
+            "mean, sampled": number(finals.mean(env_id, algorithm, "sampled")),
             "published": TASKS[env_id].published,
             "target": number(TASKS[env_id].target),
         }
         for env_id in env_ids
         for algorithm in COLORS
-        if len(scores := runs.returns(algorithm, [env_id]))
+        if len(scores := finals.returns(algorithm, [env_id]))
     )
 
 
-def own(runs: Runs) -> str:
-    """Return the algorithm that is compared with the others: trpo, as soon as it has runs."""
-    return "trpo" if runs.common("trpo") else EARLIER
-
-
-def across(runs: Runs) -> str:
-    """Return the table over the tasks that two algorithms share."""
-    ours, rows = own(runs), []
-    for other in (each for each in COLORS if each != ours):
+def across(finals: Finals) -> str:
+    """Return the table over the tasks that trpo shares with another algorithm."""
+    rows = []
+    for other in list(COLORS)[1:]:
         sets: dict[tuple[str, ...], str] = {}  # by tasks, each once
         for name, among in SETS.items():
-            sets.setdefault(tuple(runs.common(ours, other, among=among)), name)
+            sets.setdefault(tuple(finals.common("trpo", other, among=among)), name)
         for env_ids, name in sets.items():
-            pair = [runs.returns(each, env_ids) for each in (ours, other)]
-            sampled = [runs.returns(each, env_ids, "sampled") for each in (ours, other)]
-            if env_ids:
-                row = {
-                    "": f"{ours} over {other}",
-                    "tasks": f"{name} ({len(env_ids)})",
-                    "runs of each": " and ".join(str(len(each)) for each in pair),
-                    "IQM": with_interval(IQM, runs.normalised(ours, env_ids)),
-                    "IQM of the other": with_interval(IQM, runs.normalised(other, env_ids)),
-                    "probability of improvement": with_interval(BETTER, *pair),
-                    "the same, sampled": with_interval(BETTER, *sampled),
-                }
-                rows.append(row)
+            pair = [finals.returns(each, env_ids) for each in ("trpo", other)]
+            sampled = [finals.returns(each, env_ids, "sampled") for each in ("trpo", other)]
+            row = {
+                "": f"trpo over {other}",
+                "tasks": f"{name} ({len(env_ids)})",
+                "runs of each": " and ".join(str(len(each)) for each in pair),
+                "IQM": with_interval(IQM, finals.normalised("trpo", env_ids)),
+                "IQM of the other": with_interval(IQM, finals.normalised(other, env_ids)),
+                "probability of improvement": with_interval(BETTER, *pair),
+                "the same, sampled": with_interval(BETTER, *sampled),
+            }
+            rows += [row] if env_ids else []
     return records(rows)
 
 
-def missed(runs: Runs) -> str:
-    """Return the table of the tasks on which the mean is below the target."""
-    return records(
-        {
-            "task": env_id,
-            "mean": number(runs.mean(env_id, own(runs))),
-            "target": number(target),
-            f"mean of {PEER}": number(runs.mean(env_id, PEER)),
-        }
-        for env_id, target in runs.missed(own(runs)).items()
-    )
-
-
-def draw_curves(runs: Runs, env_ids: Sequence[str], columns: int, path: Path) -> None:
+def draw_curves(evaluations: pd.DataFrame, env_ids: Sequence[str], path: Path) -> None:
     """Draw the return of tasks by steps: the mean over the seeds, and their range."""
-    shape = -(-len(env_ids) // columns), columns
-    figure = Figure(figsize=(3.75 * columns, 2.9 * shape[0]), layout="constrained")
-    labels: dict[str, Any] = {}
-    for index, env_id in enumerate(env_ids):
-        axes = figure.add_subplot(*shape, index + 1)
-        for algorithm, color in COLORS.items():
-            if runs.common(algorithm, among=[env_id]):
-                steps, returns = runs.curves(env_id, algorithm)
-                (labels[algorithm],) = axes.plot(steps, returns.mean(0), color=color)
-                span = returns.min(0), returns.max(0)
-                axes.fill_between(steps, *span, color=color, alpha=0.15, lw=0)
+    grid = sns.relplot(
+        evaluations[evaluations["algorithm"] != RANDOM],
+        kind="line",
+        x="steps",
+        y="deterministic",
+        hue="algorithm",
+        palette=COLORS,
+        hue_order=list(COLORS),
+        errorbar=("pi", 100),
+        col="environment",
+        col_order=env_ids,
+        col_wrap=3,
+        height=2.9,
+        aspect=1.3,
+        facet_kws={"sharex": False, "sharey": False},
+    )
+    grid.set_titles("{col_name}").set_axis_labels("environment steps", "return")
+    for env_id, axes in grid.axes_dict.items():
         if (target := TASKS[env_id].target) is not None:
             axes.axhline(target, color="black", linewidth=1, linestyle="--")
-        axes.set_title(env_id, fontsize=13)
-        axes.tick_params(labelsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("environment steps", fontsize=13)
-    figure.supylabel("return", fontsize=13)
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": columns + 1, "frameon": False}
-    figure.legend(labels.values(), labels, fontsize=12, **place)
-    figure.savefig(path, dpi=100)
+    sns.move_legend(grid, "upper center", ncols=len(COLORS), title=None, bbox_to_anchor=(0.5, 1.04))
+    grid.savefig(path, dpi=90)
 
 
-def draw_profiles(runs: Runs, path: Path) -> None:
-    """Draw which share of runs scores above what, on the tasks that two algorithms share."""
-    ours = own(runs)
-    others = [each for each in COLORS if each != ours and runs.common(ours, each, RANDOM)]
-    figure = Figure(figsize=(4.2 * max(1, len(others)), 3.4), layout="constrained")
+def draw_profiles(finals: Finals, path: Path) -> None:
+    """Draw which share of runs scores above what, on the tasks that trpo shares with another."""
+    others = [each for each in list(COLORS)[1:] if finals.common("trpo", each, RANDOM)]
+    figure = Figure(figsize=(4.2 * len(others), 3.4), layout="constrained")
     marks = np.linspace(0, 2, 81)
     np.random.seed(0)  # noqa: NPY002 (what rliable draws by)
-    for index, other in enumerate(others):
-        env_ids = runs.common(ours, other, RANDOM)
-        pair = {each: runs.normalised(each, env_ids) for each in (ours, other)}
+    for axes, other in zip(figure.subplots(1, len(others)), others, strict=True):
+        env_ids = finals.common("trpo", other, RANDOM)
+        pair = {each: finals.normalised(each, env_ids) for each in ("trpo", other)}
         shares, bounds = library.create_performance_profile(pair, marks, reps=REPS)
-        axes = figure.add_subplot(1, len(others), index + 1)
         for name in pair:
             axes.plot(marks, shares[name], color=COLORS[name], label=name)
             axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)
@@ -170,25 +149,16 @@ def draw_profiles(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Add the finished runs to the archive, fill the tables and draw the pictures.
-
-    Args:
-        folder: Where the runs' lines are.
-    """
-    runs = Runs(gathered(folder, ARCHIVE, job_of))
+def write(runs: Sequence[Sequence[Line]]) -> None:
+    """Fill the tables of finished runs, and draw the pictures."""
+    evaluations = frame(runs)
+    finals = Finals(evaluations)
     page.fill(
         PAGE,
-        search=per_task(runs, SEARCH),
-        held_out=per_task(runs, HELD_OUT),
-        across=across(runs),
-        missed=missed(runs),
+        search=per_task(finals, SEARCH),
+        held_out=per_task(finals, HELD_OUT),
+        across=across(finals),
     )
-    trained = [env_id for env_id in TASKS if any((env_id, each) in runs.runs for each in COLORS)]
-    draw_curves(runs, trained, 3, PAGE.with_name("learning.png"))
-    draw_curves(runs, WITH_MODES, 2, PAGE.with_name("modes.png"))
-    draw_profiles(runs, PAGE.with_name("profiles.png"))
-
-
-if __name__ == "__main__":
-    tyro.cli(main)
+    draw_curves(evaluations, finals.common("trpo"), PAGE.with_name("learning.png"))
+    draw_curves(evaluations, WITH_MODES, PAGE.with_name("modes.png"))
+    draw_profiles(finals, PAGE.with_name("profiles.png"))

@@ -2,34 +2,35 @@
 
     make bench-pong
 
-Killed at any moment, the same command goes on where it stopped, from checkpoints in runs/pong.
-Every finished run is one line of docs/results/pong.jsonl.xz, and is not made again. At the end, it
-fills the table of docs/results/pong.md and draws docs/results/pong.png.
+Finished runs are lines of docs/results/pong.jsonl.xz. Killed at any moment, the same command goes
+on where it stopped, from checkpoints in runs/pong. At the end, it fills the table of
+docs/results/pong.md and draws docs/results/pong.png.
 """
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import archived_runs
+import numpy as np
 import page
 import tyro
 import vine
-from checkpoint import comparable, require_same
+from archived_runs import Line
+from checkpoint import comparable
 from evaluation import returns_at_random, returns_of
-from pong_report import PAGE, draw, runs_table
-from results import lines_of, write_archive
-from tqdm import tqdm
-from workers import pool
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from table import records, steps_of
 
 ARCHIVE = Path("docs/results/pong.jsonl.xz")
-
+PAGE = Path("docs/results/pong.md")
+FOLDER = Path("runs/pong")
+"""Where runs are kept that are not finished."""
 COMMON = vine.Args(env_id="ALE/Pong-v5")
 """Of both schemes; what neither changes is the example's default."""
-
 SETTINGS = {
     "single-path": replace(
         COMMON,
@@ -42,77 +43,89 @@ SETTINGS = {
     ),
     "vine": replace(COMMON, total_steps=1_400_000, max_kl=0.005, horizon=5, critic_epochs=8),
 }
-
-SCHEMES = (*SETTINGS, "random")
-SEEDS, WORKERS = 2, 2
-FOLDER = Path("runs/pong")
-"""Where runs are kept that are not finished."""
-
-
-def settings_of(scheme: str, seed: int) -> vine.Args:
-    """Return the settings of a run."""
-    return replace(SETTINGS.get(scheme, COMMON), seed=seed)
+COLORS = {"single-path": "#1f5fbf", "vine": "#e8872a", "random": "gray"}
+"""By scheme, in the order of the table."""
+SEEDS = 2
+WINDOW = 20
+"""Episodes in a point of the picture."""
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the lines of the finished runs.
-
-    Raises:
-        SystemExit: If they were run with other settings, or are of another length.
-    """
-    lines = lines_of(ARCHIVE)
-    for line in lines:
-        if "settings" in line:
-            saved = comparable(vine.Args()) | line["settings"]
-            require_same(ARCHIVE, saved, recorded(settings_of(line["scheme"], line["seed"])))
-    return lines
+def case(scheme: str, seed: int) -> Line:
+    """Return a run, and what it is made with."""
+    args = replace(SETTINGS.get(scheme, COMMON), seed=seed)
+    settings = comparable(args) | {"total_steps": args.total_steps} if scheme in SETTINGS else {}
+    return {"scheme": scheme, "seed": seed, "settings": settings}
 
 
-def recorded(args: vine.Args) -> dict[str, Any]:
-    """Return the settings that a run's line says it was made with."""
-    return {**comparable(args), "total_steps": args.total_steps}
-
-
-def played(scheme: str, seed: int, device: str) -> dict[str, Any]:
-    """Make one run, or the rest of it; return its settings, its episodes and its final returns."""
-    args = replace(settings_of(scheme, seed), device=device)
-    line = {"scheme": scheme, "seed": seed}
-    if scheme == "random":
-        returns = returns_at_random(vine.make_envs(args), seed)
-        return {**line, "sampled": returns, "deterministic": []}
+def play(case: Line, device: str) -> list[Line]:
+    """Make a run, or the rest of it; return its episodes and its final returns."""
+    scheme, seed = case["scheme"], case["seed"]
+    args = replace(SETTINGS.get(scheme, COMMON), seed=seed, device=device)
+    if scheme not in SETTINGS:
+        return [{"sampled": returns_at_random(vine.make_envs(args), seed), "deterministic": []}]
     run = vine.train(replace(args, checkpoint=FOLDER / f"{scheme}__{seed}.pt"))
-    return {
-        **line,
-        "settings": recorded(args),
-        "seconds": round(run.seconds),
-        "episodes": run.episodes,
-        **returns_of(vine.make_envs(args), run.agent.act, seed, device),
-    }
+    returns = returns_of(vine.make_envs(args), run.agent.act, seed, device)
+    return [{"seconds": round(run.seconds), "episodes": run.episodes, **returns}]
 
 
-def main(device: str = "cpu") -> None:
-    """Make the runs that are not finished, and write the table and the picture.
+def table(lines: list[Line]) -> str:
+    """Return the table of the runs."""
+    return records(
+        {
+            "scheme": line["scheme"],
+            "seed": line["seed"],
+            "simulator steps": steps_of(line["settings"]["total_steps"]) if trained else "–",
+            "minutes": round(line["seconds"] / 60) if trained else "–",
+            "episodes": len(line["episodes"]) if trained else "–",
+            "sampled": with_error(line["sampled"]),
+            "likeliest": with_error(line["deterministic"]) if trained else "–",
+        }
+        for line in lines
+        for trained in [line["scheme"] in SETTINGS]
+    )
+
+
+def with_error(returns: list[float]) -> str:
+    """Return the mean of returns, and its standard error."""
+    return f"{np.mean(returns):.1f} ± {np.std(returns, ddof=1) / len(returns) ** 0.5:.1f}"
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Draw the returns of the trajectories by simulator steps, running means."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    floor = [value for line in lines if line["scheme"] == "random" for value in line["sampled"]]
+    axes.axhline(np.mean(floor), color=COLORS["random"], lw=0.8, label="random")
+    for line in lines:
+        if line["scheme"] in SETTINGS:
+            steps, returns = np.array(line["episodes"]).T
+            axes.plot(
+                steps[WINDOW - 1 :],
+                np.convolve(returns, np.ones(WINDOW) / WINDOW, mode="valid"),
+                color=COLORS[line["scheme"]],
+                linestyle=("-", "--", ":")[line["seed"] % 3],
+                label=f"{line['scheme']}, seed {line['seed']}",
+            )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel="simulator steps", ylabel="return of an episode", title="ALE/Pong-v5")
+    figure.legend(frameon=False, loc="outside right upper")
+    figure.savefig(path, dpi=100)
+
+
+def main(device: str = "cpu", report: bool = False) -> None:
+    """Make the runs that are missing, and write the table and the picture.
 
     Args:
         device: Where the networks live: cpu, cuda, ...
+        report: Write what the finished runs came to, and run nothing.
     """
-    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
-    there = {(line["scheme"], line["seed"]) for line in finished()}
-    with pool(WORKERS) as workers:
-        waiting = [
-            workers.submit(played, scheme, seed, device)
-            for seed in range(SEEDS)
-            for scheme in SCHEMES
-            if (scheme, seed) not in there
-        ]
-        done = as_completed(waiting)
-        try:
-            for future in tqdm(done, total=len(waiting), unit="run", disable=False):
-                write_archive([*finished(), future.result()], ARCHIVE)
-        finally:
-            workers.shutdown(cancel_futures=True)  # of one that failed, the others are not begun
-    page.fill(PAGE, pong=runs_table(finished()))
-    draw(finished(), PAGE.with_name("pong.png"))
+    cases = [case(each, seed) for each in COLORS for seed in range(SEEDS)]
+    defaults = comparable(vine.Args())
+    if not report:
+        archived_runs.make(ARCHIVE, cases, partial(play, device=device), defaults)
+    lines = [line for run in archived_runs.finished(ARCHIVE, cases, defaults) for line in run]
+    page.fill(PAGE, pong=table(lines))
+    draw(lines, PAGE.with_name("pong.png"))
 
 
 if __name__ == "__main__":

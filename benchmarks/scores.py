@@ -1,80 +1,61 @@
-"""Finished runs by task and algorithm, and their scores: 0 for random actions, 1 for the target."""
+"""Learning runs as a data frame, and their scores: 0 for random actions and 1 for the target."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
-from jobs import RANDOM
+import pandas as pd
+from archived_runs import Line
 from numpy.typing import NDArray
-from results import Line
-from tasks import TASKS
+from tasks import RANDOM, TASKS
 
 Array = NDArray[np.float64]
+RUN = ["algorithm", "environment", "seed"]
+KINDS = ["deterministic", "sampled"]
 
 
-class Runs:
-    """All evaluations by task and algorithm.
+def frame(runs: Iterable[Sequence[Line]]) -> pd.DataFrame:
+    """Return a row for each evaluation, with its mean return of either kind."""
+    columns = [*RUN, "steps", *KINDS, "cpu"]
+    rows = [{**line, **{k: fmean(line[k]) for k in KINDS}} for run in runs for line in run]
+    return pd.DataFrame(rows, columns=columns)
+
+
+class Finals:
+    """The returns of final policies.
 
     Args:
-        lines: One for each evaluation.
+        evaluations: As ``frame`` returns them.
     """
 
-    def __init__(self, lines: Iterable[Line]) -> None:
-        runs: dict[tuple[str, str], dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
-        for line in lines:
-            runs[line["environment"], line["algorithm"]][line["seed"]].append(line)
-        self.runs = runs
-
-    def final(self, env_id: str, algorithm: str, kind: str = "deterministic") -> Array:
-        """Return the final policy's mean return, one number a seed."""
-        runs = self.runs.get((env_id, algorithm), {})
-        return np.array([fmean(run[-1][kind]) for run in runs.values()])
-
-    def mean(self, env_id: str, algorithm: str, kind: str = "deterministic") -> float | None:
-        """Return the mean over the seeds; None without runs."""
-        returns = self.final(env_id, algorithm, kind)
-        return float(returns.mean()) if len(returns) else None
-
-    def curves(self, env_id: str, algorithm: str) -> tuple[Array, Array]:
-        """Return steps, (P,), and every seed's mean returns, (S, P)."""
-        runs = [*self.runs[env_id, algorithm].values()]
-        returns = [[fmean(line["deterministic"]) for line in run] for run in runs]
-        return np.array([line["steps"] for line in runs[0]]), np.array(returns)
+    def __init__(self, evaluations: pd.DataFrame) -> None:
+        self.rows = evaluations.groupby(RUN).last()
 
     def common(self, *algorithms: str, among: Iterable[str] = TASKS) -> list[str]:
         """Return the tasks that all of these algorithms have runs of."""
-        return [
-            env_id for env_id in among if all((env_id, each) in self.runs for each in algorithms)
-        ]
+        pairs = set(self.rows.index.droplevel("seed"))
+        return [env_id for env_id in among if all((each, env_id) in pairs for each in algorithms)]
 
     def returns(self, algorithm: str, env_ids: Sequence[str], kind: str = "deterministic") -> Array:
-        """Return final returns, (seeds, tasks)."""
-        return _matrix([self.final(env_id, algorithm, kind) for env_id in env_ids])
+        """Return final returns, (seeds, tasks), of the seeds that all the tasks have."""
+        if not self.common(algorithm, among=env_ids):
+            return np.empty((0, len(env_ids)))
+        table = self.rows.loc[algorithm, kind].unstack("environment")
+        returns: Array = table.reindex(columns=list(env_ids)).dropna().to_numpy()
+        return returns
+
+    def mean(self, env_id: str, algorithm: str, kind: str = "deterministic") -> float | None:
+        """Return the mean over the seeds; None without runs."""
+        returns = self.returns(algorithm, [env_id], kind)
+        return float(returns.mean()) if len(returns) else None
 
     def normalised(self, algorithm: str, env_ids: Sequence[str]) -> Array:
         """Return scores, (seeds, tasks), on those of the tasks that have a target."""
-        columns = []
-        for env_id in self.common(RANDOM, among=env_ids):
-            if (target := TASKS[env_id].target) is not None:
-                floor = self.final(env_id, RANDOM).mean()
-                columns.append((self.final(env_id, algorithm) - floor) / (target - floor))
-        return _matrix(columns)
-
-    def missed(self, algorithm: str) -> dict[str, float]:
-        """Return the targets that the mean of an algorithm misses."""
-        return {
-            env_id: task.target
-            for env_id, task in TASKS.items()
-            if (mean := self.mean(env_id, algorithm)) is not None
-            and task.target is not None
-            and mean < task.target
-        }
-
-
-def _matrix(columns: list[Array]) -> Array:
-    """Return columns side by side, as many rows as the shortest has."""
-    seeds = min(map(len, columns), default=0)
-    return np.array([column[:seeds] for column in columns]).T
+        targets = {each: TASKS[each].target for each in self.common(RANDOM, among=env_ids)}
+        scored = [env_id for env_id, target in targets.items() if target is not None]
+        floor = np.array([self.mean(each, RANDOM) for each in scored])
+        target = np.array([targets[each] for each in scored])
+        scores: Array = (self.returns(algorithm, scored) - floor) / (target - floor)
+        return scores

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import archived_runs
+import learning
 import page
+import pandas as pd
 import train
 import tyro
+from archived_runs import Line
 from checkpoint import comparable
-from jobs import RANDOM, Job, gathered
-from learning import ARCHIVE as RESULTS
-from learning import job_of as run_of
-from learning import play
 from learning_report import BETTER, IQM, number, with_interval
-from results import lines_of
-from scores import Runs
+from scores import Finals, frame
 from table import records
-from tasks import SEARCH, TASKS
+from tasks import RANDOM, SEARCH, TASKS
 
 TODAY = "today"
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -42,28 +40,30 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 """By name, what each changes of the earlier settings."""
 SEEDS = range(100, 104)
 """Seeds that no other run has."""
-ARCHIVE, FOLDER = Path("docs/results/settings.jsonl.xz"), Path("runs/settings")
+ARCHIVE = Path("docs/results/settings.jsonl.xz")
 PAGE = Path("docs/results/settings.md")
 GROUPS = {"most of MuJoCo": "Hopper-v5", "Swimmer": "Swimmer-v5", "classic control": "CartPole-v1"}
 """The groups of tasks with settings of their own, and a task of each."""
 
 
-def job_of(env_id: str, name: str, seed: int, folder: Path = FOLDER) -> Job:
+def case(env_id: str, name: str, seed: int) -> Line:
     """Return a run of the study, half as long as the benchmark's: 512 000 steps on MuJoCo."""
-    if name not in CANDIDATES:
-        known = ", ".join(CANDIDATES)
-        raise SystemExit(f"There are runs of {name!r}. The candidates are {known}. Add it to them.")
     args = replace(TASKS[env_id].args, env_id=env_id, seed=seed)
-    lengths = {
-        each: getattr(args, each) for each in ("total_steps", "anneal_start", "anneal_steps")
-    }
-    half = {each: 512 * steps // 1000 for each, steps in lengths.items()}
-    return Job(env_id, name, seed, folder, replace(args, **half | CANDIDATES[name]), pieces=1)
+    lengths = ("total_steps", "anneal_start", "anneal_steps")
+    half = {each: 512 * (getattr(args, each) or 0) // 1000 for each in lengths}
+    args = replace(args, **half | CANDIDATES[name])
+    settings = comparable(args) | {"total_steps": args.total_steps, "pieces": 1}
+    return {"environment": env_id, "algorithm": name, "seed": seed, "settings": settings}
+
+
+def cases() -> list[Line]:
+    """Return all runs of the study, seed by seed."""
+    return [case(each, name, seed) for seed in SEEDS for name in CANDIDATES for each in SEARCH]
 
 
 def adopted() -> str:
     """Return the table of the settings of trpo that are not the example's defaults."""
-    groups = {name: comparable(run_of(env_id, "trpo", 0).args) for name, env_id in GROUPS.items()}
+    groups = {name: learning.case(each, "trpo", 0)["settings"] for name, each in GROUPS.items()}
     return records(
         {"setting": f"`{setting}`", **{name: each[setting] for name, each in groups.items()}}
         for setting, default in comparable(train.Args()).items()
@@ -71,23 +71,22 @@ def adopted() -> str:
     )
 
 
-def candidates(runs: Runs) -> str:
+def candidates(evaluations: pd.DataFrame) -> str:
     """Return the table of the candidates that have runs."""
-    rows = []
+    finals, rows = Finals(evaluations), []
     for name in CANDIDATES:
-        env_ids = runs.common(name, TODAY, among=SEARCH)
-        made = [run[-1] for each in env_ids for run in runs.runs[each, name].values()]
-        pair = [runs.returns(each, env_ids) for each in (name, TODAY)]
-        if made:
-            row = {
-                "candidate": name,
-                "runs": len(made),
-                **{env_id: number(runs.mean(env_id, name)) for env_id in SEARCH},
-                "IQM": with_interval(IQM, runs.normalised(name, env_ids)),
-                f"improvement over {TODAY}": with_interval(BETTER, *pair) if name != TODAY else "–",
-                "CPU s of a run": round(fmean(line["cpu"] for line in made)),
-            }
-            rows.append(row)
+        env_ids = finals.common(name, TODAY, among=SEARCH)
+        made = evaluations[evaluations["algorithm"] == name]
+        pair = [finals.returns(each, env_ids) for each in (name, TODAY)]
+        row = {
+            "candidate": name,
+            "runs": len(made),
+            **{env_id: number(finals.mean(env_id, name)) for env_id in SEARCH},
+            "IQM": with_interval(IQM, finals.normalised(name, env_ids)),
+            f"improvement over {TODAY}": with_interval(BETTER, *pair) if name != TODAY else "–",
+            "CPU s of a run": f"{made['cpu'].mean():.0f}",
+        }
+        rows += [row] if len(made) else []
     return records(rows)
 
 
@@ -98,14 +97,12 @@ def main(workers: int = 2, report: bool = False) -> None:
         workers: Runs side by side.
         report: Fill the tables of the finished runs, and run nothing.
     """
-    jobs = [
-        job_of(env_id, name, seed) for seed in SEEDS for name in CANDIDATES for env_id in SEARCH
-    ]
     if not report:
-        play(jobs, ARCHIVE, workers)
-    floors = [line for line in lines_of(RESULTS) if line["algorithm"] == RANDOM]
-    runs = Runs([*gathered(FOLDER, ARCHIVE, job_of), *floors])
-    page.fill(PAGE, settings=adopted(), candidates=candidates(runs))
+        archived_runs.make(ARCHIVE, cases(), learning.play, learning.DEFAULTS, workers)
+    floors = [case for case in learning.cases() if case["algorithm"] == RANDOM]
+    made = archived_runs.finished(ARCHIVE, cases(), learning.DEFAULTS)
+    evaluations = frame([*made, *archived_runs.finished(learning.ARCHIVE, floors)])
+    page.fill(PAGE, settings=adopted(), candidates=candidates(evaluations))
 
 
 if __name__ == "__main__":

@@ -107,3 +107,17 @@ SEARCH = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", 
 """The tasks on which settings are chosen."""
 HELD_OUT = tuple(env_id for env_id in TASKS if env_id not in SEARCH)
 """All others."""
+
+EARLIER, PEER, RANDOM = "trpo, earlier settings", "sb3-contrib", "random"
+"""What is not this package's trpo, natural or vanilla with ``ADOPTED``: it without, sb3-contrib's
+TRPO, and random actions."""
+WITH_MODES = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")
+EARLIER_TASKS = tuple(TASKS)
+RUNS = {
+    "trpo": (10, tuple(TASKS)),
+    RANDOM: (5, tuple(TASKS)),
+    PEER: (3, tuple(env_id for env_id, task in TASKS.items() if task.zoo)),
+    "natural": (3, WITH_MODES),
+    "vanilla": (3, WITH_MODES),
+}
+"""How many seeds of each algorithm run, and on which tasks."""

@@ -1,48 +1,30 @@
-"""Pong's finished runs are those of today's settings."""
+"""Pong's finished runs are those of today's settings, and its page says what they came to."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pong
 import pytest
-from pong import finished, recorded, settings_of
-from results import write_archive
+import vine
+from archived_runs import finished
+from checkpoint import comparable
 
 
 @pytest.fixture(autouse=True)
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "pong.jsonl.xz"
-    monkeypatch.setattr(pong, "ARCHIVE", path)
-    return path
+def repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
 
 
-def test_runs_of_todays_settings_are_finished(archive: Path) -> None:
-    lines = [
-        {"scheme": "vine", "seed": 1, "settings": recorded(settings_of("vine", 1))},
-        {"scheme": "random", "seed": 0, "sampled": [-21.0]},
-    ]
-    write_archive(lines, archive)
-    assert finished() == lines
+def test_the_archive_has_the_runs_of_todays_settings() -> None:
+    cases = [pong.case(scheme, seed) for scheme in pong.COLORS for seed in range(pong.SEEDS)]
+    runs = finished(pong.ARCHIVE, cases, comparable(vine.Args()))
+    assert [len(run) for run in runs] == [1] * 6
+    lines = [line for run in runs for line in run]
+    assert pong.table(lines) in pong.PAGE.read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"horizon": 7}, "horizon 7 -> "), ({"total_steps": 9}, "total_steps 9 -> ")],
-)
-def test_runs_of_other_settings_are_refused(
-    archive: Path, change: dict[str, Any], words: str
-) -> None:
-    other = recorded(replace(settings_of("vine", 0), **change))
-    write_archive([{"scheme": "vine", "seed": 0, "settings": other}], archive)
-    with pytest.raises(SystemExit, match=words):
-        finished()
-
-
-def test_a_setting_that_is_gone_is_named(archive: Path) -> None:
-    old = recorded(settings_of("single-path", 0)) | {"gone": 3}
-    write_archive([{"scheme": "single-path", "seed": 0, "settings": old}], archive)
-    with pytest.raises(SystemExit, match="gone 3 -> None"):
-        finished()
+def test_runs_of_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pong.SETTINGS, "vine", pong.COMMON)
+    with pytest.raises(SystemExit, match="horizon 5 -> 10"):
+        finished(pong.ARCHIVE, [pong.case("vine", 0)], comparable(vine.Args()))
