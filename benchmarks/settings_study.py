@@ -36,6 +36,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "beta policy": {"actions": "beta"},
     "critic of 256 units": {"critic_hidden": 256},
     "V-trace targets": {"critic_fresh": True},
+    "shorter steps by small advantages": {"advantage_floor": 0.02},
+    "λ = 0.9": {"gae_lambda": 0.9},
+    "less noise": {"log_std": 0.4},
+    "twice the radius": {"max_kl": 0.014},
 }
 """By name, what each changes of the earlier settings."""
 SEEDS = range(100, 104)

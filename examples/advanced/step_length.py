@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
+from torch import Tensor
 
 if TYPE_CHECKING:
     from train import Args
@@ -21,15 +23,27 @@ def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
     return args.max_kl * (math.prod(actions.shape or ()) if args.per_dimension else 1)
 
 
-def anneal(run: Run) -> None:
-    """Set the length of the next step."""
-    args = run.args
+def set_length(run: Run, advantages: Tensor) -> None:
+    """Set the length of the next step.
+
+    Noise in the advantages of a policy that has little left to learn moves it as far as all that it
+    had to learn did, if the radius stays. So below ``advantage_floor``, the length of a step goes
+    with the advantages, as that of a gradient step does.
+
+    Args:
+        run: The run.
+        advantages: Those of the batch, (T, N), in units of the returns.
+    """
+    args, left = run.args, 1.0
     if args.anneal_steps is not None:
         left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
         left = min(max(left, 1e-3), 1.0)  # a rate is positive
-        for group in run.optimizer.param_groups:
-            # a step's length goes with the radius' root
-            start = run.optimizer.defaults["max_kl"]
-            group["max_kl"] = max(start * left**2, min(start, SMALLEST))
-            if args.mode == "vanilla":
-                group["lr"] = run.optimizer.defaults["lr"] * left
+    if args.advantage_floor:
+        spread = math.sqrt(np.mean(run.processes.all(float(advantages.var()))))
+        left *= min(spread / args.advantage_floor, 1.0)
+    for group in run.optimizer.param_groups:
+        # a step's length goes with the radius' root
+        start = run.optimizer.defaults["max_kl"]
+        group["max_kl"] = max(start * left**2, min(start, SMALLEST))
+        if args.mode == "vanilla":
+            group["lr"] = run.optimizer.defaults["lr"] * left

@@ -29,7 +29,7 @@ from checkpoint import load, prepare, save
 from critic_fit import advantages, fit_critic, new_optimizer, scale, scaled_rewards
 from normaliser import Normaliser, follow
 from processes import Processes, leave
-from step_length import anneal, joint_radius
+from step_length import joint_radius, set_length
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -59,6 +59,9 @@ class Args:
     vanilla it is lr); None: it stays"""
     anneal_start: int = 0
     """environment step from which it falls, linearly"""
+    advantage_floor: float = 0.0
+    """standard deviation of the advantages, over that of the returns, below which steps become
+    shorter in proportion"""
     per_dimension: bool = False
     """multiply max_kl by the number of action dimensions, and divide the initial standard
     deviation by it, which is then at most 1"""
@@ -180,7 +183,7 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
     """Take one step of the policy; return its report and the critic's targets, (T, N)."""
     args = run.args
     estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
-    anneal(run)
+    set_length(run, estimates)
     again = run.earlier[: args.reuse]
     earlier = [
         advantages(run, each, each.rewards / scale(run), each.log_ratios(run.act))[0]

@@ -105,8 +105,9 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
         {"critic": "trpo", "critic_epochs": 2, "critic_hidden": 16},
         {"critic_fresh": True, "critic_batches": 2},
         {"stagger": True},
+        {"advantage_floor": 10.0},
     ],
-    ids=["earlier batch", "critic by trust-region steps", "fresh targets", "staggered"],
+    ids=["earlier batch", "critic by steps", "fresh targets", "staggered", "advantage floor"],
 )
 def test_a_resumed_run_goes_on_with_every_option(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"env_id": "Pendulum-v1", **changes}

@@ -81,7 +81,7 @@ def test_the_radius_stays_where_single_precision_resolves_it(
 ) -> None:
     run = train.new_run(small(tmp_path, max_kl=max_kl, anneal_steps=1024))
     for run.update in range(20):
-        step_length.anneal(run)
+        step_length.set_length(run, torch.ones(4, 2))
     assert run.optimizer.param_groups[0]["max_kl"] == least
     assert train.improve(run, train.collect(run))[0].accepted
 
@@ -91,9 +91,22 @@ def test_the_steps_length_stays_until_anneal_start(tmp_path: Path) -> None:
     lengths = []
     run = train.new_run(args)
     for run.update in range(0, 13, 2):
-        step_length.anneal(run)
+        step_length.set_length(run, torch.ones(4, 2))
         lengths.append(run.optimizer.param_groups[0]["lr"] / 0.1)
     assert lengths == pytest.approx([1, 1, 1, 1, 0.5, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(("mode", "power"), [("trpo", 2), ("vanilla", 1)])
+def test_steps_get_shorter_with_small_advantages(tmp_path: Path, mode: Any, power: int) -> None:
+    run = train.new_run(small(tmp_path, mode=mode, max_kl=0.02, lr=0.1, advantage_floor=0.05))
+    name = "max_kl" if mode == "trpo" else "lr"
+    shares = []
+    for spread in (2.0, 0.05, 0.025, 0.005):
+        step_length.set_length(run, 7 + spread * torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+        shares.append(run.optimizer.param_groups[0][name] / run.optimizer.defaults[name])
+    root = math.sqrt(4 / 3)  # torch's variance has one observation less
+    wanted = [min(1.0, root * share) ** power for share in (1, 1, 0.5, 0.1)]
+    assert shares == pytest.approx(wanted, rel=1e-3)
 
 
 def test_radius_and_noise_can_go_by_the_number_of_action_dimensions(tmp_path: Path) -> None:
