@@ -80,7 +80,7 @@ def own(case: Line) -> Iterator[Line]:
         while run.step + run.args.batch_size <= run.args.total_steps * piece // pieces:
             train.improve(run, train.collect(run))
             run.update += 1
-        envs = agent.make_envs(replace(run.args, num_envs=EPISODES, stagger=False))
+        envs = agent.make_envs(replace(run.args, num_envs=EPISODES))
         with torch.random.fork_rng():  # training does not depend on how often it is evaluated
             returns = returns_of(envs, run.act, run.args.seed)
         yield {"steps": run.step, "training": run.recent_return(), **returns}

@@ -29,13 +29,8 @@ TODAY = "today"
 CANDIDATES: dict[str, dict[str, Any]] = {
     TODAY: {},
     "reuse of one batch, half weight": {"reuse": 1, "reuse_weight": 0.5},
-    "critic by trust-region steps": {"critic": "trpo", "critic_epochs": 3},
     "16 environments": {"num_envs": 16, "critic_minibatch": 256},
-    "16 environments, staggered": {"num_envs": 16, "critic_minibatch": 256, "stagger": True},
     "256 units": {"hidden": 256},
-    "beta policy": {"actions": "beta"},
-    "critic of 256 units": {"critic_hidden": 256},
-    "V-trace targets": {"critic_fresh": True},
     "shorter steps by small advantages": {"advantage_floor": 0.02},
     "λ = 0.9": {"gae_lambda": 0.9},
     "less noise": {"log_std": 0.4},

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
-from torch.distributions import Beta, Categorical, Distribution, Independent, Normal
-from torch.nn.functional import softplus
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from trpo_optim.snapshots import restorable
 
@@ -28,46 +27,21 @@ class WithoutInfo(gym.Wrapper[Any, Any, Any, Any]):
         return *self.env.step(action)[:4], {}
 
 
-class Staggered(gym.Wrapper[Any, Any, Any, Any]):
-    """Cuts the first episode.
-
-    Args:
-        env: The environment.
-        first: The most steps of its first episode.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], first: int) -> None:
-        super().__init__(env)
-        self.left = first
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take a step; the first episode is truncated where it is to be cut."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if self.left > 0:
-            truncated = truncated or self.left == 1
-            self.left = 0 if terminated or truncated else self.left - 1
-        return observation, reward, terminated, truncated, info
-
-
 def make_envs(args: Args) -> SyncVectorEnv:
     """Return vector environments that restart within the step that ends an episode.
 
-    Observations are flat; bounded actions go from −1 to 1, or from 0 to 1 for a beta distribution.
+    Observations are flat; bounded actions go from −1 to 1.
     """
 
-    def make(index: int) -> gym.Env[Any, Any]:
+    def make() -> gym.Env[Any, Any]:
         env = restorable(partial(gym.make, args.env_id))
-        if args.stagger and env.spec is not None and env.spec.max_episode_steps:
-            env = Staggered(env, env.spec.max_episode_steps * (index + 1) // args.num_envs)
         space, actions = env.observation_space, env.action_space
         if isinstance(actions, gym.spaces.Box) and actions.is_bounded("both"):
-            low = np.float32(0 if args.actions == "beta" else -1)  # where its actions begin
-            env = gym.wrappers.RescaleAction(env, low, np.float32(1))
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         return WithoutInfo(env if flat else gym.wrappers.FlattenObservation(env))
 
-    makers = [partial(make, index) for index in range(args.num_envs)]
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    return SyncVectorEnv([make] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
@@ -89,7 +63,6 @@ class Policy(nn.Module):
     def __init__(self, observations: int, actions: gym.Space[Any], args: Args) -> None:
         super().__init__()
         self.discrete = isinstance(actions, gym.spaces.Discrete)
-        self.beta = args.actions == "beta"
         if isinstance(actions, gym.spaces.Discrete):
             outputs = int(actions.n)
         elif isinstance(actions, gym.spaces.Box):
@@ -97,18 +70,7 @@ class Policy(nn.Module):
             log_std = (
                 min(args.log_std - math.log(outputs), 0.0) if args.per_dimension else args.log_std
             )
-            if self.beta:
-                if not actions.is_bounded("both"):
-                    raise SystemExit(
-                        f"{args.env_id} has the action space {actions}; a beta distribution needs "
-                        "bounds. Choose --actions normal."
-                    )
-                # If both parameters of the distribution are a, its variance on (−1, 1) is 1/(2a+1).
-                both = max((math.exp(-2 * log_std) - 1) / 2, 1.1)
-                self.shift = math.log(math.expm1(both - 1))
-                outputs *= 2
-            else:
-                self.log_std = nn.Parameter(torch.full((outputs,), log_std))
+            self.log_std = nn.Parameter(torch.full((outputs,), log_std))
         else:
             raise SystemExit(
                 f"{args.env_id} has the action space {actions}; this loop knows Box and Discrete."
@@ -120,9 +82,5 @@ class Policy(nn.Module):
         output = self.network(observation)
         if self.discrete:
             return Categorical(logits=output)
-        if self.beta:  # above 1: the density has one peak
-            towards_one, towards_zero = (1 + softplus(output + self.shift)).chunk(2, -1)
-            beta = Beta(towards_one, towards_zero, validate_args=False)
-            return Independent(beta, 1, validate_args=False)
         normal = Normal(output, self.log_std.exp(), validate_args=False)  # which takes time
         return Independent(normal, 1, validate_args=False)

@@ -26,7 +26,7 @@ import tyro
 from agent import Policy, make_envs, mlp
 from charts import draw, log
 from checkpoint import load, prepare, save
-from critic_fit import advantages, fit_critic, new_optimizer, scale, scaled_rewards
+from critic_fit import advantages, fit_critic, scale, scaled_rewards
 from normaliser import Normaliser, follow
 from processes import Processes, leave
 from step_length import joint_radius, set_length
@@ -77,9 +77,6 @@ class Args:
     """folder of the run; default runs/ENV__MODE__SEED"""
     num_envs: int = 8
     """environments stepped side by side, over all processes"""
-    stagger: bool = False
-    """cut first episodes at different steps, so that environments whose episodes have one length
-    are not all at the same step"""
     batch_size: int = 1024
     """environment steps per update, over all environments of all processes"""
     gamma: float = 0.99
@@ -90,28 +87,18 @@ class Args:
     """how many earlier batches each step of the policy uses again"""
     reuse_weight: float = 1.0
     """how much a row of an earlier batch counts beside a row of the batch after it"""
-    actions: Literal["normal", "beta"] = "normal"
-    """the distribution of continuous actions; a beta distribution needs bounded ones"""
     hidden: int = 64
     """width of the two hidden layers of policy and critic"""
     log_std: float = 0.0
     """initial log standard deviation of continuous actions"""
-    critic_hidden: int | None = None
-    """width of the critic's hidden layers; None: as the policy's"""
-    critic: Literal["adam", "trpo"] = "adam"
-    """what fits the critic: Adam, or trust-region steps on the mean of a normal distribution"""
     critic_lr: float = 1e-3
-    """the critic's learning rate (adam)"""
-    critic_kl: float = 0.05
-    """trust-region radius of each of the critic's steps, in nats (trpo)"""
-    critic_fresh: bool = False
-    """compute the targets of all these batches anew by the present policy and critic (V-trace)"""
+    """the critic's learning rate"""
     critic_batches: int = 1
     """how many batches, the last ones, the critic is fitted to"""
     critic_epochs: int = 20
-    """the critic's passes over them (adam), or its steps on all of them (trpo)"""
+    """the critic's passes over them"""
     critic_minibatch: int = 128
-    """the critic's minibatch, over all processes (adam)"""
+    """the critic's minibatch, over all processes"""
     checkpoint_every: int = 5
     """updates between two checkpoints"""
     threads: int = 1
@@ -134,7 +121,7 @@ def new_run(args: Args, processes: Processes | None = None) -> Run:
     envs = make_envs(replace(args, num_envs=own_envs))
     size = math.prod(envs.single_observation_space.shape or ())
     policy = Policy(size, envs.single_action_space, args).to(args.device)
-    critic = mlp(size, args.critic_hidden or args.hidden, 1, gain=1.0).to(args.device)
+    critic = mlp(size, args.hidden, 1, gain=1.0).to(args.device)
     if processes.rank:
         torch.manual_seed(processes.seed(args.seed))  # actions of its own
     return Run(
@@ -152,7 +139,7 @@ def new_run(args: Args, processes: Processes | None = None) -> Run:
             lr=args.lr,
             process_group=processes.group,
         ),
-        critic_optimizer=new_optimizer(args, critic, processes),
+        critic_optimizer=torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True),
         normalise=Normaliser(size, args.device),
         discounted=torch.zeros(own_envs, device=args.device),
     )
@@ -200,8 +187,7 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
         curvature=None,
         process_group=run.processes.group,
     )
-    kept = max(args.reuse, args.critic_batches * args.critic_fresh)
-    run.earlier = [batch, *run.earlier][:kept]
+    run.earlier = [batch, *run.earlier][: args.reuse]
     return run.optimizer.step(closures), targets
 
 

@@ -40,7 +40,7 @@ class Run:
     critic: nn.Sequential
     critic_of_all: nn.Module  # the same, with the gradients of all processes
     optimizer: TrustRegionOptimizer
-    critic_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Adam
     normalise: Normaliser
     discounted: Tensor  # return so far of each environment's episode, (N,)
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)

@@ -101,13 +101,11 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_never_stopped(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"reuse": 1, "reuse_weight": 0.5, "actions": "beta"},
-        {"critic": "trpo", "critic_epochs": 2, "critic_hidden": 16},
-        {"critic_fresh": True, "critic_batches": 2},
-        {"stagger": True},
+        {"reuse": 1, "reuse_weight": 0.5},
+        {"critic_batches": 2},
         {"advantage_floor": 10.0},
     ],
-    ids=["earlier batch", "critic by steps", "fresh targets", "staggered", "advantage floor"],
+    ids=["earlier batch", "critic's batches", "advantage floor"],
 )
 def test_a_resumed_run_goes_on_with_every_option(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"env_id": "Pendulum-v1", **changes}
@@ -116,7 +114,7 @@ def test_a_resumed_run_goes_on_with_every_option(tmp_path: Path, changes: dict[s
         train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
     assert same(without_pickles(whole), without_pickles(parts))
-    for name in changes.keys() - {"env_id", "critic_epochs", "critic_batches"}:
+    for name in changes.keys() - {"env_id"}:
         without = {key: value for key, value in changes.items() if key != name}
         train.train(small(tmp_path / name, **without, total_steps=512))
         assert not same(checkpoint(tmp_path / name)["critic"], whole["critic"]), name

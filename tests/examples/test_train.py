@@ -130,67 +130,6 @@ def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen, plain.step(np.ones(1, np.float32))[0], rtol=1e-6)
 
 
-def test_staggered_environments_end_their_episodes_in_turn(tmp_path: Path) -> None:
-    envs = agent.make_envs(small(tmp_path, env_id="Pendulum-v1", stagger=True))
-    envs.reset(seed=0)
-    ends = []
-    for step in range(1, 451):
-        *_, truncated, _ = envs.step(envs.action_space.sample())
-        ends += [(step, index) for index in truncated.nonzero()[0].tolist()]
-    firsts = [(50, 0), (100, 1), (150, 2), (200, 3)]
-    assert ends == [*firsts, *[(step + 200, index) for step, index in firsts], (450, 0)]
-
-
-@pytest.mark.parametrize("log_std", [-1.0, 0.0])
-def test_beta_actions_begin_in_the_middle_with_the_noise_asked_for(
-    tmp_path: Path, log_std: float
-) -> None:
-    args = small(tmp_path, env_id="Pendulum-v1", actions="beta", log_std=log_std)
-    run = train.new_run(args)
-    assert run.envs.single_action_space == gym.spaces.Box(0, 1, (1,), np.float32)
-    dist = run.act(torch.zeros(1, 3))
-    assert dist.mean.item() == pytest.approx(0.5, abs=1e-3)
-    widest = 1 / math.sqrt(2 * 1.1 + 1)  # of a peak
-    assert 2 * dist.stddev.item() == pytest.approx(min(math.exp(log_std), widest), rel=1e-2)
-
-
-def test_beta_actions_need_bounds(tmp_path: Path) -> None:
-    space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    with pytest.raises(SystemExit, match=r"needs bounds\. Choose --actions normal"):
-        agent.Policy(3, space, small(tmp_path, actions="beta"))
-
-
-def test_fresh_targets_are_v_trace(tmp_path: Path) -> None:
-    run = train.new_run(small(tmp_path, env_id="Pendulum-v1", critic_fresh=True, gamma=0.9))
-    batch = train.collect(run)
-    critic_fit.scaled_rewards(run, batch)
-    with torch.no_grad():
-        for each in run.policy.parameters():
-            each.add_(0.1 * torch.randn_like(each))
-        ratios = batch.log_ratios(run.act).exp().clamp(max=1)
-        values, following = batch.values(run.value)
-    ours = critic_fit.fresh_targets(run, batch)
-    expected = values.clone()
-    rewards, fade = batch.rewards / critic_fit.scale(run), 0.9 * run.args.gae_lambda
-    for step in reversed(range(len(ours))):
-        ends = batch.ends[step] | torch.tensor(step == len(ours) - 1)
-        after = 0 if step == len(ours) - 1 else expected[step + 1] - values[step + 1]
-        delta = rewards[step] + 0.9 * following[step] - values[step]
-        expected[step] += ratios[step] * (delta + fade * torch.where(ends, 0.0, after))
-    assert (ratios < 1).any()
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_the_critic_by_trust_region_steps_explains_more(tmp_path: Path) -> None:
-    run = train.new_run(small(tmp_path, env_id="Pendulum-v1", critic="trpo", critic_epochs=5))
-    fits = [train.improve(run, train.collect(run))[1] for _ in range(3)]
-    assert all(fit.explained_variance > fit.explained_variance_before for fit in fits)
-    report = run.critic_optimizer.last_report  # type: ignore[attr-defined]  # a TrustRegionOptimizer
-    assert report.accepted
-    assert report.kl <= run.args.critic_kl
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     run = train.train(small(tmp_path, critic_batches=3))
