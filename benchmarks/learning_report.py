@@ -18,7 +18,7 @@ from archived_runs import Line
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from rliable import library, metrics
-from scores import Array, Finals, frame
+from scores import KINDS, Array, Finals, frame
 from table import records, steps_of
 from tasks import EARLIER, HELD_OUT, PEER, RANDOM, SEARCH, TASKS, WITH_MODES
 
@@ -31,6 +31,8 @@ COLORS = {
     "vanilla": "#7f7f7f",
 }
 """By algorithm, in the order of the tables."""
+PAIRS = (("trpo", PEER), ("trpo", EARLIER), (EARLIER, "natural"), (EARLIER, "vanilla"))
+"""What is compared with what; natural and vanilla have the earlier settings."""
 SETS = {"search": SEARCH, "held out": HELD_OUT, "all": tuple(TASKS)}
 ENOUGH = 10
 """Seeds from which on a table has their IQM."""
@@ -80,22 +82,24 @@ def per_task(finals: Finals, env_ids: Sequence[str]) -> str:
 
 
 def across(finals: Finals) -> str:
-    """Return the table over the tasks that trpo shares with another algorithm."""
+    """Return the table over the tasks that two algorithms share."""
     rows = []
-    for other in list(COLORS)[1:]:
+    for pair in PAIRS:
         sets: dict[tuple[str, ...], str] = {}  # by tasks, each once
         for name, among in SETS.items():
-            sets.setdefault(tuple(finals.common("trpo", other, among=among)), name)
+            sets.setdefault(tuple(finals.common(*pair, among=among)), name)
         for env_ids, name in sets.items():
-            pair = [finals.returns(each, env_ids) for each in ("trpo", other)]
-            sampled = [finals.returns(each, env_ids, "sampled") for each in ("trpo", other)]
+            returns, sampled = (
+                [finals.returns(each, env_ids, kind) for each in pair] for kind in KINDS
+            )
+            iqm, other = (with_interval(IQM, finals.normalised(each, env_ids)) for each in pair)
             row = {
-                "": f"trpo over {other}",
+                "": " over ".join(pair),
                 "tasks": f"{name} ({len(env_ids)})",
-                "runs of each": " and ".join(str(len(each)) for each in pair),
-                "IQM": with_interval(IQM, finals.normalised("trpo", env_ids)),
-                "IQM of the other": with_interval(IQM, finals.normalised(other, env_ids)),
-                "probability of improvement": with_interval(BETTER, *pair),
+                "runs of each": " and ".join(str(len(each)) for each in returns),
+                "IQM": iqm,
+                "IQM of the other": other,
+                "probability of improvement": with_interval(BETTER, *returns),
                 "the same, sampled": with_interval(BETTER, *sampled),
             }
             rows += [row] if env_ids else []
@@ -131,15 +135,15 @@ def draw_curves(evaluations: pd.DataFrame, env_ids: Sequence[str], path: Path) -
 
 
 def draw_profiles(finals: Finals, path: Path) -> None:
-    """Draw which share of runs scores above what, on the tasks that trpo shares with another."""
-    others = [each for each in list(COLORS)[1:] if finals.common("trpo", each, RANDOM)]
-    figure = Figure(figsize=(4.2 * len(others), 3.4), layout="constrained")
+    """Draw which share of runs scores above what, on the tasks that two algorithms share."""
+    pairs = [pair for pair in PAIRS if finals.common(*pair, RANDOM)]
+    figure = Figure(figsize=(4.2 * len(pairs), 3.4), layout="constrained")
     marks = np.linspace(0, 2, 81)
     np.random.seed(0)  # noqa: NPY002 (what rliable draws by)
-    for axes, other in zip(figure.subplots(1, len(others)), others, strict=True):
-        env_ids = finals.common("trpo", other, RANDOM)
-        pair = {each: finals.normalised(each, env_ids) for each in ("trpo", other)}
-        shares, bounds = library.create_performance_profile(pair, marks, reps=REPS)
+    for axes, pair in zip(figure.subplots(1, len(pairs)), pairs, strict=True):
+        env_ids = finals.common(*pair, RANDOM)
+        scores = {each: finals.normalised(each, env_ids) for each in pair}
+        shares, bounds = library.create_performance_profile(scores, marks, reps=REPS)
         for name in pair:
             axes.plot(marks, shares[name], color=COLORS[name], label=name)
             axes.fill_between(marks, *bounds[name], color=COLORS[name], alpha=0.15, lw=0)

@@ -62,6 +62,6 @@ def test_a_candidate_changes_half_of_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     lengths = [settings[each] for each in ("total_steps", "anneal_start", "anneal_steps")]
     assert lengths == [512_000, 256_000, 512_000]
     assert settings["hidden"] == 128
-    settings = settings_study.case("Pendulum-v1", "today", 100)["settings"]
+    settings = settings_study.case("Pendulum-v1", "earlier settings", 100)["settings"]
     lengths = [settings[each] for each in ("total_steps", "anneal_start", "anneal_steps")]
     assert lengths == [51_200, 0, 51_200]
