@@ -28,7 +28,7 @@ from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
-from tasks import PEER, RANDOM, RUNS, TASKS, VANILLA_LR, adopted
+from tasks import LONG, PEER, RANDOM, RUNS, STEPS, TASKS, VANILLA_LR, adopted
 
 ARCHIVE = Path("docs/results/results.jsonl.xz")
 DEFAULTS = comparable(train.Args())
@@ -38,8 +38,10 @@ def case(env_id: str, algorithm: str, seed: int) -> Line:
     """Return a run of the benchmark, and what it is made with."""
     task = TASKS[env_id]
     args = replace(task.args, env_id=env_id, seed=seed)
-    if algorithm == "trpo":
+    if algorithm in ("trpo", LONG):
         args = adopted(args)
+    if algorithm == LONG:
+        args = replace(args, total_steps=STEPS, anneal_start=STEPS // 2, anneal_steps=STEPS)
     if algorithm == "natural":
         args = replace(args, mode="natural")
     if algorithm == "vanilla":

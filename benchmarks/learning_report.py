@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from rliable import library, metrics
 from scores import KINDS, Array, Finals, frame
 from table import records, steps_of
-from tasks import EARLIER, HELD_OUT, PEER, RANDOM, SEARCH, TASKS, WITH_MODES
+from tasks import EARLIER, HELD_OUT, LONG, PEER, RANDOM, SEARCH, TASKS, WITH_MODES
 
 PAGE = Path("docs/results/learning.md")
 COLORS = {
@@ -61,6 +61,12 @@ def with_interval(
     return f"{middle} ({low} to {high})"
 
 
+def target_of(env_id: str, mean: float) -> str:
+    """Return the target of a task, and whether a mean return misses it."""
+    target = TASKS[env_id].target
+    return number(target) + (" (missed)" if target is not None and mean < target else "")
+
+
 def per_task(finals: Finals, env_ids: Sequence[str]) -> str:
     """Return the table of some tasks."""
     return records(
@@ -73,7 +79,7 @@ def per_task(finals: Finals, env_ids: Sequence[str]) -> str:
             "IQM": with_interval(IQM, scores, form=number) if len(scores) >= ENOUGH else "–",
             "mean, sampled": number(finals.mean(env_id, algorithm, "sampled")),
             "published": TASKS[env_id].published,
-            "target": number(TASKS[env_id].target),
+            "target": target_of(env_id, float(scores.mean())),
         }
         for env_id in env_ids
         for algorithm in COLORS
@@ -106,10 +112,20 @@ def across(finals: Finals) -> str:
     return records(rows)
 
 
+def long_runs(evaluations: pd.DataFrame) -> str:
+    """Return the table of the runs with three times the steps."""
+    runs = evaluations[evaluations["algorithm"] == LONG]
+    return records(
+        {"steps": steps_of(int(steps)), "seeds": len(each)}
+        | {kind: number(each[kind].mean()) for kind in KINDS}
+        for steps, each in runs.groupby("steps")
+    )
+
+
 def draw_curves(evaluations: pd.DataFrame, env_ids: Sequence[str], path: Path) -> None:
     """Draw the return of tasks by steps: the mean over the seeds, and their range."""
     grid = sns.relplot(
-        evaluations[evaluations["algorithm"] != RANDOM],
+        evaluations[evaluations["algorithm"].isin(list(COLORS))],
         kind="line",
         x="steps",
         y="deterministic",
@@ -162,6 +178,7 @@ def write(runs: Sequence[Sequence[Line]]) -> None:
         search=per_task(finals, SEARCH),
         held_out=per_task(finals, HELD_OUT),
         across=across(finals),
+        long=long_runs(evaluations),
     )
     draw_curves(evaluations, finals.common("trpo"), PAGE.with_name("learning.png"))
     draw_curves(evaluations, WITH_MODES, PAGE.with_name("modes.png"))

@@ -119,6 +119,7 @@ actions."""
 WITH_MODES = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")
 NEW = ("HumanoidStandup-v5", "Pusher-v5", "BipedalWalker-v3")
 """Tasks that nothing ran on before the study."""
+LONG, STEPS = "trpo, 3 million steps", 3_000_000
 RUNS = {
     RANDOM: (5, tuple(TASKS)),
     "trpo": (10, tuple(TASKS)),
@@ -126,5 +127,6 @@ RUNS = {
     PEER: (3, tuple(env_id for env_id, task in TASKS.items() if task.zoo)),
     "natural": (3, WITH_MODES),
     "vanilla": (3, WITH_MODES),
+    LONG: (3, ("Ant-v5",)),
 }
 """How many seeds of each algorithm run, and on which tasks."""
