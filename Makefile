@@ -45,7 +45,7 @@ bench-language: .venv-recipes/installed ## memory and time of a language model's
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
 bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
-	PYTHONPATH=examples $(BIN)/python benchmarks/words_study.py
+	PYTHONPATH=examples:examples/advanced $(BIN)/python benchmarks/words_study.py
 
 bench-learning: .venv/bench ## learning curves beside sb3-contrib (days; goes on where it stopped); fills docs/results/learning.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from checkpoint import require_same, whole
+from filelock import FileLock
 from tqdm import tqdm
 from workers import pool
 
@@ -30,11 +34,15 @@ def lines_of(archive: Path) -> list[Line]:
         return [json.loads(line) for line in file]
 
 
-def append(archive: Path, lines: Sequence[Line]) -> None:
-    """Add lines to an archive; whatever happens, there is a whole one, the old or the new."""
-    text = "".join(json.dumps(line) + "\n" for line in [*lines_of(archive), *lines])
-    with whole(archive) as file:
-        file.write(lzma.compress(text.encode()))
+def add(archive: Path, lines: Sequence[Line]) -> None:
+    """Add lines to an archive. Whatever happens, there is a whole one, the old or the new.
+
+    Commands that run at the same time wait for each other.
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"{archive.name}.lock"):
+        text = "".join(json.dumps(line) + "\n" for line in [*lines_of(archive), *lines])
+        with whole(archive) as file:
+            file.write(lzma.compress(text.encode()))
 
 
 def finished(
@@ -52,13 +60,23 @@ def finished(
     """
     lines, runs = lines_of(archive), []
     for case in cases:
-        settings, who = case["settings"], {k: v for k, v in case.items() if k != "settings"}
-        run = [line for line in lines if who.items() <= line.items()]
-        before = {k: v for k, v in (defaults or {}).items() if k in settings}
+        settings, identity = case["settings"], {k: v for k, v in case.items() if k != "settings"}
+        run = [line for line in lines if identity.items() <= line.items()]
+        before = dict(defaults or {})
+        if not before.keys() <= settings.keys():  # those of another library, with other names
+            before = {}
         for line in run[:1]:
             require_same(archive, before | line["settings"], settings)
         runs.append(run)
     return runs
+
+
+def missing(
+    archive: Path, cases: Sequence[Line], defaults: Mapping[str, Any] | None = None
+) -> list[Line]:
+    """Return the cases that an archive has no run of. The arguments are those of ``finished``."""
+    runs = finished(archive, cases, defaults)
+    return [case for case, run in zip(cases, runs, strict=True) if not run]
 
 
 def make(
@@ -70,6 +88,8 @@ def make(
 ) -> None:
     """Make the runs that an archive lacks, and add each as soon as it is finished.
 
+    After a failure, runs that have begun are finished and added, and no other begins.
+
     Args:
         archive: The file.
         cases: The runs, in the order in which they begin.
@@ -80,13 +100,22 @@ def make(
     Raises:
         SystemExit: If a run of the archive was made with other settings than its case's.
     """
-    os.environ["TQDM_DISABLE"] = "1"  # one bar for all runs, not one each
-    there = finished(archive, cases, defaults)
-    missing = [case for case, run in zip(cases, there, strict=True) if not run]
-    with pool(workers) as processes:
-        runs = {processes.submit(play, case): case for case in missing}
-        try:
-            for run in tqdm(as_completed(runs), total=len(runs), unit="run", disable=False):
-                append(archive, [{**runs[run], **result} for result in run.result()])
-        finally:
-            processes.shutdown(cancel_futures=True)  # after a failure, start no further run
+    left, failure = missing(archive, cases, defaults), None
+    runs: dict[Future[Sequence[Line]], Line] = {}
+    quiet = mock.patch.dict(os.environ, TQDM_DISABLE="1")  # one bar for all runs, not one each
+    with quiet, pool(workers) as processes, tqdm(total=len(left), unit="run") as bar:
+        begin = iter(left)
+        while True:
+            for case in islice(begin, 0 if failure else workers - len(runs)):
+                runs[processes.submit(play, case)] = case
+            if not runs:
+                break
+            for run in wait(runs, return_when=FIRST_COMPLETED).done:
+                case = runs.pop(run)
+                if error := run.exception():
+                    failure = error
+                else:
+                    add(archive, [{**case, **result} for result in run.result()])
+                bar.update()
+    if failure:
+        raise failure

@@ -18,6 +18,7 @@ from typing import Any
 import agent
 import archived_runs
 import learning_report
+import tasks
 import torch
 import train
 import tyro
@@ -115,11 +116,12 @@ def _peer(case: Line) -> Iterator[Line]:
         )
         if scaled:
             judged.obs_rms = envs.obs_rms
-        yield {
-            "steps": model.num_timesteps,
-            "sampled": evaluate_policy(model, judged, EPISODES, deterministic=False, **how)[0],
-            "deterministic": evaluate_policy(model, judged, EPISODES, **how)[0],
-        }
+        with torch.random.fork_rng():
+            returns = {
+                kind: evaluate_policy(model, judged, EPISODES, deterministic=likeliest, **how)[0]
+                for kind, likeliest in (("sampled", False), ("deterministic", True))
+            }
+        yield {"steps": model.num_timesteps, **returns}
 
 
 def _new_noise(now: dict[str, Any], _: dict[str, Any]) -> None:
@@ -135,9 +137,14 @@ def main(only: str = "", workers: int = 2, report: bool = False) -> None:
         only: A task or an algorithm, to make its runs alone; all by default.
         workers: Runs side by side.
         report: Fill the page of the finished runs, and run nothing.
+
+    Raises:
+        SystemExit: If there is no such task or algorithm.
     """
     if not report:
         chosen = [each for each in cases() if only in ("", each["environment"], each["algorithm"])]
+        if not chosen:
+            raise SystemExit(f"{only!r} is neither a task nor an algorithm of {tasks.__file__}.")
         archived_runs.make(ARCHIVE, chosen, play, DEFAULTS, workers)
     learning_report.write(archived_runs.finished(ARCHIVE, cases(), DEFAULTS))
 

@@ -156,7 +156,7 @@ def draw_profiles(finals: Finals, path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(pairs), 3.4), layout="constrained")
     marks = np.linspace(0, 2, 81)
     np.random.seed(0)  # noqa: NPY002 (what rliable draws by)
-    for axes, pair in zip(figure.subplots(1, len(pairs)), pairs, strict=True):
+    for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         env_ids = finals.common(*pair, RANDOM)
         scores = {each: finals.normalised(each, env_ids) for each in pair}
         shares, bounds = library.create_performance_profile(scores, marks, reps=REPS)
@@ -180,6 +180,7 @@ def write(runs: Sequence[Sequence[Line]]) -> None:
         across=across(finals),
         long=long_runs(evaluations),
     )
-    draw_curves(evaluations, finals.common("trpo"), PAGE.with_name("learning.png"))
+    trained = [each for each in TASKS if any(finals.common(name, among=[each]) for name in COLORS)]
+    draw_curves(evaluations, trained, PAGE.with_name("learning.png"))
     draw_curves(evaluations, WITH_MODES, PAGE.with_name("modes.png"))
     draw_profiles(finals, PAGE.with_name("profiles.png"))

@@ -17,10 +17,17 @@ KINDS = ["deterministic", "sampled"]
 
 
 def frame(runs: Iterable[Sequence[Line]]) -> pd.DataFrame:
-    """Return a row for each evaluation, with its mean return of either kind."""
+    """Return a row for each evaluation, with its mean return of either kind.
+
+    Raises:
+        ValueError: If a return is not finite.
+    """
     columns = [*RUN, "steps", *KINDS, "cpu"]
     rows = [{**line, **{k: fmean(line[k]) for k in KINDS}} for run in runs for line in run]
-    return pd.DataFrame(rows, columns=columns)
+    evaluations = pd.DataFrame(rows, columns=columns)
+    if not np.isfinite(evaluations[KINDS].to_numpy(float)).all():
+        raise ValueError("A return is not finite. Find its run before you compare means.")
+    return evaluations
 
 
 class Finals:
@@ -31,7 +38,7 @@ class Finals:
     """
 
     def __init__(self, evaluations: pd.DataFrame) -> None:
-        self.rows = evaluations.groupby(RUN).last()
+        self.rows = evaluations.sort_values("steps").groupby(RUN).last()
 
     def common(self, *algorithms: str, among: Iterable[str] = TASKS) -> list[str]:
         """Return the tasks that all of these algorithms have runs of."""

@@ -104,11 +104,13 @@ TASKS = {
 
 def adopted(args: train.Args) -> train.Args:
     """Return a task's settings with what the study of settings changes."""
-    args = replace(args, advantage_floor=0.02)
-    return replace(args, log_std=0.4) if args.per_dimension else args
+    return replace(args, advantage_floor=0.02)
 
 
-SEARCH = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Pendulum-v1")
+SEARCH = (
+    *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5"),
+    *("InvertedDoublePendulum-v5", "Pendulum-v1"),
+)
 """The tasks on which settings are chosen."""
 HELD_OUT = tuple(env_id for env_id in TASKS if env_id not in SEARCH)
 """All others."""

@@ -89,13 +89,19 @@ def main(workers: int = 2, report: bool = False) -> None:
     Args:
         workers: Runs side by side.
         report: Fill the page of the finished runs, and run nothing.
+
+    Raises:
+        SystemExit: If there is nothing to report.
     """
     if not report:
-        for seed in range(SEEDS):
-            for task in words.TASKS:
-                words.pretrained(task, seed, GOAL, MODELS)  # before two runs need the same model
+        left = archived_runs.missing(ARCHIVE, cases())
+        for task, seed in sorted({(case["task"], case["seed"]) for case in left}):
+            words.pretrained(task, seed, GOAL, MODELS)  # before two runs need the same model
         archived_runs.make(ARCHIVE, cases(), play, workers=workers)
-    write([line for run in archived_runs.finished(ARCHIVE, cases()) for line in run])
+    lines = [line for run in archived_runs.finished(ARCHIVE, cases()) for line in run]
+    if not lines:
+        raise SystemExit(f"{ARCHIVE} has no runs. Run this without --report.")
+    write(lines)
 
 
 if __name__ == "__main__":

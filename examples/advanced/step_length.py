@@ -26,24 +26,24 @@ def joint_radius(args: Args, actions: gym.Space[Any]) -> float:
 def set_length(run: Run, advantages: Tensor) -> None:
     """Set the length of the next step.
 
-    Noise in the advantages of a policy that has little left to learn moves it as far as all that it
-    had to learn did, if the radius stays. So below ``advantage_floor``, the length of a step goes
-    with the advantages, as that of a gradient step does.
+    With one radius, noisy advantages move a converged policy as far as informative ones. So below
+    ``advantage_floor``, the length of a step goes with the advantages, as a gradient step's does.
 
     Args:
         run: The run.
         advantages: Those of the batch, (T, N), in units of the returns.
     """
-    args, left = run.args, 1.0
+    args, share = run.args, 1.0
     if args.anneal_steps is not None:
         left = (args.anneal_steps - run.step) / (args.anneal_steps - args.anneal_start)
-        left = min(max(left, 1e-3), 1.0)  # a rate is positive
+        share = min(left, 1.0)
     if args.advantage_floor:
         spread = math.sqrt(np.mean(run.processes.all(float(advantages.var()))))
-        left *= min(spread / args.advantage_floor, 1.0)
+        share *= min(spread / args.advantage_floor, 1.0)
+    share = max(share, 1e-3)  # a rate is positive
     for group in run.optimizer.param_groups:
         # a step's length goes with the radius' root
         start = run.optimizer.defaults["max_kl"]
-        group["max_kl"] = max(start * left**2, min(start, SMALLEST))
+        group["max_kl"] = max(start * share**2, min(start, SMALLEST))
         if args.mode == "vanilla":
-            group["lr"] = run.optimizer.defaults["lr"] * left
+            group["lr"] = run.optimizer.defaults["lr"] * share

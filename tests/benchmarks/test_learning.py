@@ -11,12 +11,15 @@ pytest.importorskip("sb3_contrib", reason="only make bench installs what benchma
 pytest.importorskip("rliable", reason="only make bench installs what benchmarks stand on")
 
 import learning
+import learning_report
 import settings_study
 import train
-from archived_runs import finished
-from learning import DEFAULTS, case, cases, play
-from settings_study import CANDIDATES
-from tasks import RUNS
+from archived_runs import finished, lines_of
+from learning import DEFAULTS, case, play
+from settings_study import CANDIDATES, RETIRED
+from tasks import EARLIER, LONG
+
+ROOT = Path(__file__).parents[2]
 
 
 def small(algorithm: str, pieces: int = 2) -> dict[str, Any]:
@@ -47,13 +50,16 @@ def test_a_run_is_that_of_the_example_however_often_it_is_judged(tmp_path: Path)
     assert often[-1]["deterministic"] == once[-1]["deterministic"]
 
 
-def test_every_finished_run_is_of_todays_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    made = [run for run in finished(learning.ARCHIVE, cases(), DEFAULTS) if run]
-    assert all(len(run) == run[0]["settings"]["pieces"] for run in made)
-    assert made
-    assert any(finished(settings_study.ARCHIVE, settings_study.cases(), DEFAULTS))
-    assert len(cases()) == sum(seeds * len(env_ids) for seeds, env_ids in RUNS.values())
+@pytest.mark.parametrize("benchmark", [learning, settings_study])
+def test_every_archived_run_is_of_todays_settings(
+    monkeypatch: pytest.MonkeyPatch, benchmark: Any
+) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = finished(benchmark.ARCHIVE, benchmark.cases(), DEFAULTS)
+    for wanted, run in zip(benchmark.cases(), runs, strict=True):
+        assert len(run) in (0, wanted["settings"]["pieces"])
+    retired = [line for line in lines_of(benchmark.ARCHIVE) if line["algorithm"] in RETIRED]
+    assert sum(map(len, runs)) + len(retired) == len(lines_of(benchmark.ARCHIVE))
 
 
 def test_a_candidate_changes_half_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +71,32 @@ def test_a_candidate_changes_half_of_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     settings = settings_study.case("Pendulum-v1", "earlier settings", 100)["settings"]
     lengths = [settings[each] for each in ("total_steps", "anneal_start", "anneal_steps")]
     assert lengths == [51_200, 0, 51_200]
+
+
+def test_the_pages_tables_say_what_the_archives_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for module, name in ((learning_report, "learning"), (settings_study, "settings")):
+        page = tmp_path / f"{name}.md"
+        page.write_text((ROOT / f"docs/results/{name}.md").read_text("utf-8"), "utf-8")
+        monkeypatch.setattr(module, "PAGE", page)
+    learning.main(report=True)
+    settings_study.main(report=True)
+    for name in ("learning", "settings"):
+        kept = (ROOT / f"docs/results/{name}.md").read_text("utf-8")
+        assert (tmp_path / f"{name}.md").read_text("utf-8") == kept
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"learning.png", "modes.png", "profiles.png"}
+
+
+def test_what_the_study_adopts_is_in_the_runs_of_trpo_alone() -> None:
+    ours, earlier, natural = (
+        case("Ant-v5", name, 3)["settings"] for name in ("trpo", EARLIER, "natural")
+    )
+    changed = {name: value for name, value in ours.items() if value != earlier[name]}
+    assert changed == {"advantage_floor": 0.02}
+    assert {**earlier, "mode": "natural"} == natural
+    long = case("Ant-v5", LONG, 3)["settings"]
+    lengths = {"total_steps": 3_000_000, "anneal_start": 1_500_000, "anneal_steps": 3_000_000}
+    assert long == ours | lengths

@@ -51,6 +51,17 @@ def test_scores_go_from_random_actions_to_the_target() -> None:
     np.testing.assert_allclose(scores, [[0.0], [1.0], [0.5]])
 
 
+def test_the_last_evaluation_is_the_one_with_the_most_steps() -> None:
+    lines = [line("Hopper-v5", "trpo", 0, steps, 10 * steps) for steps in (2, 3, 1)]
+    assert finals(lines).mean("Hopper-v5", "trpo") == 30
+
+
+def test_a_return_that_is_not_finite_is_refused() -> None:
+    lines = [line("Hopper-v5", "trpo", 0, 1, 100), line("Hopper-v5", "trpo", 0, 2, float("nan"))]
+    with pytest.raises(ValueError, match="not finite"):
+        finals(lines)
+
+
 def test_tasks_without_a_target_have_returns_but_no_score() -> None:
     tasks = ("Pusher-v5", "Hopper-v5")
     lines = [line(env_id, "random", 0, 1, 0) for env_id in tasks]
@@ -69,6 +80,13 @@ def test_algorithms_are_compared_on_the_tasks_that_all_have() -> None:
     assert runs.common("trpo", "sb3-contrib") == ["Ant-v5"]
     assert runs.common("trpo", among=["Hopper-v5", "Swimmer-v5"]) == ["Hopper-v5"]
     assert runs.common("natural") == []
+
+
+def test_seeds_that_a_task_lacks_do_not_count() -> None:
+    runs = [("Hopper-v5", 0), ("Hopper-v5", 1), ("Ant-v5", 1), ("Ant-v5", 2)]
+    lines = [line(env_id, "trpo", seed, 1, 100 + seed) for env_id, seed in runs]
+    returns = finals(lines).returns("trpo", ["Hopper-v5", "Ant-v5"])
+    np.testing.assert_allclose(returns, [[101, 101]])
 
 
 def test_of_every_task_as_many_seeds_count_as_the_one_with_the_fewest_has() -> None:

@@ -109,6 +109,14 @@ def test_steps_get_shorter_with_small_advantages(tmp_path: Path, mode: Any, powe
     assert shares == pytest.approx(wanted, rel=1e-3)
 
 
+def test_no_advantages_leave_a_rate(tmp_path: Path) -> None:
+    args = small(tmp_path, mode="vanilla", lr=0.1, advantage_floor=0.05, anneal_steps=1024)
+    run = train.new_run(args)
+    run.update = 7
+    step_length.set_length(run, torch.zeros(4, 2))
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
 def test_radius_and_noise_can_go_by_the_number_of_action_dimensions(tmp_path: Path) -> None:
     args = small(tmp_path, env_id="Hopper-v5", max_kl=0.01, per_dimension=True)
     run = train.new_run(args)
