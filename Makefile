@@ -44,16 +44,16 @@ bench-words: .venv/bench ## one step of a small language model, held out (five m
 bench-language: .venv-recipes/installed ## memory and time of a language model's step beside AdamW (twenty minutes); fills docs/results/language-steps.md
 	PYTHONPATH=benchmarks .venv-recipes/bin/python benchmarks/language_cost.py
 
-bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; goes on where it stopped); fills docs/results/language.md
+bench-words-learning: .venv/bench ## small language models: trpo beside AdamW and PPO (hours; keeps finished runs); fills docs/results/language.md
 	PYTHONPATH=examples:examples/advanced $(BIN)/python benchmarks/words_study.py
 
-bench-learning: .venv/bench ## learning curves beside sb3-contrib (days; goes on where it stopped); fills docs/results/learning.md
+bench-learning: .venv/bench ## learning curves beside sb3-contrib (a day; keeps finished runs); fills docs/results/learning.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/learning.py
 
 bench-pong: .venv/bench ## Pong from frames, by single path and vine (hours; goes on where it stopped); fills docs/results/pong.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/pong.py
 
-bench-settings: .venv/bench ## candidates for the settings of learning (hours; goes on where it stopped); fills docs/results/settings.md
+bench-settings: .venv/bench ## candidates for the settings of learning (hours; keeps finished runs); fills docs/results/settings.md
 	PYTHONPATH=examples/advanced $(BIN)/python benchmarks/settings_study.py
 
 format: .venv/dev
