@@ -1,4 +1,4 @@
-"""The study of language models makes the runs it should, and its page says what they came to."""
+"""The study of language models makes the runs it should, and its tables say what they came to."""
 
 from __future__ import annotations
 
