@@ -49,8 +49,8 @@ def case(env_id: str, algorithm: str, seed: int) -> Line:
         args = replace(args, mode="vanilla", lr=VANILLA_LR)
     own = {PEER: task.zoo, RANDOM: {}}.get(algorithm, comparable(args)) or {}
     length = {"total_steps": args.total_steps, "pieces": 1 if algorithm == RANDOM else 10}
-    who = {"environment": env_id, "algorithm": algorithm, "seed": seed}
-    return {**who, "settings": own | length}
+    identity = {"environment": env_id, "algorithm": algorithm, "seed": seed}
+    return {**identity, "settings": own | length}
 
 
 def cases() -> list[Line]:
@@ -66,7 +66,7 @@ def cases() -> list[Line]:
 
 def play(case: Line) -> list[Line]:
     """Make a run; return what its evaluations came to, with the CPU seconds of each piece."""
-    pieces = {PEER: _peer, RANDOM: _random}.get(case["algorithm"], own)(case)
+    pieces = {PEER: _peer, RANDOM: _random}.get(case["algorithm"], _own)(case)
     lines, start = [], time.process_time()
     for result in pieces:
         lines.append({**result, "cpu": round(time.process_time() - start, 1)})
@@ -74,7 +74,7 @@ def play(case: Line) -> list[Line]:
     return lines
 
 
-def own(case: Line) -> Iterator[Line]:
+def _own(case: Line) -> Iterator[Line]:
     """Train by this package, piece by piece, and evaluate after each."""
     settings = dict(case["settings"])
     pieces = settings.pop("pieces")

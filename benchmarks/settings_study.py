@@ -69,7 +69,7 @@ def cases() -> list[Line]:
     return [case(each, name, seed) for seed in SEEDS for name in CANDIDATES for each in SEARCH]
 
 
-def adopted() -> str:
+def chosen() -> str:
     """Return the table of the settings of trpo that are not the example's defaults."""
     groups = {name: learning.case(each, "trpo", 0)["settings"] for name, each in GROUPS.items()}
     return records(
@@ -112,7 +112,7 @@ def main(workers: int = 2, report: bool = False) -> None:
     made = archived_runs.finished(ARCHIVE, cases(), learning.DEFAULTS)
     made += [[line] for line in archived_runs.lines_of(ARCHIVE) if line["algorithm"] in RETIRED]
     evaluations = frame([*made, *archived_runs.finished(learning.ARCHIVE, floors)])
-    page.fill(PAGE, settings=adopted(), candidates=candidates(evaluations))
+    page.fill(PAGE, settings=chosen(), candidates=candidates(evaluations))
 
 
 if __name__ == "__main__":
