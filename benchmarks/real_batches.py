@@ -89,8 +89,8 @@ def make(env_id: str, updates: int, rollouts: int) -> Pool:
     for number in range(rollouts):
         batch = train.collect(run)
         if number == 0:
-            critic_fit.scaled_rewards(run, batch)
-        estimates, _ = critic_fit.advantages(run, batch, batch.rewards / critic_fit.scale(run))
+            critic_fit.count_returns(run, batch)
+        estimates = critic_fit.advantages(run, batch)
         seen = run.normalise(batch.flat(batch.observations))
         rows.append((seen, batch.flat(batch.actions), batch.flat(estimates)))
     run.envs.close()

@@ -208,12 +208,12 @@ def learn_environment(
     )
     for _ in range(updates):
         batch = train.collect(run)
-        advantages, targets = critic_fit.advantages(
-            run, batch, critic_fit.scaled_rewards(run, batch)
-        )
+        critic_fit.count_returns(run, batch)
+        run.batches = [batch]
+        advantages = critic_fit.advantages(run, batch)
         observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
         learner.update(observations, actions, batch.flat(advantages))
-        critic_fit.fit_critic(run, batch, targets)
+        critic_fit.fit_critic(run)
         run.update += 1
     envs.close()
     return float(np.mean([value for _, value in run.episodes[-100:]]))

@@ -70,8 +70,7 @@ def save(run: Run) -> None:
     """Have the first process write the checkpoint; whatever happens, there is a whole one."""
     own = {
         "discounted": run.discounted.cpu(),
-        "fitted": [tuple(each.cpu() for each in pair) for pair in run.fitted],
-        "earlier": [_parts(batch) for batch in run.earlier],
+        "batches": [_parts(batch) for batch in run.batches],
         "environments": pack(run.envs, run.end),
         **random_state(),
     }
@@ -133,8 +132,7 @@ def load(run: Run) -> None:
             )
         return
     own = parts[run.processes.rank]
-    run.fitted = [tuple(each.to(run.args.device) for each in pair) for pair in own["fitted"]]
-    run.earlier = [_batch(each, run.args.device) for each in own.get("earlier", [])]
+    run.batches = [_batch(each, run.args.device) for each in own.get("batches", [])]
     run.end = unpack(own["environments"], run.envs, run.args.env_id)
     if run.end is not None:
         run.discounted = own["discounted"].to(run.args.device)

@@ -20,8 +20,8 @@ def scale(run: Run) -> float:
     return math.sqrt(run.return_stats.var + 1e-8)
 
 
-def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
-    """Return rewards over the scale, (T, N), the batch counted in."""
+def count_returns(run: Run, batch: SinglePathBatch) -> None:
+    """Count the discounted returns of a new batch in, so that they set the scale."""
     returns = []
     for reward, ends in zip(batch.rewards, batch.terminated | batch.truncated, strict=True):
         run.discounted = run.args.gamma * run.discounted + reward
@@ -29,29 +29,45 @@ def scaled_rewards(run: Run, batch: SinglePathBatch) -> Tensor:
         run.discounted = run.discounted * ~ends
     for each in run.processes.all(moments(torch.cat(returns).double())):
         run.return_stats.update_from_moments(*each)
-    return batch.rewards / scale(run)
 
 
-def advantages(
-    run: Run, batch: SinglePathBatch, rewards: Tensor, log_ratios: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return GAE's advantages and the critic's targets, both (T, N)."""
-    fade = {"gamma": run.args.gamma, "gae_lambda": run.args.gae_lambda}
-    values, following = batch.values(run.value)
-    result = gae(rewards, values, following, batch.ends, log_ratios=log_ratios, **fade)
-    return result, result + values
+def advantages(run: Run, batch: SinglePathBatch, log_ratios: Tensor | None = None) -> Tensor:
+    """Return GAE's advantages, (T, N), in the critic's unit."""
+    values = batch.values(run.value)
+    return _gae(run, batch, values, run.args.gae_lambda, log_ratios)
 
 
-def fit_critic(run: Run, batch: SinglePathBatch, targets: Tensor) -> ValueFit:
-    """Fit the critic to the targets of the last batches."""
-    args = run.args
-    run.fitted.append((batch.flat(batch.observations), batch.flat(targets) * scale(run)))
-    del run.fitted[: -args.critic_batches]
-    observations, aims = (torch.cat(each) for each in zip(*run.fitted, strict=True))
+def targets(run: Run, batch: SinglePathBatch) -> Tensor:
+    """Return what the critic is taught of a batch: λ-returns by its present values, (T, N)."""
+    args, values = run.args, batch.values(run.value)
+    fade = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
+    return _gae(run, batch, values, fade) + values[0]
+
+
+def _gae(
+    run: Run,
+    batch: SinglePathBatch,
+    values: tuple[Tensor, Tensor],
+    gae_lambda: float,
+    log_ratios: Tensor | None = None,
+) -> Tensor:
+    return gae(
+        batch.rewards / scale(run),
+        *values,
+        batch.ends,
+        gamma=run.args.gamma,
+        gae_lambda=gae_lambda,
+        log_ratios=log_ratios,
+    )
+
+
+def fit_critic(run: Run) -> ValueFit:
+    """Fit the critic to the last batches."""
+    args, taught = run.args, run.batches[: run.args.critic_batches]
     return fit_value(
         run.critic_of_all,
-        run.normalise(observations),
-        aims / scale(run),
+        run.normalise(torch.cat([batch.flat(batch.observations) for batch in taught])),
+        torch.cat([batch.flat(targets(run, batch)) for batch in taught]),
         run.critic_optimizer,
         epochs=args.critic_epochs,
         minibatch=max(1, args.critic_minibatch // run.processes.size),

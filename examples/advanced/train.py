@@ -26,11 +26,10 @@ import tyro
 from agent import Policy, make_envs, mlp
 from charts import draw, log
 from checkpoint import load, prepare, save
-from critic_fit import advantages, fit_critic, scale, scaled_rewards
+from critic_fit import advantages, count_returns, fit_critic
 from normaliser import Normaliser, follow
 from processes import Processes, leave
 from step_length import joint_radius, set_length
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -95,6 +94,8 @@ class Args:
     """the critic's learning rate"""
     critic_batches: int = 1
     """how many batches, the last ones, the critic is fitted to"""
+    critic_lambda: float | None = None
+    """λ of the critic's targets; None: gae_lambda"""
     critic_epochs: int = 20
     """the critic's passes over them"""
     critic_minibatch: int = 128
@@ -166,16 +167,12 @@ def collect(run: Run) -> SinglePathBatch:
     return batch
 
 
-def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor]:
-    """Take one step of the policy; return its report and the critic's targets, (T, N)."""
-    args = run.args
-    estimates, targets = advantages(run, batch, scaled_rewards(run, batch))
+def improve_policy(run: Run) -> StepReport:
+    """Take one step of the policy."""
+    args, (batch, *again) = run.args, run.batches[: run.args.reuse + 1]
+    estimates = advantages(run, batch)
     set_length(run, estimates)
-    again = run.earlier[: args.reuse]
-    earlier = [
-        advantages(run, each, each.rewards / scale(run), each.log_ratios(run.act))[0]
-        for each in again
-    ]
+    earlier = [advantages(run, each, each.log_ratios(run.act)) for each in again]
     closures = policy_closure(  # products on all rows, as in the published results
         run.act,
         [batch, *again] if args.reuse else batch,
@@ -187,14 +184,15 @@ def improve_policy(run: Run, batch: SinglePathBatch) -> tuple[StepReport, Tensor
         curvature=None,
         process_group=run.processes.group,
     )
-    run.earlier = [batch, *run.earlier][: args.reuse]
-    return run.optimizer.step(closures), targets
+    return run.optimizer.step(closures)
 
 
 def improve(run: Run, batch: SinglePathBatch) -> tuple[StepReport, ValueFit]:
     """Take one step of the policy, and fit the critic to its targets."""
-    report, targets = improve_policy(run, batch)
-    fit = fit_critic(run, batch, targets)
+    count_returns(run, batch)
+    run.batches = [batch, *run.batches][: max(run.args.reuse + 1, run.args.critic_batches)]
+    report = improve_policy(run)
+    fit = fit_critic(run)
     follow(run, batch.flat(batch.observations))
     return report, fit
 

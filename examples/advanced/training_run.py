@@ -45,8 +45,7 @@ class Run:
     discounted: Tensor  # return so far of each environment's episode, (N,)
     return_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
     end: Cursor | None = None  # where the environments stand
-    fitted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # last unscaled targets
-    earlier: list[SinglePathBatch] = field(default_factory=list)  # to be used again, newest first
+    batches: list[SinglePathBatch] = field(default_factory=list)  # the last ones, newest first
     update: int = 0
     episodes: list[tuple[float, float]] = field(default_factory=list)  # step, return
     kls: list[tuple[float, float]] = field(default_factory=list)  # step, KL of the update

@@ -128,7 +128,7 @@ def test_a_resumed_run_uses_the_same_earlier_batches_again(tmp_path: Path, env_i
         train.train(small(tmp_path / "parts", **changes, resume=True, total_steps=total_steps))
     train.train(small(tmp_path / "without", env_id=env_id, total_steps=640))
     whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
-    assert len(whole["processes"][0]["earlier"]) == 2
+    assert len(whole["processes"][0]["batches"]) == 3
     assert same(without_pickles(whole), without_pickles(parts))
     assert not same(checkpoint(tmp_path / "without")["kls"], whole["kls"])
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import agent
 import critic_fit
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributions import Independent
 
 from trpo_optim import StepReport, frozen, mean_kl
+from trpo_optim.rollouts import discounted_returns
 from trpo_optim.rollouts.spaces import actions_for
 
 pytestmark = [
@@ -141,13 +143,28 @@ def test_bounded_actions_go_from_minus_one_to_one(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_the_critic_is_fitted_to_the_last_batches(tmp_path: Path) -> None:
     run = train.train(small(tmp_path, critic_batches=3))
-    assert [len(targets) for _, targets in run.fitted] == [128] * 3
+    assert len(run.batches) == 3
+    last = train.collect(run)
+    kept = run.batches[:2]
+    train.improve(run, last)
+    assert all(ours is theirs for ours, theirs in zip(run.batches, [last, *kept], strict=True))
+    with mock.patch.object(critic_fit, "fit_value") as fit:
+        critic_fit.fit_critic(run)
+    _, observations, taught, _ = fit.call_args.args
+    rows = [batch.flat(batch.observations) for batch in run.batches]
+    assert torch.equal(observations, run.normalise(torch.cat(rows)))
+    assert torch.equal(taught[128:256], kept[0].flat(critic_fit.targets(run, kept[0])))
+
+
+def test_the_critic_has_a_lambda_of_its_own(tmp_path: Path) -> None:
+    run = train.new_run(small(tmp_path, gae_lambda=0.0, critic_lambda=1.0))
     batch = train.collect(run)
-    targets = torch.ones_like(batch.rewards)
-    before = [each for _, each in run.fitted]
-    critic_fit.fit_critic(run, batch, targets)
-    assert [each for _, each in run.fitted[:2]] == before[1:]
-    torch.testing.assert_close(run.fitted[2][1], torch.full((128,), critic_fit.scale(run)))
+    critic_fit.count_returns(run, batch)
+    rewards, (values, following) = batch.rewards / critic_fit.scale(run), batch.values(run.value)
+    one_step = rewards + run.args.gamma * following - values
+    torch.testing.assert_close(critic_fit.advantages(run, batch), one_step)
+    returns = discounted_returns(rewards, following, batch.ends, gamma=run.args.gamma)
+    torch.testing.assert_close(critic_fit.targets(run, batch), returns, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -230,7 +247,7 @@ def test_rewards_are_scaled_by_the_spread_of_the_returns_so_far(tmp_path: Path) 
     returns, rows = np.zeros(4), []
     for _ in range(8):
         batch = train.collect(run)
-        scaled = critic_fit.scaled_rewards(run, batch)
+        critic_fit.count_returns(run, batch)
         ends = (batch.terminated | batch.truncated).numpy()
         for reward, end in zip(batch.rewards.numpy(), ends, strict=True):
             returns = 0.9 * returns + reward
@@ -239,7 +256,7 @@ def test_rewards_are_scaled_by_the_spread_of_the_returns_so_far(tmp_path: Path) 
         run.update += 1
     assert any(end.any() for end in ends) or run.episodes  # episodes of 200 steps end on the way
     spread = float(np.concatenate(rows).std())
-    torch.testing.assert_close(scaled, batch.rewards / spread, rtol=1e-3, atol=1e-6)
+    assert critic_fit.scale(run) == pytest.approx(spread, rel=1e-3)
 
 
 def test_the_demo_compares_the_modes(
