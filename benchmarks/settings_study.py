@@ -27,7 +27,10 @@ from table import records
 from tasks import RANDOM, SEARCH, TASKS, adopted
 
 EARLIER = "earlier settings"
-CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {"short traces": adopted}
+CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {
+    "short traces": adopted,
+    "long traces": lambda args: replace(adopted(args), gae_lambda=args.gae_lambda),
+}
 """By name, what each makes of the earlier settings of a task."""
 RETIRED = (
     EARLIER,
