@@ -49,9 +49,9 @@ def informed(run: Run, batches: Sequence[SinglePathBatch]) -> Run:
 
 def scenes(run: Run, batches: Sequence[SinglePathBatch], gae_lambda: float) -> list[Scene]:
     """Return each batch with its advantages by one λ."""
-    of_lambda, made = replace(run, args=replace(run.args, gae_lambda=gae_lambda)), []
+    made = []
     for each in batches:
-        advantages = each.flat(critic_fit.advantages(of_lambda, each))
+        advantages = each.flat(critic_fit.advantages(run, each, gae_lambda))
         seen = run.normalise(each.flat(each.observations))
         own = copy.deepcopy(run.policy)
         made.append(Scene(own, seen, each.flat(each.actions), advantages - advantages.mean()))

@@ -90,7 +90,7 @@ def make(env_id: str, updates: int, rollouts: int) -> Pool:
         batch = train.collect(run)
         if number == 0:
             critic_fit.count_returns(run, batch)
-        estimates = critic_fit.advantages(run, batch)
+        estimates = critic_fit.advantages(run, batch, run.args.gae_lambda)
         seen = run.normalise(batch.flat(batch.observations))
         rows.append((seen, batch.flat(batch.actions), batch.flat(estimates)))
     run.envs.close()

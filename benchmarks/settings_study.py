@@ -28,8 +28,7 @@ from tasks import RANDOM, SEARCH, TASKS, adopted
 
 EARLIER = "earlier settings"
 CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {
-    "short traces": adopted,
-    "long traces": lambda args: replace(adopted(args), gae_lambda=args.gae_lambda),
+    "λ = 1 − 10(1 − γ)": adopted,
 }
 """By name, what each makes of the earlier settings of a task."""
 RETIRED = (
@@ -47,6 +46,8 @@ RETIRED = (
     "critic of 256 units",
     "tanh-squashed actions",
     "16 environments, staggered",
+    "short traces",
+    "long traces",
 )
 """Those with runs of which the example no longer has the critic's targets, or the options."""
 SEEDS = range(100, 104)

@@ -107,8 +107,8 @@ def adopted(args: train.Args) -> train.Args:
 
     The critic's targets keep the λ of the task. The policy's advantages get a shorter one.
     """
-    short = round(1 - 20 * (1 - args.gamma), 6)
-    return replace(args, advantage_floor=0.01, gae_lambda=short, critic_lambda=args.gae_lambda)
+    short = round(1 - 10 * (1 - args.gamma), 6)
+    return replace(args, advantage_floor=0.02, gae_lambda=short, critic_lambda=args.gae_lambda)
 
 
 SEARCH = (

@@ -210,7 +210,7 @@ def learn_environment(
         batch = train.collect(run)
         critic_fit.count_returns(run, batch)
         run.batches = [batch]
-        advantages = critic_fit.advantages(run, batch)
+        advantages = critic_fit.advantages(run, batch, run.args.gae_lambda)
         observations, actions = batch.flat(batch.observations), batch.flat(batch.actions)
         learner.update(observations, actions, batch.flat(advantages))
         critic_fit.fit_critic(run)

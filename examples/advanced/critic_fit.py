@@ -31,34 +31,31 @@ def count_returns(run: Run, batch: SinglePathBatch) -> None:
         run.return_stats.update_from_moments(*each)
 
 
-def advantages(run: Run, batch: SinglePathBatch, log_ratios: Tensor | None = None) -> Tensor:
-    """Return GAE's advantages, (T, N), in the critic's unit."""
-    values = batch.values(run.value)
-    return _gae(run, batch, values, run.args.gae_lambda, log_ratios)
-
-
-def targets(run: Run, batch: SinglePathBatch) -> Tensor:
-    """Return what the critic is taught of a batch: λ-returns by its present values, (T, N)."""
-    args, values = run.args, batch.values(run.value)
-    fade = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
-    return _gae(run, batch, values, fade) + values[0]
-
-
-def _gae(
-    run: Run,
-    batch: SinglePathBatch,
-    values: tuple[Tensor, Tensor],
-    gae_lambda: float,
-    log_ratios: Tensor | None = None,
+def advantages(
+    run: Run, batch: SinglePathBatch, gae_lambda: float, log_ratios: Tensor | None = None
 ) -> Tensor:
+    """Return GAE's advantages by the present critic, (T, N), in its unit."""
     return gae(
         batch.rewards / scale(run),
-        *values,
+        *batch.values(run.value),
         batch.ends,
         gamma=run.args.gamma,
         gae_lambda=gae_lambda,
         log_ratios=log_ratios,
     )
+
+
+def errors(run: Run, batch: SinglePathBatch) -> Tensor:
+    """Return the critic's targets, which are λ-returns, less its present values: (T, N)."""
+    args = run.args
+    fade = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
+    return advantages(run, batch, fade)
+
+
+def targets(run: Run, batch: SinglePathBatch) -> Tensor:
+    """Return what the critic is taught of a batch: λ-returns by its present values, (T, N)."""
+    values, _ = batch.values(run.value)
+    return values + errors(run, batch)
 
 
 def fit_critic(run: Run) -> ValueFit:

@@ -26,7 +26,7 @@ import tyro
 from agent import Policy, make_envs, mlp
 from charts import draw, log
 from checkpoint import load, prepare, save
-from critic_fit import advantages, count_returns, fit_critic
+from critic_fit import advantages, count_returns, errors, fit_critic
 from normaliser import Normaliser, follow
 from processes import Processes, leave
 from step_length import joint_radius, set_length
@@ -59,8 +59,8 @@ class Args:
     anneal_start: int = 0
     """environment step from which it falls, linearly"""
     advantage_floor: float = 0.0
-    """standard deviation of the advantages, over that of the returns, below which steps become
-    shorter in proportion"""
+    """standard deviation of the advantages by critic_lambda, over that of the returns, below which
+    steps become shorter in proportion"""
     per_dimension: bool = False
     """multiply max_kl by the number of action dimensions, and divide the initial standard
     deviation by it, which is then at most 1"""
@@ -170,9 +170,9 @@ def collect(run: Run) -> SinglePathBatch:
 def improve_policy(run: Run) -> StepReport:
     """Take one step of the policy."""
     args, (batch, *again) = run.args, run.batches[: run.args.reuse + 1]
-    estimates = advantages(run, batch)
-    set_length(run, estimates)
-    earlier = [advantages(run, each, each.log_ratios(run.act)) for each in again]
+    set_length(run, errors(run, batch))
+    estimates = advantages(run, batch, args.gae_lambda)
+    earlier = [advantages(run, each, args.gae_lambda, each.log_ratios(run.act)) for each in again]
     closures = policy_closure(  # products on all rows, as in the published results
         run.act,
         [batch, *again] if args.reuse else batch,

@@ -111,6 +111,16 @@ def test_steps_get_shorter_with_small_advantages(tmp_path: Path, mode: Any, powe
     assert shares == pytest.approx(wanted, rel=1e-3)
 
 
+def test_the_policys_lambda_does_not_change_the_length(tmp_path: Path) -> None:
+    radii = []
+    for gae_lambda in (0.0, 1.0):
+        settings = {"advantage_floor": 5.0, "gae_lambda": gae_lambda, "critic_lambda": 0.9}
+        run = train.new_run(small(tmp_path, **settings))
+        train.improve(run, train.collect(run))
+        radii.append(run.optimizer.param_groups[0]["max_kl"])
+    assert radii[0] == radii[1] < run.optimizer.defaults["max_kl"]
+
+
 def test_no_advantages_leave_a_rate(tmp_path: Path) -> None:
     args = small(tmp_path, mode="vanilla", lr=0.1, advantage_floor=0.05, anneal_steps=1024)
     run = train.new_run(args)
@@ -162,7 +172,7 @@ def test_the_critic_has_a_lambda_of_its_own(tmp_path: Path) -> None:
     critic_fit.count_returns(run, batch)
     rewards, (values, following) = batch.rewards / critic_fit.scale(run), batch.values(run.value)
     one_step = rewards + run.args.gamma * following - values
-    torch.testing.assert_close(critic_fit.advantages(run, batch), one_step)
+    torch.testing.assert_close(critic_fit.advantages(run, batch, run.args.gae_lambda), one_step)
     returns = discounted_returns(rewards, following, batch.ends, gamma=run.args.gamma)
     torch.testing.assert_close(critic_fit.targets(run, batch), returns, rtol=1e-4, atol=1e-5)
 
