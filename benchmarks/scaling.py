@@ -24,8 +24,7 @@ from costly_networks import Discrete
 from scene import ITERATIONS, Scene, mlp
 from table import percent, records, steps_of, table
 from timing import Job, taken_in_turn
-from torch import Tensor, nn
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does not say so
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
@@ -54,8 +53,8 @@ def on_ranks(measure: Callable[[], str]) -> str:
 def _be_a_rank(rank: int, folder: Path, measure: Callable[[], str]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS)
     found = measure()
     if rank == 0:
         (folder / "table").write_text(found, "utf-8")
@@ -64,13 +63,6 @@ def _be_a_rank(rank: int, folder: Path, measure: Callable[[], str]) -> None:
 
 def traffic() -> str:
     """Return the table of collectives and bytes, beside what the design says."""
-    sizes: list[int] = []
-    whole = dist.all_reduce
-
-    def counted(tensor: Tensor, **named: Any) -> Any:
-        sizes.append(tensor.nbytes)
-        return whole(tensor, **named)
-
     rows = [["parameters", "step", "collectives", "bytes", "by the model"]]
     for hidden in HIDDEN:
         scene = mlp(hidden, SAMPLES // RANKS)
@@ -78,9 +70,9 @@ def traffic() -> str:
         for name, (products, settings) in STEPS.items():
             job = scene.update(process_group=dist.group.WORLD, **settings)
             job.repeat()  # an optimizer's first step compares engines, too
-            sizes.clear()
-            with mock.patch.object(dist, "all_reduce", counted):
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
                 job.repeat()
+            sizes = [call.args[0].nbytes for call in collective.call_args_list]
             vectors = products + 1
             collectives = f"{vectors} + {len(sizes) - vectors}"
             model = f"{vectors * 4 * (count + RANKS):,} + tables"
