@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from costly_networks import Discrete
 from scene import ITERATIONS, Scene, mlp
 from table import percent, records, steps_of, table
-from timing import Job, taken_in_turn
+from timing import Job, over, taken_in_turn
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
@@ -100,8 +101,8 @@ def scaling() -> str:
             jobs[f"{SAMPLES} samples {name}"] = together(job)
         one, *others = taken_in_turn(jobs, ROUNDS).values()
         for name, two in zip(list(jobs)[1:], others, strict=True):
-            medians = (f"{1000 * each.median:.1f}" for each in (one, two))
-            rows.append([f"17–{hidden}–{hidden}–6", name, *medians, two.over(one)])
+            medians = (f"{1000 * median(each):.1f}" for each in (one, two))
+            rows.append([f"17–{hidden}–{hidden}–6", name, *medians, over(two, one)])
     return table(*rows)
 
 
@@ -148,9 +149,9 @@ def _sharded(width: int, depth: int, samples: int) -> dict[str, str]:
     return {
         "parameters": steps_of(sum(each.numel() for each in scene.parameters)),
         "modules in FSDP": str(depth + 1),
-        "step": f"{times['step'].median:.3g} s",
-        "gradient in FSDP": f"{times['gradient'].median:.3g} s",
-        "step, in gradients": times["step"].over(times["gradient"]),
+        "step": f"{median(times['step']):.3g} s",
+        "gradient in FSDP": f"{median(times['gradient']):.3g} s",
+        "step, in gradients": over(times["step"], times["gradient"]),
         "share of messages": percent(share),
     }
 
