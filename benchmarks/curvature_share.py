@@ -10,6 +10,7 @@ KL on the whole own batch, so that only directions differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Literal
 
 import page
@@ -49,47 +50,47 @@ def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
 
 
 def study(
-    pool: Pool, rollouts: int, counts: Sequence[int], splits: int, draws: int, kind: Kind = "rows"
+    policies: list[Pool], rollouts: int, counts: Sequence[int], splits: int, draws: int, kind: Kind
 ) -> pd.DataFrame:
     """Return what each number of rows for products gained, over the gains of the products on all.
 
     Args:
-        pool: The real policy.
+        policies: The pools of the real policies.
         rollouts: Of the own batch.
         counts: Numbers of its rows to take products on. All rows come first.
-        splits: Ways to divide the pool.
+        splits: Ways to divide a pool.
         draws: Parts of each own batch.
         kind: What a part is.
 
     Returns:
-        By number of rows: ``held_out``, the mean held-out gain over all splits and draws, and
-        ``noise``, its standard error; ``own``, the own gain; and ``first_kl``, the KL, over the
-        radius, of the length that the part's products gave.
+        By number of rows and policy: ``held_out``, the mean held-out gain over all splits and
+        draws, and ``noise``, its standard error; ``own``, the own gain; and ``first_kl``, the KL,
+        over the radius, of the length that the part's products gave.
     """
-    trials = []
-    for split in range(splits):
+    trials, size = [], 1024 * rollouts
+    for pool, split in product(policies, range(splits)):
         generator = torch.Generator().manual_seed(1000 * rollouts + split)
         mixed = torch.randperm(len(pool.advantages), generator=generator).tolist()
         case = Case(pool, mixed[:rollouts], mixed[rollouts:][:HELD_OUT])
-        size = len(case.own.advantages)
         orders = [order(kind, size, generator) for _ in range(draws)]
         parts = [torch.arange(size), *(each[:count] for count in counts for each in orders)]
         whole: Gains | None = None
         for rows in parts:
-            product = case.own.model(rows, sampled=kind == "sampled", gradient=False).product
-            direction = case.solved(product=product)
+            curvature = case.own.model(rows, sampled=kind == "sampled", gradient=False)
+            direction = case.solved(product=curvature.product)
             gains = case.gains(direction)
             whole = whole or gains
             lost = whole.held_out - gains.held_out
-            trials.append((len(rows), *gains, lost, case.first_kl(direction, product)))
-    columns = ["rows", *Gains._fields, "lost", "first_kl"]
-    by_count = pd.DataFrame(trials, columns=columns).groupby("rows")
-    mean, noise = by_count.mean(), by_count["lost"].sem().fillna(0.0)  # one trial has no spread
-    of_all = mean.iloc[-1]
+            first_kl = case.first_kl(direction, curvature.product)
+            trials.append((len(rows), pool.name, *gains, lost, first_kl))
+    columns = ["rows", "policy", *Gains._fields, "lost", "first_kl"]
+    by_part = pd.DataFrame(trials, columns=columns).groupby(["rows", "policy"], sort=False)
+    mean, noise = by_part.mean(), by_part["lost"].sem().fillna(0.0)  # one trial has no spread
+    unit = mean.loc[size]
     return mean.assign(
-        held_out=mean["held_out"] / of_all["held_out"],
-        noise=noise / of_all["held_out"],
-        own=mean["own"] / of_all["own"],
+        held_out=mean["held_out"].div(unit["held_out"], level="policy"),
+        noise=noise.div(unit["held_out"], level="policy"),
+        own=mean["own"].div(unit["own"], level="policy"),
     )
 
 
@@ -119,32 +120,30 @@ def by_rows() -> str:
     for rollouts, splits in SPLITS.items():
         size = 1024 * rollouts
         counts = sorted({round(share * size) for share in SHARES} | {n for n in ROWS if n < size})
-        found = {each.name: study(each, rollouts, counts, splits, 3) for each in pools(ROLLOUTS)}
-        for count, here in pd.concat(found).groupby("rows"):
-            table.append({"batch": steps_of(size), **row(size, count, here.droplevel("rows"))})
+        found = study(pools(ROLLOUTS), rollouts, counts, splits, 3, "rows")
+        table += [
+            {"batch": steps_of(size), **row(size, count, found.loc[count])}
+            for count in (*counts, size)
+        ]
     return records(table)
 
 
 def by_policy() -> str:
     """Return the table of held-out gains by policy, for one size of the own batch."""
-    counts, table = (1024, 1365), []
-    for pool in pools():
-        found = study(pool, 2, counts, 20, 1)
-        cells = {f"{count} of 2048 rows": with_noise(found.loc[count]) for count in counts}
-        table.append({"policy": pool.name, **cells})
-    return records(table)
+    counts, policies = (1024, 1365), pools()
+    found = study(policies, 2, counts, 20, 1, "rows")
+    return records(
+        {"policy": each.name}
+        | {f"{count} of 2048 rows": with_noise(found.loc[count, each.name]) for count in counts}
+        for each in policies
+    )
 
 
 def by_kind() -> str:
     """Return the table of parts that are not random rows: 2048 of 8192."""
     kinds: tuple[Kind, ...] = "sequences", "sampled"
-    table = []
-    for kind in kinds:
-        found = {
-            each.name: study(each, 8, [2048], 4, 3, kind).loc[2048] for each in pools(ROLLOUTS)
-        }
-        table.append({"part": kind, **row(8192, 2048, pd.DataFrame(found).T)})
-    return records(table)
+    found = {kind: study(pools(ROLLOUTS), 8, [2048], 4, 3, kind).loc[2048] for kind in kinds}
+    return records({"part": kind, **row(8192, 2048, found[kind])} for kind in kinds)
 
 
 if __name__ == "__main__":
