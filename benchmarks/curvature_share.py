@@ -9,16 +9,16 @@ KL on the whole own batch, so that only directions differ.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import Literal
 
-import numpy as np
 import page
+import pandas as pd
 import torch
 import train
 from real_batches import Pool, pools
-from step_case import Case
+from step_case import Case, Gains
 from step_quality import PAGE
 from table import percent, records, steps_of
 from torch import Tensor
@@ -31,26 +31,6 @@ SHARES = (0.05, 0.1, 0.25, 0.5)
 ROWS = (512, 1024, 2048, 4096, 8192)
 Kind = Literal["rows", "sequences", "sampled"]
 """Random rows, all steps of random environments, random rows whose KL is estimated on actions."""
-
-
-class Relative(NamedTuple):
-    """What one part of one real batch gained, over the gains of the products on all rows.
-
-    Attributes:
-        held_out: The held-out gain, the mean over all splits and draws.
-        noise: Its standard error, from its spread.
-        own: The own gain.
-        first_kl: The KL, over the radius, of the length that the part's products gave.
-    """
-
-    held_out: float
-    noise: float
-    own: float
-    first_kl: float
-
-    def __str__(self) -> str:
-        """The held-out gain."""
-        return f"{self.held_out:.3f} ± {self.noise:.3f}"
 
 
 def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
@@ -70,55 +50,67 @@ def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
 
 
 def study(
-    pool: Pool, rollouts: int, counts: Sequence[int], splits: int, draws: int, kind: Kind = "rows"
-) -> dict[int, Relative]:
-    """Return what each number of rows for products gained.
+    policies: list[Pool], rollouts: int, counts: Sequence[int], splits: int, draws: int, kind: Kind
+) -> pd.DataFrame:
+    """Return what each number of rows for products gained, over the gains of the products on all.
 
     Args:
-        pool: The real policy.
+        policies: The pools of the real policies.
         rollouts: Of the own batch.
         counts: Numbers of its rows to take products on. All rows come first.
-        splits: Ways to divide the pool.
+        splits: Ways to divide a pool.
         draws: Parts of each own batch.
         kind: What a part is.
+
+    Returns:
+        By number of rows and policy: ``held_out``, the mean held-out gain over all splits and
+        draws, and ``noise``, its standard error; ``own``, the own gain; and ``first_kl``, the KL,
+        over the radius, of the length that the part's products gave.
     """
-    found: dict[int, list[list[float]]] = defaultdict(list)
-    for split in range(splits):
+    trials, size = [], 1024 * rollouts
+    for pool, split in product(policies, range(splits)):
         generator = torch.Generator().manual_seed(1000 * rollouts + split)
         mixed = torch.randperm(len(pool.advantages), generator=generator).tolist()
         case = Case(pool, mixed[:rollouts], mixed[rollouts:][:HELD_OUT])
-        size = len(case.own.advantages)
         orders = [order(kind, size, generator) for _ in range(draws)]
         parts = [torch.arange(size), *(each[:count] for count in counts for each in orders)]
-        whole: list[float] = []
+        whole: Gains | None = None
         for rows in parts:
-            product = case.product_on(rows, sampled=kind == "sampled")
-            direction = case.solved(product=product)
-            gains = list(case.gains(direction))
+            curvature = case.own.model(rows, sampled=kind == "sampled", gradient=False)
+            direction = case.solved(product=curvature.product)
+            gains = case.gains(direction)
             whole = whole or gains
-            found[len(rows)].append([*gains, *whole, case.first_kl(direction, product)])
-    return {count: _relative(np.array(trials)) for count, trials in found.items()}
+            lost = whole.held_out - gains.held_out
+            first_kl = case.first_kl(direction, curvature.product)
+            trials.append((len(rows), pool.name, *gains, lost, first_kl))
+    columns = ["rows", "policy", *Gains._fields, "lost", "first_kl"]
+    by_part = pd.DataFrame(trials, columns=columns).groupby(["rows", "policy"], sort=False)
+    mean, noise = by_part.mean(), by_part["lost"].sem().fillna(0.0)  # one trial has no spread
+    unit = mean.loc[size]
+    return mean.assign(
+        held_out=mean["held_out"].div(unit["held_out"], level="policy"),
+        noise=noise.div(unit["held_out"], level="policy"),
+        own=mean["own"].div(unit["own"], level="policy"),
+    )
 
 
-def _relative(trials: np.ndarray) -> Relative:
-    own, held_out, whole_own, whole_held_out, first_kl = trials.mean(0)
-    spread = float((trials[:, 3] - trials[:, 1]).std() / max(1, len(trials) - 1) ** 0.5)
-    noise = spread / whole_held_out
-    return Relative(held_out / whole_held_out, noise, own / whole_own, first_kl)
+def with_noise(gain: pd.Series[float]) -> str:
+    """Return a held-out gain with its standard error."""
+    return f"{gain['held_out']:.3f} ± {gain['noise']:.3f}"
 
 
-def row(size: int, count: int, by_policy: dict[str, Relative]) -> dict[str, str]:
+def row(size: int, count: int, by_policy: pd.DataFrame) -> dict[str, str]:
     """Return the table's row of products on so many rows of a batch of a size."""
-    worst = min(by_policy, key=lambda name: by_policy[name].held_out)
-    held_out, noise, own, first_kl = np.mean(list(by_policy.values()), 0)
+    worst, mean = by_policy["held_out"].idxmin(), by_policy.mean()
+    of_worst = f"{with_noise(by_policy.loc[worst])} ({worst})"
     return {
         "rows for products": steps_of(count),
         "share": percent(count / size),
-        "held out, mean": f"{held_out:.3f}",
-        "held out, worst real batch": "" if count == size else f"{by_policy[worst]} ({worst})",
-        "standard error, mean": f"{noise:.3f}",
-        "own, mean": f"{own:.3f}",
-        "KL / δ of the first trial": f"{first_kl:.2f}",
+        "held out, mean": f"{mean['held_out']:.3f}",
+        "held out, worst real batch": "" if count == size else of_worst,
+        "standard error, mean": f"{mean['noise']:.3f}",
+        "own, mean": f"{mean['own']:.3f}",
+        "KL / δ of the first trial": f"{mean['first_kl']:.2f}",
     }
 
 
@@ -128,31 +120,30 @@ def by_rows() -> str:
     for rollouts, splits in SPLITS.items():
         size = 1024 * rollouts
         counts = sorted({round(share * size) for share in SHARES} | {n for n in ROWS if n < size})
-        found = {each.name: study(each, rollouts, counts, splits, 3) for each in pools(ROLLOUTS)}
-        for count in (*counts, size):
-            here = {name: each[count] for name, each in found.items()}
-            table.append({"batch": steps_of(size), **row(size, count, here)})
+        found = study(pools(ROLLOUTS), rollouts, counts, splits, 3, "rows")
+        table += [
+            {"batch": steps_of(size), **row(size, count, found.loc[count])}
+            for count in (*counts, size)
+        ]
     return records(table)
 
 
 def by_policy() -> str:
     """Return the table of held-out gains by policy, for one size of the own batch."""
-    counts, table = (1024, 1365), []
-    for pool in pools():
-        found = study(pool, 2, counts, 20, 1)
-        cells = {f"{count} of 2048 rows": found[count] for count in counts}
-        table.append({"policy": pool.name, **cells})
-    return records(table)
+    counts, policies = (1024, 1365), pools()
+    found = study(policies, 2, counts, 20, 1, "rows")
+    return records(
+        {"policy": each.name}
+        | {f"{count} of 2048 rows": with_noise(found.loc[count, each.name]) for count in counts}
+        for each in policies
+    )
 
 
 def by_kind() -> str:
     """Return the table of parts that are not random rows: 2048 of 8192."""
     kinds: tuple[Kind, ...] = "sequences", "sampled"
-    table = []
-    for kind in kinds:
-        found = {each.name: study(each, 8, [2048], 4, 3, kind)[2048] for each in pools(ROLLOUTS)}
-        table.append({"part": kind, **row(8192, 2048, found)})
-    return records(table)
+    found = {kind: study(pools(ROLLOUTS), 8, [2048], 4, 3, kind).loc[2048] for kind in kinds}
+    return records({"part": kind, **row(8192, 2048, found[kind])} for kind in kinds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import sb3_contrib
 import torch
 from gymnasium import Env, spaces
@@ -40,8 +39,9 @@ def peer(
 
     Args:
         library: One of PEERS.
-        scene: The policy (tanh between its linear layers, a parameter ``log_std`` where actions
-            are continuous) and the batch. No peer standardises the advantages again.
+        scene: The policy (its parameters are those of linear layers with tanh in between, after
+            ``log_std`` where actions are continuous) and the batch. No peer standardises the
+            advantages again.
         defaults: Whether damping and iterations are the library's defaults. It may mean another
             KL by its damping.
         iterations: Of conjugate gradient, unless they are the library's default.
@@ -73,12 +73,11 @@ def peer(
 
 def _sb3(scene: Scene, solver: Solver) -> Made:
     """Set sb3-contrib up, whose KL is KL(new ‖ old), averaged over the action dimensions."""
-    policy: Any = scene.policy
-    layers = [each for each in policy.modules() if isinstance(each, nn.Linear)]
+    layers = [each for each in scene.policy.modules() if isinstance(each, nn.Linear)]
     samples = len(scene.observations)
     env: Env[Any, Any] = Env()  # never stepped
-    env.observation_space = _box(scene.observations, math.inf)
-    env.action_space, dimensions = _action_space(scene)
+    env.observation_space, env.action_space = _box(scene.observations), _action_space(scene)
+    dimensions = math.prod(env.action_space.shape or ())
     algorithm = sb3_contrib.TRPO(
         "MlpPolicy",
         env,
@@ -104,14 +103,8 @@ def _sb3(scene: Scene, solver: Solver) -> Made:
     buffer.log_probs[:, 0] = scene.old_log_prob.cpu().numpy()
     buffer.pos, buffer.full = samples, True
     copied = algorithm.policy
-    theirs = [each for each in copied.mlp_extractor.policy_net if isinstance(each, nn.Linear)]
-    counterparts: dict[Any, Any] = {}
-    for layer, twin in zip(layers, [*theirs, copied.action_net], strict=True):
-        counterparts |= {layer.weight: twin.weight, layer.bias: twin.bias}
-    if isinstance(env.action_space, spaces.Box):
-        counterparts[policy.log_std] = copied.log_std
     return (
-        [counterparts[parameter] for parameter in scene.parameters],
+        [each for name, each in copied.named_parameters() if not name.startswith("value_net")],
         lambda: copied.evaluate_actions(scene.observations, scene.actions)[1],
         algorithm.train,
     )
@@ -124,7 +117,7 @@ def _tianshou(scene: Scene, solver: Solver) -> Made:
         policy=ProbabilisticActorPolicy(
             actor=actor,  # type: ignore[arg-type, unused-ignore]
             dist_fn=lambda distribution: distribution,  # type: ignore[arg-type, unused-ignore]
-            action_space=_action_space(scene)[0],
+            action_space=_action_space(scene),
             action_scaling=False,
             action_bound_method=None,
         ),
@@ -177,14 +170,14 @@ class _Zero(nn.Module):
         return self.value.expand(len(obs))
 
 
-def _action_space(scene: Scene) -> tuple[spaces.Space[Any], int]:
-    """Return the space of the policy's actions, and over how many dimensions a KL is averaged."""
+def _action_space(scene: Scene) -> spaces.Space[Any]:
     with torch.no_grad():
         distribution = scene.policy(scene.observations[:1])
     if isinstance(distribution, Categorical):
-        return spaces.Discrete(distribution.logits.shape[-1]), 1
-    return _box(scene.actions, 1.0), scene.actions.shape[-1]
+        return spaces.Discrete(distribution.logits.shape[-1])
+    return _box(scene.actions)
 
 
-def _box(rows: Tensor, limit: float) -> spaces.Box:
-    return spaces.Box(-limit, limit, shape=tuple(rows.shape[1:]), dtype=np.float32)
+def _box(rows: Tensor) -> spaces.Box:
+    """Return a space of the rows' shape; its limits, which have to be finite, change nothing."""
+    return spaces.Box(-1.0, 1.0, shape=tuple(rows.shape[1:]))

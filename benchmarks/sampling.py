@@ -21,7 +21,7 @@ import train
 import vine
 import vine_agent
 from gymnasium.vector import SyncVectorEnv
-from table import table
+from table import records, table
 from torch import Tensor
 from workers import pool
 
@@ -84,40 +84,39 @@ def variances() -> str:
     for env_id in ("CartPole-v1", "Pendulum-v1", "Swimmer-v5"):
         envs, agent = made(env_id)
         branches = None if agent.discrete else 4
-        differences: dict[bool, list[Tensor]] = {False: [], True: []}
-        gradients: dict[str, list[Tensor]] = {"path": [], "baseline": [], "vine": []}
-        prices = []
+        vines = partial(
+            rollouts.vine,
+            envs,
+            agent.act,
+            steps=16,
+            states=SAMPLES // (branches or 2),
+            branches=branches,
+            horizon=30,
+            gamma=0.95,
+        )
+        differences, gradients, prices = [], [], []
         for seed in range(REPEATS):
-            for common, found in differences.items():
-                batch = rollouts.vine(
-                    envs,
-                    agent.act,
-                    steps=16,
-                    states=SAMPLES // (branches or 2),
-                    branches=branches,
-                    horizon=30,
-                    gamma=0.95,
-                    common_random_numbers=common,
-                    seed=seed,
-                )
-                found.append(batch.q[:, 0] - batch.q[:, 1])
-            gradients["vine"].append(gradient(agent, rollouts.vine_closure(agent.act, batch)))
-            prices.append(batch.steps)
+            batches = [vines(common_random_numbers=common, seed=seed) for common in (False, True)]
+            differences.append(torch.stack([each.q[:, 0] - each.q[:, 1] for each in batches]))
             path = rollouts.single_path(envs, agent.act, steps=16 + 30, seed=1000 + seed)
             path.valid[16:] = False  # 128 rows, each with 30 steps of what follows or more
             q = returns_of(path)
             with torch.no_grad():
                 baseline = agent.value(path.observations)
-            for name, advantages in (("path", q), ("baseline", q - baseline)):
-                closure = rollouts.policy_closure(agent.act, path, advantages)
-                gradients[name].append(gradient(agent, closure))
-        apart, together = (float(torch.cat(each).var()) for each in differences.values())
-        spread = {name: float(torch.stack(each).var(0).sum()) for name, each in gradients.items()}
+            closures = (
+                rollouts.policy_closure(agent.act, path, q),
+                rollouts.policy_closure(agent.act, path, q - baseline),
+                rollouts.vine_closure(agent.act, batches[1]),
+            )
+            gradients.append(torch.stack([gradient(agent, each) for each in closures]))
+            prices.append(batches[1].steps)
+        apart, together = torch.cat(differences, 1).var(1)
+        spread = torch.stack(gradients).var(0).sum(1)  # single path, with the baseline, vine
         rows.append(
             [
                 *(env_id, f"{apart:.3g}", f"{together:.3g}", f"{apart / together:.1f}"),
-                *(f"{each:.3g}" for each in spread.values()),
-                f"{spread['path'] / spread['vine']:.1f}",
+                *(f"{each:.3g}" for each in spread),
+                f"{spread[0] / spread[2]:.1f}",
                 *(str(path.rewards.numel()), f"{fmean(prices):.0f}"),
             ]
         )
@@ -139,16 +138,14 @@ def learning(groups: Sequence[vine.Args] | Sequence[train.Args], names: Sequence
         groups: The settings of each row; every seed makes a run of it.
         names: The settings to show.
     """
-    rows = [[*names, *(f"seed {seed}" for seed in SEEDS)]]
+    runs = [replace(args, seed=seed) for args in groups for seed in SEEDS]
     with pool(WORKERS) as workers:
-        runs = [
-            [workers.submit(final_return, replace(args, seed=seed)) for seed in SEEDS]
+        returns = workers.map(final_return, runs)
+        return records(
+            {name: getattr(args, name) for name in names}
+            | {f"seed {seed}": f"{next(returns):.1f}" for seed in SEEDS}
             for args in groups
-        ]
-        for args, own in zip(groups, runs, strict=True):
-            shown = [str(getattr(args, name)) for name in names]
-            rows.append([*shown, *(f"{run.result():.1f}" for run in own)])
-    return table(*rows)
+        )
 
 
 def schemes() -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -23,9 +24,8 @@ import torch.distributed as dist
 from costly_networks import Discrete
 from scene import ITERATIONS, Scene, mlp
 from table import percent, records, steps_of, table
-from timing import Job, taken_in_turn
-from torch import Tensor, nn
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # it does not say so
+from timing import Job, over, taken_in_turn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
@@ -54,8 +54,8 @@ def on_ranks(measure: Callable[[], str]) -> str:
 def _be_a_rank(rank: int, folder: Path, measure: Callable[[], str]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS)
     found = measure()
     if rank == 0:
         (folder / "table").write_text(found, "utf-8")
@@ -64,13 +64,6 @@ def _be_a_rank(rank: int, folder: Path, measure: Callable[[], str]) -> None:
 
 def traffic() -> str:
     """Return the table of collectives and bytes, beside what the design says."""
-    sizes: list[int] = []
-    whole = dist.all_reduce
-
-    def counted(tensor: Tensor, **named: Any) -> Any:
-        sizes.append(tensor.nbytes)
-        return whole(tensor, **named)
-
     rows = [["parameters", "step", "collectives", "bytes", "by the model"]]
     for hidden in HIDDEN:
         scene = mlp(hidden, SAMPLES // RANKS)
@@ -78,9 +71,9 @@ def traffic() -> str:
         for name, (products, settings) in STEPS.items():
             job = scene.update(process_group=dist.group.WORLD, **settings)
             job.repeat()  # an optimizer's first step compares engines, too
-            sizes.clear()
-            with mock.patch.object(dist, "all_reduce", counted):
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
                 job.repeat()
+            sizes = [call.args[0].nbytes for call in collective.call_args_list]
             vectors = products + 1
             collectives = f"{vectors} + {len(sizes) - vectors}"
             model = f"{vectors * 4 * (count + RANKS):,} + tables"
@@ -108,8 +101,8 @@ def scaling() -> str:
             jobs[f"{SAMPLES} samples {name}"] = together(job)
         one, *others = taken_in_turn(jobs, ROUNDS).values()
         for name, two in zip(list(jobs)[1:], others, strict=True):
-            medians = (f"{1000 * each.median:.1f}" for each in (one, two))
-            rows.append([f"17–{hidden}–{hidden}–6", name, *medians, two.over(one)])
+            medians = (f"{1000 * median(each):.1f}" for each in (one, two))
+            rows.append([f"17–{hidden}–{hidden}–6", name, *medians, over(two, one)])
     return table(*rows)
 
 
@@ -156,9 +149,9 @@ def _sharded(width: int, depth: int, samples: int) -> dict[str, str]:
     return {
         "parameters": steps_of(sum(each.numel() for each in scene.parameters)),
         "modules in FSDP": str(depth + 1),
-        "step": f"{times['step'].median:.3g} s",
-        "gradient in FSDP": f"{times['gradient'].median:.3g} s",
-        "step, in gradients": times["step"].over(times["gradient"]),
+        "step": f"{median(times['step']):.3g} s",
+        "gradient in FSDP": f"{median(times['gradient']):.3g} s",
+        "step, in gradients": over(times["step"], times["gradient"]),
         "share of messages": percent(share),
     }
 

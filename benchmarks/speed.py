@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import page
@@ -28,7 +29,7 @@ from peers import PEERS, peer
 from real_batches import pool
 from scene import ITERATIONS, RADIUS, Scene, gain, mlp
 from table import records, steps_of
-from timing import Job, Times, taken_in_turn
+from timing import Job, over, taken_in_turn
 
 from trpo_optim import TrustRegionOptimizer
 from trpo_optim.rollouts import SinglePathBatch, policy_closure
@@ -55,15 +56,15 @@ WIDTHS = (990, 3_150, 9_990)
 """Hidden units of one million, ten million and a hundred million parameters."""
 
 
-def ms(times: Times, form: str = ".1f") -> str:
+def ms(times: list[float], form: str = ".1f") -> str:
     """Return the median in milliseconds."""
-    return f"{1000 * times.median:{form}}"
+    return f"{1000 * median(times):{form}}"
 
 
-def ratios(times: Mapping[str, Times]) -> dict[str, str]:
+def ratios(times: Mapping[str, list[float]]) -> dict[str, str]:
     """Return all other times over that of a gradient."""
     return {
-        name: each.over(times["gradient"]) for name, each in times.items() if name != "gradient"
+        name: over(each, times["gradient"]) for name, each in times.items() if name != "gradient"
     }
 
 
@@ -113,14 +114,11 @@ def networks(device: str) -> str:
             jobs[compiled] = Scene(twin, *batch).update()
             twin.compile()
         times = taken_in_turn(jobs, ROUNDS, device)
-        faster = times.pop(compiled).over(times["default"]) if compiled in times else "–"
+        faster = over(times.pop(compiled), times["default"]) if compiled in times else "–"
         row = {"network": name, "gradient (ms)": ms(times["gradient"])}
         row |= {**ratios(times), compiled: faster}
-        gradient, *peaks = (peak(jobs[each], device) for each in ("gradient", *EXACT))
-        row |= {
-            f"memory, {each}": f"{size / gradient:.1f}"
-            for each, size in zip(EXACT, peaks, strict=True)
-        }
+        unit = peak(jobs["gradient"], device)
+        row |= {f"memory, {each}": f"{peak(jobs[each], device) / unit:.1f}" for each in EXACT}
         default, exact = (gain(jobs[each].repeat()) for each in EXACT)
         rows.append(row | {"gain": f"{default / exact:.4f}"})
     return records(rows)
@@ -136,7 +134,7 @@ def beside_peers(device: str) -> str:
         times = taken_in_turn(jobs, ROUNDS, device)
         for name in PEERS:
             row = {"samples": len(scene.advantages), "peer": name, "peer (ms)": ms(times[name])}
-            rows.append(row | {each: times[name].over(times[each]) for each in OURS})
+            rows.append(row | {each: over(times[name], times[each]) for each in OURS})
     return records(rows)
 
 
@@ -164,7 +162,7 @@ def at_defaults(device: str) -> str:
             {
                 "samples": steps_of(len(scene.advantages)),
                 "sb3-contrib (ms)": ms(times["theirs"]),
-                "times faster": times["theirs"].over(times["ours"]),
+                "times faster": over(times["theirs"], times["ours"]),
                 "evaluations": report.closure_evaluations,
                 "products": report.fisher_products,
             }
@@ -175,12 +173,11 @@ def at_defaults(device: str) -> str:
 def memory(device: str) -> str:
     """Return the table of the memory that one update needs at its peak, its time and its gain."""
     scene = mlp(64, 20480, device)
-    micro: dict[str, dict[str, Any]] = {
-        "with it, 8 micro-batches": {},
-        "with it, 8 micro-batches, exact products": {"engine": "Gauss-Newton"},
-        "with it, 8 micro-batches, curvature on 10 %": {"share": 0.1},
+    how = OURS | {
+        "with it, 8 micro-batches": {"micro_batches": 8},
+        "with it, 8 micro-batches, exact products": {"micro_batches": 8, "engine": "Gauss-Newton"},
+        "with it, 8 micro-batches, curvature on 10 %": {"micro_batches": 8, "share": 0.1},
     }
-    how = OURS | {name: {"micro_batches": 8, **each} for name, each in micro.items()}
     updates = {f"update {name}": scene.update(**each) for name, each in how.items()}
     jobs = {"one gradient": scene.gradient(), "one gradient, 8 micro-batches": scene.gradient(8)}
     jobs |= updates | {f"{name}'s update": peer(name, scene)[0] for name in PEERS}
@@ -193,7 +190,7 @@ def memory(device: str) -> str:
             "": name,
             "peak (MiB)": f"{peaks[name] / 2**20:.1f}",
             "peak, in gradients": f"{peaks[name] / peaks['one gradient']:.2f}",
-            "time, in gradients": times[name].over(times["one gradient"]),
+            "time, in gradients": over(times[name], times["one gradient"]),
             "gain at equal KL": f"{gains[name]:.5f}" if name in gains else "",
         }
         for name in jobs
@@ -232,7 +229,7 @@ def draw(device: str, path: Path) -> None:
             }
             jobs |= {name: peer(name, scene, iterations=iterations)[0] for name in PEERS}
             for name, each in taken_in_turn(jobs, ROUNDS // 3, device).items():
-                lines[name].append(each.median)
+                lines[name].append(median(each))
         for colour, (name, line) in zip(COLOURS, lines.items(), strict=True):
             style = "o--" if name in PEERS else "o-"
             sizes = [size for size, _, _ in points]

@@ -42,8 +42,7 @@ class Case:
         model = self.own.model()
         self.product = model.product
         self.uphill = -model.gradient / model.gradient.norm()
-        vector = ParameterVector(self.own.parameters)
-        self._origin = vector.gather([each.detach() for each in vector.parameters])
+        self._origin = ParameterVector(self.own.parameters).current()
         scenes = [self.own, pool.scene(held_out)]
         moved = copy.deepcopy(pool.policy)  # the products' graphs need the own policy as it is
         self._moved = ParameterVector(moved.parameters())
@@ -76,14 +75,10 @@ class Case:
             tolerance=0.0,
         ).x
 
-    def product_on(self, rows: Tensor, *, sampled: bool = False) -> Product:
-        """Return the Fisher-vector product of some rows of the own batch."""
-        return self.own.model(rows, sampled=sampled, gradient=False).product
-
     def taken(self, job: Job, parameters: Iterable[Tensor]) -> Tensor:
         """Return the step that a job takes on parameters that are those of this policy."""
         job.run()
-        return self._moved.gather([each.detach() for each in parameters]) - self._origin
+        return ParameterVector(parameters).current() - self._origin
 
     def first_kl(self, direction: Tensor, product: Product) -> float:
         """Return the KL, over the radius, of the length that the quadratic model gives a step."""

@@ -9,21 +9,22 @@ to the same measured KL on its own batch, so that only directions differ.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import page
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from peers import PEERS, peer
 from real_batches import ROLLOUTS, pools
 from scene import ITERATIONS, RADIUS, Scene
-from step_case import Case, Gains
+from step_case import Case
 from table import table
 from torch import Tensor
 
-from trpo_optim import StepReport, TrustRegionOptimizer
+from trpo_optim import TrustRegionOptimizer
 from trpo_optim.algorithm.conjugate_gradient import RELATIVE_DAMPING, conjugate_gradient
 
 PAGE = Path("docs/results/step-quality.md")
@@ -84,28 +85,19 @@ def cases(size: int, splits: int) -> Iterator[tuple[Case, Case]]:
             yield Case(pool, order[:size], order[size:]), Case(pool, order[-size:], order[:-size])
 
 
-def best_of_dense(gains: dict[str, Gains]) -> float:
-    """Return the most that a dense solve gains held out."""
-    return max(gains[f"dense, λ = {damping:g}"].held_out for damping in DENSE)
-
-
-def draw(means: dict[int, dict[str, Gains]], path: Path) -> None:
+def draw(gains: pd.DataFrame, path: Path) -> None:
     """Draw both gains against the dense solve's damping, and the held-out one against products."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (size, gains) in zip(("C0", "C1"), means.items(), strict=True):
-        label, best = f"{1024 * size} samples", best_of_dense(gains)
-        dense = [gains[f"dense, λ = {damping:g}"] for damping in DENSE]
-        most = max(each.own for each in dense)
-        held_out = [each.held_out / best for each in dense]
-        left.semilogx(DENSE, held_out, "o-", color=colour, label=label)
-        left.semilogx(DENSE, [each.own / most for each in dense], "o:", color=colour)
-        ours = gains["10 products, the default damping"].held_out / best
-        left.axhline(ours, color=colour, linewidth=0.8)
-        by_count = [gains[f"{count} products, the default damping"] for count in PRODUCTS]
-        right.plot(PRODUCTS, [each.held_out / best for each in by_count], "o-", color=colour)
-        theirs = gains["sb3-contrib's defaults"].held_out / best
-        right.axhline(theirs, color=colour, linewidth=0.8)
+    dense = [f"dense, λ = {damping:g}" for damping in DENSE]
+    by_count = [f"{count} products, the default damping" for count in PRODUCTS]
+    for colour, size in zip(("C0", "C1"), SPLITS, strict=True):
+        own, held_out = gains["own", size], gains["held_out", size]
+        left.semilogx(DENSE, held_out[dense], "o-", color=colour, label=f"{1024 * size} samples")
+        left.semilogx(DENSE, own[dense] / own[dense].max(), "o:", color=colour)
+        left.axhline(held_out["10 products, the default damping"], color=colour, linewidth=0.8)
+        right.plot(PRODUCTS, held_out[by_count], "o-", color=colour)
+        right.axhline(held_out["sb3-contrib's defaults"], color=colour, linewidth=0.8)
     left.set(
         xlabel="damping of a dense solve",
         ylabel="gain / best of the same line",
@@ -123,48 +115,45 @@ def draw(means: dict[int, dict[str, Gains]], path: Path) -> None:
 
 def by_direction() -> str:
     """Return the table of gains by direction, and draw the picture."""
-    means: dict[int, dict[str, Gains]] = {}
-    for size, splits in SPLITS.items():
-        found: dict[str, list[Gains]] = {}
-        for case, other in cases(size, splits):
-            for name, direction in directions(case, other):
-                found.setdefault(name, []).append(case.gains(direction))
-        means[size] = {
-            name: Gains(*map(statistics.fmean, zip(*gains, strict=True)))
-            for name, gains in found.items()
-        }
-    draw(means, PAGE.with_suffix(".png"))
-    rows = [["direction"], *([name] for name in means[2])]
-    for size, here in means.items():
-        best = best_of_dense(here)
+    found = [
+        {"size": size, "direction": name, **case.gains(direction)._asdict()}
+        for size, splits in SPLITS.items()
+        for case, other in cases(size, splits)
+        for name, direction in directions(case, other)
+    ]
+    means = pd.DataFrame(found).pivot_table(index="direction", columns="size", sort=False)
+    best = means["held_out"].filter(like="dense", axis="index").max()
+    gains = means.div(best, level="size")
+    draw(gains, PAGE.with_suffix(".png"))
+    rows = [["direction"], *([name] for name in gains.index)]
+    for size in SPLITS:
         rows[0] += [f"{1024 * size}: held out", "own"]
         for row in rows[1:]:
-            row += [f"{here[row[0]].held_out / best:.3f}", f"{here[row[0]].own / best:.2f}"]
+            own, held_out = (gains.loc[row[0]][kind, size] for kind in ("own", "held_out"))
+            row += [f"{held_out:.3f}", f"{own:.2f}"]
     return table(*rows)
 
 
 def landing() -> str:
     """Return the table of where steps at the defaults land: 50 random policies, and the real."""
-    all_pools = pools()
-    scenes = [pool.scene(range(2)) for pool in all_pools]
+    real, random = pools(), []
     for seed in range(50):
         torch.manual_seed(seed)
-        pool = all_pools[seed % len(all_pools)]
+        pool = real[seed % len(real)]
         policy = copy.deepcopy(pool.policy)
         for parameter in policy.parameters():
             torch.nn.init.normal_(parameter, std=0.1 + 0.1 * (seed % 5))
-        scenes.append(Scene(policy, torch.randn(1024, pool.observations.shape[-1])))
-    reports: list[StepReport] = []
-    for scene in scenes:
-        optimizer = TrustRegionOptimizer(scene.parameters, max_kl=RADIUS)
-        reports.append(optimizer.step(scene.closure()))
-    real, random = reports[: len(all_pools)], reports[len(all_pools) :]
+        random.append(Scene(policy, torch.randn(1024, pool.observations.shape[-1])))
     rows = [["batches", "accepted", "KL / δ, mean (least)", "trials, mean"]]
-    for name, group in (("random", random), ("real", real)):
-        kls = [report.kl / RADIUS for report in group if report.accepted]
-        trials = statistics.mean(report.backtracks + 1 for report in group)
-        landed = f"{statistics.mean(kls):.3f} ({min(kls):.3f})"
-        rows.append([name, f"{len(kls)} of {len(group)}", landed, f"{trials:.2f}"])
+    for name, scenes in (("random", random), ("real", [pool.scene(range(2)) for pool in real])):
+        reports = [
+            TrustRegionOptimizer(each.parameters, max_kl=RADIUS).step(each.closure())
+            for each in scenes
+        ]
+        kls = [report.kl / RADIUS for report in reports if report.accepted]
+        trials = fmean(report.backtracks + 1 for report in reports)
+        landed = f"{fmean(kls):.3f} ({min(kls):.3f})"
+        rows.append([name, f"{len(kls)} of {len(reports)}", landed, f"{trials:.2f}"])
     return table(*rows)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import truediv
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -25,25 +26,9 @@ class Job:
         return self.run()
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of the runs of one job."""
-
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        """The median, in seconds."""
-        return statistics.median(self.seconds)
-
-    def over(self, other: Times) -> str:
-        """Return the ratio of the medians, and the quartiles of the rounds' own ratios."""
-        ratios = [ours / theirs for ours, theirs in zip(self.seconds, other.seconds, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        return f"{self.median / other.median:.2f} ({low:.2f} to {high:.2f})"
-
-
-def taken_in_turn(jobs: Mapping[str, Job], rounds: int, device: str = "cpu") -> dict[str, Times]:
+def taken_in_turn(
+    jobs: Mapping[str, Job], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Time jobs round by round, each once a round, after one round that warms up.
 
     Args:
@@ -52,7 +37,7 @@ def taken_in_turn(jobs: Mapping[str, Job], rounds: int, device: str = "cpu") -> 
         device: Waited for before the clock is read, unless it is the CPU.
 
     Returns:
-        The times by the same names.
+        The seconds of the rounds, by the same names.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
@@ -64,7 +49,13 @@ def taken_in_turn(jobs: Mapping[str, Job], rounds: int, device: str = "cpu") -> 
             _wait(device)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Times(each) for name, each in seconds.items()}
+    return seconds
+
+
+def over(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Return the ratio of the medians, and the quartiles of the rounds' own ratios."""
+    low, _, high = quantiles(map(truediv, ours, theirs), n=4)
+    return f"{median(ours) / median(theirs):.2f} ({low:.2f} to {high:.2f})"
 
 
 def putting_back(parameters: Sequence[Tensor]) -> Callable[[], None]:
