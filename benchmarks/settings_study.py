@@ -24,11 +24,12 @@ from checkpoint import comparable
 from learning_report import BETTER, IQM, number, with_interval
 from scores import Finals, frame
 from table import records
-from tasks import RANDOM, SEARCH, TASKS, adopted
+from tasks import RANDOM, SEARCH, TASKS, one_batch, shorter_traces
 
 EARLIER = "earlier settings"
 CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {
-    "λ = 1 − 10(1 − γ)": adopted,
+    "shorter traces": shorter_traces,
+    "one batch for the critic": one_batch,
 }
 """By name, what each makes of the earlier settings of a task."""
 RETIRED = (
@@ -46,7 +47,7 @@ RETIRED = (
     "critic of 256 units",
     "tanh-squashed actions",
     "16 environments, staggered",
-    "short traces",
+    "shortest traces",
     "long traces",
 )
 """Those with runs of which the example no longer has the critic's targets, or the options."""

@@ -102,13 +102,32 @@ TASKS = {
 }
 
 
-def adopted(args: train.Args) -> train.Args:
-    """Return a task's settings with what the study of settings changes.
+def shorter_traces(args: train.Args) -> train.Args:
+    """Return settings with a shorter λ for the policy's advantages than for the critic's targets.
 
-    The critic's targets keep the λ of the task. The policy's advantages get a shorter one.
+    Steps are shorter where advantages are small.
     """
     short = round(1 - 10 * (1 - args.gamma), 6)
     return replace(args, advantage_floor=0.02, gae_lambda=short, critic_lambda=args.gae_lambda)
+
+
+def one_batch(args: train.Args) -> train.Args:
+    """Return settings with a critic that is fitted to one batch, in as many steps as to several.
+
+    Steps are shorter where advantages are small.
+    """
+    return replace(
+        args,
+        advantage_floor=0.02,
+        critic_lambda=args.gae_lambda,
+        critic_batches=1,
+        critic_epochs=args.critic_epochs * args.critic_batches,
+    )
+
+
+def adopted(args: train.Args) -> train.Args:
+    """Return a task's settings with what the study of settings changes."""
+    return (one_batch if args.gamma == SWIMMER.gamma else shorter_traces)(args)
 
 
 SEARCH = (
