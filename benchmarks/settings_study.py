@@ -24,12 +24,26 @@ from checkpoint import comparable
 from learning_report import BETTER, IQM, number, with_interval
 from scores import Finals, frame
 from table import records
-from tasks import RANDOM, SEARCH, TASKS, one_batch, shorter_traces
+from tasks import RANDOM, SEARCH, TASKS
 
 EARLIER = "earlier settings"
+
+
+def one_lambda(args: train.Args) -> train.Args:
+    """Return settings with today's targets of the critic, and one λ for policy and critic."""
+    return replace(args, advantage_floor=0.02, critic_lambda=args.gae_lambda)
+
+
 CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {
-    "shorter traces": shorter_traces,
-    "one batch for the critic": one_batch,
+    "shorter traces": lambda args: replace(
+        one_lambda(args), gae_lambda=round(1 - 10 * (1 - args.gamma), 6)
+    ),
+    "one λ": one_lambda,
+    "one λ, one batch for the critic": lambda args: replace(
+        one_lambda(args),
+        critic_batches=1,
+        critic_epochs=args.critic_epochs * args.critic_batches,
+    ),
 }
 """By name, what each makes of the earlier settings of a task."""
 RETIRED = (

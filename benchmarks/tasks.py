@@ -102,32 +102,19 @@ TASKS = {
 }
 
 
-def shorter_traces(args: train.Args) -> train.Args:
-    """Return settings with a shorter λ for the policy's advantages than for the critic's targets.
+def adopted(args: train.Args) -> train.Args:
+    """Return a task's settings with what the study of settings changes.
 
-    Steps are shorter where advantages are small.
+    The critic's targets keep the λ of the task. The policy's advantages get a shorter one, except
+    on Swimmer.
     """
-    short = round(1 - 10 * (1 - args.gamma), 6)
-    return replace(args, advantage_floor=0.02, gae_lambda=short, critic_lambda=args.gae_lambda)
-
-
-def one_batch(args: train.Args) -> train.Args:
-    """Return settings with a critic that is fitted to one batch, in as many steps as to several.
-
-    Steps are shorter where advantages are small.
-    """
+    shorter = round(1 - 10 * (1 - args.gamma), 6)
     return replace(
         args,
         advantage_floor=0.02,
+        gae_lambda=args.gae_lambda if args.gamma == SWIMMER.gamma else shorter,
         critic_lambda=args.gae_lambda,
-        critic_batches=1,
-        critic_epochs=args.critic_epochs * args.critic_batches,
     )
-
-
-def adopted(args: train.Args) -> train.Args:
-    """Return a task's settings with what the study of settings changes."""
-    return (one_batch if args.gamma == SWIMMER.gamma else shorter_traces)(args)
 
 
 SEARCH = (
