@@ -24,23 +24,16 @@ from checkpoint import comparable
 from learning_report import BETTER, IQM, number, with_interval
 from scores import Finals, frame
 from table import records
-from tasks import RANDOM, SEARCH, TASKS
+from tasks import RANDOM, SEARCH, TASKS, shorter_traces
 
 EARLIER = "earlier settings"
 
-
-def one_lambda(args: train.Args) -> train.Args:
-    """Return settings with today's targets of the critic, and one λ for policy and critic."""
-    return replace(args, advantage_floor=0.02, critic_lambda=args.gae_lambda)
-
-
 CANDIDATES: dict[str, Callable[[train.Args], train.Args]] = {
-    "shorter traces": lambda args: replace(
-        one_lambda(args), gae_lambda=round(1 - 10 * (1 - args.gamma), 6)
-    ),
-    "one λ": one_lambda,
+    "shorter traces": shorter_traces,
+    "one λ": lambda args: replace(shorter_traces(args), gae_lambda=args.gae_lambda),
     "one λ, one batch for the critic": lambda args: replace(
-        one_lambda(args),
+        shorter_traces(args),
+        gae_lambda=args.gae_lambda,
         critic_batches=1,
         critic_epochs=args.critic_epochs * args.critic_batches,
     ),

@@ -102,19 +102,19 @@ TASKS = {
 }
 
 
-def adopted(args: train.Args) -> train.Args:
-    """Return a task's settings with what the study of settings changes.
+def shorter_traces(args: train.Args) -> train.Args:
+    """Return settings with two values of λ, and shorter steps where advantages are small.
 
-    The critic's targets keep the λ of the task. The policy's advantages get a shorter one, except
-    on Swimmer.
+    The critic's targets keep the λ of the task. The policy's advantages get a shorter one.
     """
     shorter = round(1 - 10 * (1 - args.gamma), 6)
-    return replace(
-        args,
-        advantage_floor=0.02,
-        gae_lambda=args.gae_lambda if args.gamma == SWIMMER.gamma else shorter,
-        critic_lambda=args.gae_lambda,
-    )
+    return replace(args, advantage_floor=0.02, gae_lambda=shorter, critic_lambda=args.gae_lambda)
+
+
+def adopted(args: train.Args) -> train.Args:
+    """Return a task's settings with what the study adopts: on Swimmer, λ stays as it was."""
+    made = shorter_traces(args)
+    return replace(made, gae_lambda=args.gae_lambda) if args.gamma == SWIMMER.gamma else made
 
 
 SEARCH = (
