@@ -156,6 +156,44 @@ def test_nothing_from_beyond_an_end_reaches_what_came_before() -> None:
     assert found[:6].isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 100, 513])
+def test_estimates_of_any_length_are_those_of_the_recursion(steps: int) -> None:
+    noise = torch.Generator().manual_seed(steps)
+    rewards, values, following, ratios = torch.randn(
+        4, steps, 3, generator=noise, dtype=torch.float64
+    )
+    ends = torch.rand(steps, 3, generator=noise) < 0.02
+    found = gae(
+        *(rewards, values, following, ends),
+        gamma=0.99,
+        gae_lambda=0.95,
+        log_ratios=0.1 * ratios,
+        largest=math.inf,
+    )
+    after = torch.zeros(3, dtype=torch.float64)
+    for step in reversed(range(steps)):
+        after = after.masked_fill(ends[step], 0.0)
+        delta = rewards[step] + 0.99 * following[step] - values[step]
+        estimate = delta + 0.99 * 0.95 * after
+        torch.testing.assert_close(found[step], estimate, rtol=1e-11, atol=1e-11)
+        after = (0.1 * ratios[step]).exp() * estimate
+
+
+def test_the_product_of_large_ratios_may_exceed_the_largest_number() -> None:
+    rows = torch.zeros(9, 1)
+    rewards = rows.clone()
+    rewards[3] = 1.0
+    found = gae(
+        *(rewards, rows, rows, rows.bool()),
+        gamma=1.0,
+        gae_lambda=1.0,
+        log_ratios=torch.full((9, 1), 40.0),
+        largest=math.inf,
+    )
+    assert found[4:].eq(0).all()
+    torch.testing.assert_close(found[1:4, 0].log(), torch.tensor([80.0, 40.0, 0.0]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

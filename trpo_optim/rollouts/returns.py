@@ -229,13 +229,24 @@ def _discounted(
     """Return Σ fadeˡ termsₜ₊ₗ along each trajectory, with fade · rest after its end.
 
     With traces, each sum counts in the one before it by the trace of its row.
+
+    Every round doubles how many rows a sum spans, so there are log₂ T rounds (Hillis & Steele,
+    "Data parallel algorithms", 1986).
     """
-    result = torch.zeros_like(terms)
-    following = rest[-1]
-    for step in reversed(range(len(terms))):
-        result[step] = terms[step] + fade * torch.where(ends[step], rest[step], following)
-        following = result[step] if traces is None else traces[step] * result[step]
-    return result
+    stop = torch.cat([ends[:-1], torch.ones_like(ends[-1:])])
+    sums = torch.where(stop, terms + fade * rest, terms)
+    following = terms.new_ones(()) if traces is None else torch.cat([traces[1:], traces[-1:]])
+    carry = torch.where(stop, 0.0, fade * following)  # how a sum counts in the one before
+    span, most = 1, torch.finfo(terms.dtype).max
+    while span < len(terms):
+        near, far = carry[:-span], carry[span:]
+        cut = near == 0  # nothing comes from beyond an end, not even NaN
+        more = torch.where(cut, 0.0, near * sums[span:])
+        both = torch.where(cut, 0.0, (near * far).clamp(max=most))
+        sums = torch.cat([sums[:-span] + more, sums[-span:]])
+        carry = torch.cat([both, torch.zeros_like(carry[-span:])])
+        span *= 2
+    return sums
 
 
 def _require_positive(*, largest: float) -> None:
