@@ -57,7 +57,7 @@ RETIRED = (
     "shortest traces",
     "long traces",
 )
-"""Those with runs of which the example no longer has the critic's targets, the floor or the options."""
+"""Those with runs of which the example no longer has the options, the floor or the targets."""
 SEEDS = range(100, 104)
 """Seeds that no other run has."""
 ARCHIVE = Path("docs/results/settings.jsonl.xz")
