@@ -241,6 +241,24 @@ def test_an_exception_in_the_last_micro_batch_rolls_back() -> None:
     assert before.differences(Snapshot.of(problem.policy)) == []
 
 
+@pytest.mark.parametrize("engine", ["Gauss-Newton", "torch.func", "double backward"])
+def test_a_kl_that_is_detached_only_when_a_product_is_made_again_is_refused(engine: str) -> None:
+    problem = gaussian()
+    before, calls = Snapshot.of(problem.policy), 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        loss, kl, dist = problem.closure_with_dist()
+        kl = kl.detach() if calls == 3 else kl  # the first two make the models
+        return (loss, kl, dist) if engine == "Gauss-Newton" else (loss, kl)
+
+    with pytest.raises(TrustRegionError, match=r"In closure 1 of 2: .* is detached"):
+        exact(problem, engine=engine).step([closure, closure])
+    assert calls == 3
+    assert before.differences(Snapshot.of(problem.policy)) == []
+
+
 def test_the_report_tells_of_every_engine_and_of_a_third_value_that_did_not_serve() -> None:
     problem = gaussian()
     good = on_rows(problem, slice(0, 32), third=True)

@@ -20,6 +20,7 @@ from trpo_optim.curvature.engine_choice import (
     nothing_learned,
     torch_func_first,
 )
+from trpo_optim.curvature.first_derivatives import require_differentiable
 from trpo_optim.curvature.gauss_newton import gauss_newton
 from trpo_optim.curvature.local_model import (
     LocalModel,
@@ -140,15 +141,16 @@ def product_again(objective: Objective, engine: Engine) -> Product:
         v ↦ Fv, for vectors of shape (n,).
 
     Raises:
-        TrustRegionError: If the engine does not serve any more.
+        TrustRegionError: If the engine does not serve any more, or the KL is detached.
     """
     if engine == "torch.func":
         found = by_torch_func(objective, gradient=False, without_third=True)
         return checked(found[2], objective, engine)
-    values = objective.with_graph()  # compiled modules have no second derivatives
+    vector = objective.vector  # compiled modules have no second derivatives
+    values = objective.with_graph(lambda again: require_differentiable(again.kl, vector))
     with objective.kernels():
         if engine == "Gauss-Newton":
-            made = gauss_newton(None, values.kl, values.third, objective.vector)
+            made = gauss_newton(None, values.kl, values.third, vector)
         else:
             made = by_double_backward(None, values.kl, objective)
     if isinstance(made, str):
