@@ -78,7 +78,9 @@ def per_task(finals: Finals, env_ids: Sequence[str]) -> str:
             "steps": steps_of(TASKS[env_id].args.total_steps),
             "algorithm": algorithm,
             "seeds": len(scores),
-            "mean": with_interval(np.mean, scores, form=number),
+            "mean": with_interval(np.mean, scores, form=number)
+            if len(scores) > 1
+            else number(float(scores.mean())),
             "IQM": with_interval(IQM, scores, form=number) if len(scores) >= ENOUGH else "–",
             "mean, sampled": number(finals.mean(env_id, algorithm, "sampled")),
             "published": TASKS[env_id].published,
