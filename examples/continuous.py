@@ -1,6 +1,6 @@
 """Learn a MuJoCo task by TRPO with the settings of docs/results/settings.md: copy and change it.
 
-python examples/continuous.py --env-id Hopper-v5 --mode trpo --seed 0 --total-steps 200000
+Run ``python examples/continuous.py --env-id Hopper-v5 --mode trpo --seed 0``.
 """
 
 import math

@@ -146,7 +146,8 @@ def product_again(objective: Objective, engine: Engine) -> Product:
     if engine == "torch.func":
         found = by_torch_func(objective, gradient=False, without_third=True)
         return checked(found[2], objective, engine)
-    vector = objective.vector  # compiled modules have no second derivatives
+    vector = objective.vector
+    # with_graph, because compiled modules have no second derivatives
     values = objective.with_graph(lambda again: require_differentiable(again.kl, vector))
     with objective.kernels():
         if engine == "Gauss-Newton":
