@@ -23,6 +23,7 @@ from step_quality import PAGE
 from table import records
 from tasks import TASKS, adopted
 from torch import Tensor
+from tqdm import tqdm
 from training_run import Run
 
 from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
@@ -96,7 +97,7 @@ def row(env_id: str) -> dict[str, str]:
 
 def advantages() -> str:
     """Return the table of gains by task."""
-    return records(map(row, ENVIRONMENTS))
+    return records(map(row, tqdm(ENVIRONMENTS, unit="task")))
 
 
 if __name__ == "__main__":

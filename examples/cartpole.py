@@ -22,7 +22,7 @@ from trpo_optim.rollouts import gae
 
 Mode = Literal["trpo", "natural", "vanilla"]
 ENVS, STEPS = 8, 128  # 8 environments side by side, 128 steps of each per update
-GAMMA, LAMBDA = 0.99, 0.95  # discount factor; how far GAE trusts rewards more than the critic
+GAMMA, LAMBDA = 0.99, 0.95  # discount; GAE's λ: 0 trusts the critic alone, 1 the rewards
 MAX_KL = 0.01  # radius of the trust region in nats: how far one update may move the policy
 LR = {"vanilla": 1.0}  # vanilla policy gradient has no radius: it needs a learning rate
 
@@ -96,7 +96,7 @@ def train(
             running += reward
             episodes += [((update * STEPS + t + 1) * ENVS, x) for x in running[done[t].numpy()]]
             running[done[t].numpy()] = 0
-        with torch.no_grad():  # 2. Estimate advantages. Only a fall makes the future worth nothing.
+        with torch.no_grad():  # 2. Estimate advantages. After a fall, the next value is 0.
             values = critic(obs).squeeze(-1)
             next_values = critic(following).squeeze(-1).masked_fill(terminated, 0.0)
         advantages = gae(rewards, values, next_values, done, gamma=GAMMA, gae_lambda=LAMBDA)

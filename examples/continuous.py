@@ -1,4 +1,4 @@
-"""Learn a MuJoCo task by TRPO with the settings of docs/results/settings.md: copy and change it.
+"""Learn a MuJoCo task by TRPO: settings of docs/results/settings.md, but no advantage floor.
 
 Run ``python examples/continuous.py --env-id Hopper-v5 --mode trpo --seed 0``.
 """
@@ -23,7 +23,7 @@ from trpo_optim.rollouts import SinglePathBatch, fit_value, gae, policy_closure,
 ENVS, STEPS = 4, 512  # 4 environments side by side, 512 steps of each per update
 GAMMA, LAMBDA, LONG = 0.99, 0.9, 0.95  # LONG is λ for the critic, which needs longer traces
 KL_PER_DIMENSION = 0.007  # in nats; the radius grows with the action's dimensions
-STD = math.exp(0.8)  # first standard deviation, shared by the dimensions of an action
+STD = math.exp(0.8)  # initial standard deviation: this over the action's dimensions, at most 1
 LR = {"trpo": 1.0, "natural": 1.0, "vanilla": 0.1}  # 1.0: steps as long as the radius allows
 
 
@@ -50,7 +50,7 @@ class Policy(nn.Module):
 
 
 def estimate(batch: SinglePathBatch, critic: nn.Module, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Return values and advantages, (T, N). Their unit suits the critic: values near 1."""
+    """Return values and advantages, (T, N). Rewards are scaled so that values are near 1."""
     values, following = batch.values(critic)
     rewards = (1 - GAMMA) * batch.rewards
     return values, gae(rewards, values, following, batch.ends, gamma=GAMMA, gae_lambda=gae_lambda)

@@ -228,7 +228,8 @@ class TrustRegionOptimizer(AgreeingGroups):
 
         Raises:
             TrustRegionError: If a closure or a hyperparameter is misused. Nothing has moved.
-            RankError: If another rank raised, was lost or differs. Nothing has moved.
+            RankError: If another rank raised, was lost or differs. Nothing has moved, unless a rank
+                was lost during the last message.
         """
         if closure is None and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint calls this to have the state made before it loads one.

@@ -13,8 +13,13 @@ import torch
 from problem_with_statistics import Statistics, small_problem, take_a_step
 from problems import Problem, gaussian
 from torch import Tensor, nn
+from torch.nn.modules import module as module_registry
 
 from trpo_optim import TrustRegionOptimizer
+from trpo_optim.closure.evaluation import Objective
+from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.transaction import Transaction
+from trpo_optim.curvature.second_order import second_order
 
 
 @pytest.mark.parametrize("rejected", [False, True])
@@ -174,3 +179,12 @@ def test_parameters_are_written_in_place() -> None:
     for parameter, (identity, place, version) in zip(problem.parameters(), places, strict=True):
         assert (id(parameter), parameter.data_ptr()) == (identity, place)
         assert parameter._version > version
+
+
+def test_an_evaluation_leaves_no_hook_on_modules_even_if_the_transaction_has_not_begun() -> None:
+    problem = gaussian()
+    hooks = dict(module_registry._global_forward_pre_hooks)
+    vector = ParameterVector(problem.parameters())
+    with Transaction(vector) as transaction:
+        second_order(Objective(problem.closure, vector, transaction))
+        assert module_registry._global_forward_pre_hooks == hooks

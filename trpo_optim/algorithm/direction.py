@@ -1,4 +1,4 @@
-"""The direction of a step, and whether the products that it rests on are what they should be."""
+"""The direction of a step, and a check of the products that it was computed from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 (``fully_shard``) has sharded: where they are used, and by whom."""
+"""Parameters that FSDP2 (``fully_shard``) has sharded: where, and which modules use them."""
 
 from __future__ import annotations
 

@@ -127,11 +127,12 @@ class Transaction:
             if threading.get_ident() == self._thread:
                 told(module)
 
+        before = len(self._hooks)
         try:
             self._hooks.append(register_module_forward_pre_hook(tell))  # on one line: none is lost
             yield
         finally:
-            self._remove_hooks(keep=1)
+            self._remove_hooks(keep=before)
 
     def hold_running(self, module: nn.Module) -> None:
         """Remember the state of a module that is about to run.

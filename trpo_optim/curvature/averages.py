@@ -1,4 +1,4 @@
-"""What the models of several closures are together."""
+"""The weighted mean of the local models of several closures."""
 
 from __future__ import annotations
 

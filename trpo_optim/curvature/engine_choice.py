@@ -1,4 +1,4 @@
-"""Which engine differentiates a closure: what is known of it, and learned only once."""
+"""Which engine differentiates a closure, and what earlier steps learned about it."""
 
 from __future__ import annotations
 

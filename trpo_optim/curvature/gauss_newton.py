@@ -1,4 +1,4 @@
-"""Gauss–Newton products Jᵀ M J v by two reverse passes, J the outputs' slope in the parameters."""
+"""Gauss–Newton products Jᵀ M J v by two reverse passes; J is the outputs' Jacobian."""
 
 from __future__ import annotations
 

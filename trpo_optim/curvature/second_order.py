@@ -1,7 +1,7 @@
 """Fisher-vector products of a closure, by the engine that serves it.
 
-Three engines make the same operator. Where none can, or where they are dear, products are finite
-differences of ``slope``.
+Three engines make the same operator. If no engine works, or if its products cost more, products are
+finite differences of ``slope``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether all ranks stand at one place: the same parameters and hyperparameters, the same end."""
+"""Whether all ranks have the same parameters and hyperparameters, and end a step alike."""
 
 from __future__ import annotations
 

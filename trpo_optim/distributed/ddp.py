@@ -1,4 +1,4 @@
-"""PyTorch's distributed wrappers: what those of a policy do during a step, and which cannot be."""
+"""PyTorch's distributed wrappers of a policy: suspended during a step, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KL of two distributions of one family, with what torch's own closed forms leave to wish."""
+"""The KL of two distributions of one family, corrected where torch has no exact closed form."""
 
 from __future__ import annotations
 

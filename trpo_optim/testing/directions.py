@@ -1,4 +1,4 @@
-"""Moves of a policy's parameters that it answers to."""
+"""Directions in parameter space along which a policy changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Actions distributed as log_prob says, whatever the sampler does: what both are judged against."""
+"""Actions drawn from exp(log_prob): the reference for a policy's sampler and for its log_prob."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check that evaluating a policy changes nothing, and that nothing of it is kept."""
+"""The check that evaluating a policy changes nothing, and that the policy keeps no old values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The events between which an exact KL of tokens distinguishes."""
+"""The events over which the exact KL of tokens is computed."""
 
 from __future__ import annotations
 
