@@ -236,3 +236,14 @@ def test_a_group_without_parameters_takes_part_in_no_step() -> None:
     optimizer = TrustRegionOptimizer(groups)
     report = optimizer.step(lambda: (-weight.sum(), weight.square().sum() / 2))
     assert report.accepted
+
+
+def test_a_group_that_torch_refuses_changes_nothing() -> None:
+    own = parameter()
+    optimizer = TrustRegionOptimizer([own])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [own], "lr": 0.5})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["mode"] = "vanilla"
+    with pytest.raises(TrustRegionError, match="lr was not given"):
+        optimizer.step(quadratic(own))

@@ -29,16 +29,16 @@ class AgreeingGroups(torch.optim.Optimizer):
             TrustRegionError: If a parameter is not real, or a hyperparameter is not valid or
                 differs from the other groups'.
         """
-        lr_given = self._lr_given
+        lr_given, count = self._lr_given, len(self.param_groups)
         self._lr_given |= "lr" in param_group
-        super().add_param_group(param_group)
         try:
+            super().add_param_group(param_group)
             require_real(self.param_groups[-1])
             trainable(self.param_groups)
             Hyperparameters.of_group(self.param_groups[-1])
             self._settings()
         except BaseException:
-            del self.param_groups[-1]
+            del self.param_groups[count:]
             self._lr_given = lr_given
             raise
 

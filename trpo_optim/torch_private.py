@@ -10,6 +10,7 @@ Some are attributes, which cannot be imported:
 - ``parameter._backward_hooks`` and ``parameter._post_accumulate_grad_hooks``, in
   ``closure.transaction``;
 - ``module._buffers``, in ``closure.transaction``;
+- ``_indices()`` and ``_values()`` of sparse tensors, in ``closure.contents``;
 - the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
   ``closure.interception``;
 - ``_categorical`` of ``OneHotCategorical``, ``_param`` of ``Categorical``, ``Bernoulli`` and
@@ -39,6 +40,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
 from torch._C._functorch import maybe_current_level as _maybe_current_level
 from torch._compile import _disable_dynamo as never_compiled
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as version_kept
 from torch.distributions.kl import _dispatch_kl as kl_rule
 from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
 from torch.distributions.transforms import _InverseTransform as InverseTransform
@@ -68,6 +70,7 @@ __all__ = [
     "swap_contents",
     "transforms_undone",
     "untransformed",
+    "version_kept",
     "weight_norm",
 ]
 

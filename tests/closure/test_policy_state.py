@@ -23,12 +23,14 @@ class Stateful(nn.Module):
 
     tallied: Tensor
     bound: Tensor
+    sparse: Tensor
 
     def __init__(self, write: Callable[[Stateful, Tensor], object]) -> None:
         super().__init__()
         self.write = write
         self.register_buffer("tallied", torch.zeros(2))
         self.register_buffer("bound", torch.zeros(2))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
         self.plain = torch.zeros(2)
         self.count = 0
         self.named: dict[str, Any] = {"mean": torch.zeros(2), "nested": [torch.zeros(2)]}
@@ -47,6 +49,7 @@ class Stateful(nn.Module):
         return [
             self.tallied.tolist(),
             self.bound.tolist(),
+            self.sparse.to_dense().tolist(),
             self.plain.tolist(),
             self.count,
             self.named["mean"].tolist(),
@@ -104,6 +107,11 @@ WRITES: dict[str, Callable[[Stateful, Tensor], object]] = {
     "through NumPy": into_numpy,
     "a buffer replaced": lambda layer, x: setattr(layer, "bound", layer.bound + 1),
     "a buffer replaced in its dict": lambda layer, x: layer._buffers.update(bound=torch.ones(2)),
+    "a sparse buffer": lambda layer, x: layer.sparse.mul_(2),
+    "the values of a sparse buffer": lambda layer, x: layer.sparse.values().add_(1),
+    "new elements of a sparse buffer": lambda layer, x: layer.sparse.copy_(
+        torch.ones(2, 2).to_sparse()
+    ),
     "an attribute": lambda layer, x: layer.plain.add_(1),
     "an attribute and its count": rebound,
     "an attribute of other memory": resized,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from families import FAMILIES
 from networks import SAMPLES
 from pairs import pair, parts
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.distributions.transforms import AffineTransform, ComposeTransform, TanhTransform
 
 from trpo_optim import (
+    TrustRegionError,
     entropy,
     frozen,
     log_prob,
@@ -96,3 +98,14 @@ def test_transforms_are_frozen_too() -> None:
     inner: Any = copied.transforms[0]
     assert inner.parts[0].scale.tolist() == [2.0] * 3
     assert not copied.rsample().requires_grad
+
+
+def test_the_entropy_takes_a_mask_as_the_log_probability_does() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    normal = Normal(torch.zeros(2, 2, 3), 1.0)
+    expected = 1.5 * math.log(2 * math.pi * math.e) * mask
+    torch.testing.assert_close(entropy(normal, mask), expected)
+    both = {"stick": Independent(normal, 1), "button": Categorical(logits=torch.zeros(2, 2, 4))}
+    torch.testing.assert_close(entropy(both, mask), expected + math.log(4) * mask)
+    with pytest.raises(TrustRegionError, match="mask"):
+        entropy(normal, torch.ones(3, 3, dtype=torch.bool))

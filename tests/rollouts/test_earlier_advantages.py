@@ -206,3 +206,23 @@ def test_the_product_of_large_ratios_may_exceed_the_largest_number() -> None:
 def test_what_makes_no_sense_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TrustRegionError, match=message):
         gae(GOOD, GOOD, GOOD, ENDS, gamma=0.9, gae_lambda=0.9, **options)
+
+
+@pytest.mark.parametrize(
+    "logs", [[0.0, 70, 70, -90, 0], [0.0, -60, -60, 80, 0], [0.0, 80, -80, 80, -80]]
+)
+def test_ratios_whose_products_are_beyond_single_precision_on_the_way(logs: list[float]) -> None:
+    rewards, nothing = torch.tensor([[0.0, 0, 0, 1, 0]]).T, torch.zeros(5, 1)
+    ends = torch.tensor([[False] * 4 + [True]]).T
+    found = gae(
+        rewards,
+        nothing,
+        nothing,
+        ends,
+        gamma=1.0,
+        gae_lambda=1.0,
+        log_ratios=torch.tensor([logs]).T,
+        largest=math.inf,
+    )
+    assert found.dtype is torch.float32
+    assert float(found[0]) == pytest.approx(math.exp(sum(logs[1:4])), rel=1e-5)

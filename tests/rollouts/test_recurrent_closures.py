@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,3 +109,20 @@ def test_data_of_an_earlier_policy_counts_by_its_weights() -> None:
     expected = (weights * (present - behaviour).exp() * advantages)[batch.valid].mean()
     assert float(loss.detach()) == pytest.approx(-float(expected), rel=1e-4)
     assert TrustRegionOptimizer(policy.parameters()).step(built).accepted
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_entropy_bonus_sums_over_the_dimensions_of_an_action(wrapped: bool) -> None:
+    _, batch, _ = recurrent()
+    batch = replace(batch, actions=batch.actions.repeat(1, 1, 3))
+    log_std = nn.Parameter(torch.zeros(3))
+
+    def policy(seen: Tensor, state: Any, starts: Tensor) -> Any:
+        dist = Normal(torch.zeros(*seen.shape[:2], 3), log_std.exp())
+        return Independent(dist, 1) if wrapped else dist, state
+
+    advantages = torch.zeros(batch.valid.shape)
+    loss = policy_closure(policy, batch, advantages, entropy_bonus=1.0)()[0]
+    assert float(loss.detach()) == pytest.approx(-3 * 0.5 * math.log(2 * math.pi * math.e))
+    (slope,) = torch.autograd.grad(loss, log_std)
+    torch.testing.assert_close(slope, torch.full((3,), -1.0))

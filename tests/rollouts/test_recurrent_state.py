@@ -93,3 +93,32 @@ def test_a_state_of_another_form_is_refused(state: Any) -> None:
     envs = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync")
     with pytest.raises(TrustRegionError, match=r"state holds a (Cell|NoneType); it must be a ten"):
         single_path(envs, Recurrent(), steps=1, state=state)
+
+
+class InPlace(Recurrent):
+    """Its next state is the same memory each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
+
+    @torch.no_grad()
+    def forward(self, seen: Tensor, state: Memory, starts: Tensor) -> tuple[Categorical, Memory]:
+        dist, after = super().forward(seen, state, starts)
+        for memory, value in zip(self.kept, after, strict=True):
+            memory.copy_(value)
+        return dist, self.kept
+
+
+def test_a_policy_may_return_its_state_in_the_same_memory_each_time() -> None:
+    torch.manual_seed(0)
+    envs, policy = gym.make_vec("CartPole-v1", 4, vectorization_mode="sync"), InPlace()
+    start = Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
+    first = single_path(envs, policy, steps=5, state=start, seed=0)
+    assert first.end is not None
+    ending = [each.clone() for each in first.end.state]
+    batch = single_path(envs, policy, steps=5, after=first)
+    for kept in (batch.state, first.end.state):
+        for found, wanted in zip(kept, ending, strict=True):
+            assert torch.equal(found, wanted)
+    torch.testing.assert_close(batch.log_ratios(policy), torch.zeros(5, 4), rtol=0, atol=1e-6)

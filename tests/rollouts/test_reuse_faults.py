@@ -120,6 +120,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         building(weights=[None, torch.full((50, 4), -0.5)]),
         r"weights\[1\] holds -0.5; a weight is a ratio",
     ),
+    "infinite weights": (
+        building(weights=[None, with_one(ADVANTAGES.abs(), math.inf)]),
+        r"weights\[1\] is inf at step 7 of environment 2; it must be a number. Pass largest= to tr",
+    ),
     "an empty batch": (
         building(changed(valid=torch.zeros(50, 4, dtype=torch.bool))),
         r"batch\[1\] is empty: no row is valid",

@@ -211,3 +211,17 @@ def test_a_cursor_shares_no_memory_with_the_environments() -> None:
     before = batch.end.observations.copy()
     single_path(envs, coin, steps=5, after=batch)
     assert np.array_equal(batch.end.observations, before)
+
+
+def test_actions_that_a_policy_writes_to_the_same_memory_are_kept_as_they_were() -> None:
+    kept, taken = torch.zeros(2, dtype=torch.long), []
+
+    def policy(seen: Tensor) -> Tensor:
+        kept.copy_(seen[:, 2] > 0)
+        taken.append(kept.clone())
+        return kept
+
+    envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    batch = single_path(envs, policy, steps=20, seed=0)
+    assert torch.equal(batch.actions, torch.stack(taken))
+    assert len(batch.actions.unique()) == 2

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from earlier_batches import feedforward_batches
 from ranks import Raised, on_ranks, values_of
+from test_reuse import taken
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
@@ -176,3 +178,16 @@ def test_a_rank_that_does_not_come_is_an_error_on_the_others() -> None:
     assert found.kind == "RankError"
     assert "did not call policy_closure(standardise=True)" in found.text
     assert gone.kind == "SystemExit"
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.5, 0.25), (0.5, 0.25, 0.25)])
+@pytest.mark.parametrize("options", [{}, {"curvature": 0.9}, {"standardise": True}])
+def test_whole_numbers_are_advantages_like_others(shares: Any, options: Any) -> None:
+    policy, parts, advantages = feedforward_batches("cpu")
+    whole = [(10 * each.nan_to_num()).long() for each in advantages]
+    found = []
+    for given in (whole, [each.float() for each in whole]):
+        torch.manual_seed(0)
+        built = policy_closure(policy, parts, given, batch_weights=shares, **options)
+        found.append(taken((policy, parts, given), built)[0])
+    torch.testing.assert_close(*found)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 from torch import Tensor, nn
 
 from trpo_optim import TrustRegionError
-from trpo_optim.rollouts import fit_value
+from trpo_optim.rollouts import fit_value, single_path
 
 
 def problem() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -103,3 +104,27 @@ def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(TrustRegionError, match=message):
         call()
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "several values": lambda seen: seen,
+    "a row": lambda seen: seen[None, :, 0],
+    "one value for all": lambda seen: seen.mean(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_critic_of_another_shape_is_named(name: str) -> None:
+    _, observations, targets = problem()
+    weight = nn.Parameter(torch.ones(()))
+
+    def critic(seen: Tensor) -> Tensor:
+        return weight * WRONG[name](seen)
+
+    optimizer = torch.optim.Adam([weight])
+    with pytest.raises(TrustRegionError, match=r"values of shape .* for 512 observations; it must"):
+        fit_value(critic, observations, targets, optimizer)
+    envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    batch = single_path(envs, lambda seen: (seen[:, 2] > 0).long(), steps=4, seed=0)
+    with pytest.raises(TrustRegionError, match=r"values of shape .* for 8 observations; it must"):
+        batch.values(critic)

@@ -78,3 +78,12 @@ def test_what_does_not_fit_is_an_error_with_its_remedy(
     with pytest.raises(TrustRegionError) as error:
         group_advantages(rewards, size, scale=scale)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rewards_in_half_precision_differ_as_their_numbers_do(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([10.0, 10.25, 10.5, 10.75])
+    for scale in ("std", "none"):
+        advantages = group_advantages(rewards.to(dtype), 4, scale=scale)
+        assert torch.equal(advantages, group_advantages(rewards, 4, scale=scale))
+        assert advantages.all()

@@ -144,3 +144,11 @@ def test_hidden_states_that_do_not_fit_are_an_error() -> None:
         chunked_log_prob(LOGITS, head, TOKENS[:, 1:])
     with pytest.raises(TrustRegionError, match="chunk is 0"):
         chunked_log_prob(LOGITS, head, TOKENS, chunk=0)
+
+
+def test_a_single_token_has_a_log_probability_in_chunks_too() -> None:
+    torch.manual_seed(0)
+    head, hidden, token = nn.Linear(4, 9), torch.randn(4), torch.tensor(2)
+    for mask in (None, torch.tensor(True)):
+        found = chunked_log_prob(hidden, head, token, mask)
+        torch.testing.assert_close(found, token_log_prob(head(hidden), token, mask))

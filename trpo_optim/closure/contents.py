@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,12 +11,16 @@ from torch import Tensor, nn
 
 from trpo_optim.closure.dtensor import local
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.torch_private import version_kept
 
-__all__ = ["ArrayContent", "TensorContent"]
+__all__ = ["ArrayContent", "TensorContent", "same_bits"]
 
 _LARGEST_PARAMETER, _LARGEST_ATTRIBUTE = 2**18, 2**24
 """Frozen parameters and plain attributes of more elements are not copied; to write one is an error.
 Buffers are always copied."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their size in bytes."""
 
 
 class TensorContent:
@@ -30,10 +36,11 @@ class TensorContent:
         self.tensor = tensor
         self._name = name
         self._data = local(tensor).data
-        self._memory = _every_element_once(self._data)
+        self._in_place = tensor.layout == torch.sparse_coo  # whose .data has memory of its own
+        self._memory = local(tensor) if self._in_place else _every_element_once(self._data)
         largest = _LARGEST_PARAMETER if isinstance(tensor, nn.Parameter) else _LARGEST_ATTRIBUTE
         copied = buffer or tensor.numel() <= largest
-        self._copy = self._memory.clone() if copied else None
+        self._copy = self._memory.detach().clone() if copied else None
         self._version = _version(tensor)
 
     def rewind(self) -> bool:
@@ -57,11 +64,13 @@ class TensorContent:
             return False
         if not _is_same_memory(local(self.tensor), self._data):  # resized, or given other memory
             self.tensor.data = self._data
-        if self._memory.device.type == "cpu" and self._memory.layout == torch.strided:
-            if torch.equal(self._memory, self._copy):
+        if _is_comparable(self._memory):
+            if same_bits(self._memory, self._copy):
                 return False  # memory may be read-only
             written = True
-        with torch.inference_mode(self._memory.is_inference()):
+        inference = self._memory.is_inference()
+        keeping = version_kept(self._memory) if self._in_place and not inference else nullcontext()
+        with torch.inference_mode(inference), torch.no_grad(), keeping:
             self._memory.copy_(self._copy)
         return written
 
@@ -83,10 +92,40 @@ class ArrayContent:
         Returns:
             Whether it was moved.
         """
-        if self._array.tobytes() == self._copy.tobytes():
+        if _same_bytes(self._array, self._copy):
             return False
         self._array[...] = self._copy
         return True
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors of one type hold the same bits: NaN is NaN, and -0 is not 0."""
+    if left.layout == torch.sparse_coo:
+        return (
+            left.is_coalesced() == right.is_coalesced()
+            and torch.equal(left._indices(), right._indices())
+            and same_bits(left._values(), right._values())
+        )
+    if left.is_complex():
+        left, right = (torch.view_as_real(each.resolve_conj()) for each in (left, right))
+    if left.is_floating_point() and not left.is_quantized:
+        kind = _BITS[left.element_size()]
+        left, right = (each.resolve_neg().view(kind) for each in (left, right))
+    return torch.equal(left, right)
+
+
+def _is_comparable(tensor: Tensor) -> bool:
+    """Whether ``same_bits`` takes a tensor, and does not wait for a device."""
+    layouts = (torch.strided, torch.sparse_coo)
+    return tensor.device.type == "cpu" and tensor.layout in layouts and not tensor.is_nested
+
+
+def _same_bytes(left: Any, right: Any) -> bool:
+    """Return whether two NumPy arrays hold the same bytes, without copies if they lie in a row."""
+    if left.dtype.hasobject or not left.flags.c_contiguous:
+        return bool(left.tobytes() == right.tobytes())
+    equal = sys.modules["numpy"].array_equal
+    return bool(equal(*(each.reshape(-1).view("u1") for each in (left, right))))
 
 
 def _every_element_once(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from typing import Any
 
@@ -43,15 +44,16 @@ class Place:
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
         """Bind what was there again; numbers where a tensor was moved or replaced."""
+        shrunk = not isinstance(self._entries, dict) and len(self._entries) < self._count
         moves = any(key in moved for key in self._contents)
         now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
-        changed = [key for key, value in self._before.items() if now.get(key) is not value]
+        changed = [key for key, value in self._before.items() if now.get(key, now) is not value]
         numbers = []
         for key in changed:
             value = self._before[key]
-            if type(value) in NUMBERS_AND_TEXTS:
+            if type(value) in NUMBERS_AND_TEXTS and not shrunk:  # else all go back, in turn
                 numbers.append(key)
-            elif not (value is None and final):
+            elif shrunk or not (value is None and final):
                 self._put(key, value)
                 moves |= _carries_tensors(value)
         for key in numbers:
@@ -64,11 +66,13 @@ class Place:
     def _put(self, key: Any, value: Any) -> None:
         if isinstance(self._entries, dict) or key < len(self._entries):
             self._entries[key] = value
+        else:
+            self._entries.append(value)
 
     def _drop(self, keys: list[Any]) -> None:
-        """Take away what an evaluation added, if it carries tensors; the last comes first."""
+        """Take away what was added to nothing or carries tensors; the last comes first."""
         for key in reversed(keys):
-            if _carries_tensors(self._entries[key]):
+            if not self._count or _carries_tensors(self._entries[key]):
                 del self._entries[key]
 
     def _make_plain(self, keys: list[Any]) -> None:
@@ -82,7 +86,8 @@ class Place:
 def _carries_tensors(value: Any) -> bool:
     if isinstance(value, CONTAINERS):
         return any(map(_carries_tensors, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor)
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, Tensor) or bool(numpy and isinstance(value, numpy.ndarray))
 
 
 def _carries_graph(value: Any) -> bool:

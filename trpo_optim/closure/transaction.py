@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from trpo_optim.closure.contents import same_bits
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.kept_tensors import KeptTensors
 from trpo_optim.closure.parameters import ParameterVector
@@ -76,8 +77,7 @@ class Transaction:
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], _Replaced] = {}
         self._thread = threading.get_ident()
-        self._ended = False
-        self._uncompiled = self.unwatched = False
+        self._ended = self._uncompiled = self.unwatched = False
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Transaction:
@@ -283,7 +283,7 @@ class Transaction:
             return
         origin = self._vector.scatter(self.origin)
         written = [
-            not (moved or torch.equal(local(parameter), local(before)))
+            not (moved or same_bits(local(parameter), local(before)))
             for parameter, before, moved in zip(
                 self._vector.parameters, origin, self._moved, strict=True
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,10 +113,9 @@ def joint_kl(
     kl = _kl_of_batch(old, new, counted)
     if per == "sequence":
         return of_sequences(kl, counted)
-    if counted is None:
-        return kl
-    require_fit(counted, kl)
-    return kl[counted]
+    if counted is not None:
+        require_fit(counted, kl)
+    return kl if counted is None else kl[counted]
 
 
 def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
@@ -128,8 +127,7 @@ def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
         dist: The distribution, or a dict or tuple of distributions.
         action: The actions in the same form. The parts of a tuple may also be stacked along a last
             dimension, as in Gymnasium's MultiDiscrete spaces.
-        mask: True where an element counts, in the shape of the batch. A further dimension of a
-            distribution such as ``Normal`` belongs to the action. None: all count.
+        mask: As in ``mean_kl``.
 
     Returns:
         A tensor in the batch's shape, in float32 at least. It is 0 where the mask is false.
@@ -148,12 +146,7 @@ def log_prob(dist: PolicyT, action: Any, mask: Tensor | None = None) -> Tensor:
         >>> log_prob(dist, actions).exp()
         tensor([0.1250, 0.1250, 0.1250])
     """
-    counted = None if mask is None else checked_mask(mask)
-    logs = _joint_log_prob(dist, action, None if counted is None else counted.dim(), "")
-    if counted is None:
-        return logs
-    require_fit(counted, logs)
-    return logs.masked_fill(~counted, 0)
+    return _where(mask, lambda batch_dims: _joint_log_prob(dist, action, batch_dims, ""))
 
 
 @torch.no_grad()
@@ -182,17 +175,18 @@ def sample(dist: PolicyT) -> Any:
     return tuple(sample(part) for part in dist)
 
 
-def entropy(dist: PolicyT) -> Tensor:
+def entropy(dist: PolicyT, mask: Tensor | None = None) -> Tensor:
     """Return the joint entropy in nats, summed over the parts of a tuple or dict.
 
     Args:
         dist: The distribution, or a dict or tuple of distributions.
+        mask: As in ``mean_kl``.
 
     Returns:
-        A tensor in the batch's shape.
+        A tensor in the batch's shape. It is 0 where the mask is false.
 
     Raises:
-        TrustRegionError: If a family has no closed-form entropy.
+        TrustRegionError: If a family has no closed-form entropy, or the mask does not fit.
 
     Example:
         >>> import torch
@@ -201,7 +195,17 @@ def entropy(dist: PolicyT) -> Tensor:
         >>> entropy(Categorical(logits=torch.zeros(2, 4)))  # ln 4
         tensor([1.3863, 1.3863])
     """
-    return _joint_entropy(dist, None)
+    return _where(mask, lambda batch_dims: _joint_entropy(dist, batch_dims))
+
+
+def _where(mask: Tensor | None, compute: Callable[[int | None], Tensor]) -> Tensor:
+    """Return one number per element of the batch, given its dimensions; 0 where a mask is false."""
+    if mask is None:
+        return compute(None)
+    counted = checked_mask(mask)
+    values = compute(counted.dim())
+    require_fit(counted, values)
+    return values.masked_fill(~counted, 0)
 
 
 def _kl_of_batch(old: Any, new: Any, mask: Tensor | None) -> Tensor:
@@ -291,7 +295,6 @@ def _joint_entropy(dist: Any, batch_dims: int | None) -> Tensor:
         values: Tensor = at_least_single(dist).entropy()
     except NotImplementedError as error:
         raise TrustRegionError(
-            f"The entropy of {name_of(dist)} has no closed form. Estimate it as the mean of "
-            "-log_prob over its own samples."
+            f"The entropy of {name_of(dist)} has no closed form. Use the mean of -log_prob."
         ) from error
     return values if batch_dims is None else over_action(values, dist, batch_dims, "")

@@ -1,14 +1,16 @@
-"""Checks of numbers that a caller gives."""
+"""Checks of numbers that a caller, a policy or a critic gives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["require_counts", "require_one_a_row", "require_shares"]
+__all__ = ["require_counts", "require_one_a_row", "require_shares", "values_by"]
 
 
 def require_shares(**values: float) -> None:
@@ -35,7 +37,9 @@ def require_counts(**values: int | None) -> None:
         TrustRegionError: If one is not; it is named.
     """
     for name, value in values.items():
-        if value is not None and (not isinstance(value, Integral) or value < 1):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
@@ -55,3 +59,23 @@ def require_one_a_row(log_prob: Tensor, count: int) -> None:
             f"{count} rows. If the last dimension is the action's, return Independent(dist, 1) "
             "from the policy."
         )
+
+
+def values_by(critic: Callable[[Any], Tensor], observations: Any, count: int) -> Tensor:
+    """Return a critic's values, (B,), of B observations.
+
+    Args:
+        critic: From observations (B, …) to values, (B,) or (B, 1).
+        observations: The observations.
+        count: B.
+
+    Raises:
+        TrustRegionError: If the values have another shape.
+    """
+    values = critic(observations)
+    if values.numel() != count or values.shape[:1] not in ((), (count,)):
+        raise TrustRegionError(
+            f"The critic returned values of shape {tuple(values.shape)} for {count} observations; "
+            f"it must be ({count},) or ({count}, 1), one value per observation."
+        )
+    return values.reshape(count)

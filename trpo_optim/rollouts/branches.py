@@ -15,6 +15,7 @@ from torch import Tensor
 from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import sample
 from trpo_optim.distributions.nesting import mapped
+from trpo_optim.rollouts.arguments import values_by
 from trpo_optim.rollouts.branch_actions import width
 from trpo_optim.rollouts.infos import entries_of
 from trpo_optim.rollouts.spaces import actions_for, array_of, stacked, tensors_of
@@ -63,7 +64,7 @@ class Branches:
         """
         envs = [self.envs[state.number] for state in states]
         count = width(actions)
-        seeds = torch.randint(2**62, (count, len(states) + 1))
+        seeds = torch.randint(2**62, (count, len(states) + 1), device="cpu")
         if common:
             seeds = seeds[:1].expand(count, -1)
         result = []
@@ -117,6 +118,6 @@ class Branches:
         total = torch.as_tensor(returns, dtype=torch.get_default_dtype(), device=self.device)
         if self.critic is None:
             return total
-        rest = self.critic(tensors_of(stacked(observations), self.device)).reshape(-1)
+        rest = values_by(self.critic, tensors_of(stacked(observations), self.device), count)
         later = torch.as_tensor(weights, device=self.device).to(rest) * rest
         return total + torch.where(torch.as_tensor(open_ended, device=self.device), later, 0.0)

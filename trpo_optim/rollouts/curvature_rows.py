@@ -66,7 +66,7 @@ def curvature_rows(
         taken = enough_rows(count)
         if taken == count or taken > (most or count):
             return None
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = generator or torch.Generator("cpu").manual_seed(0)
     elif isinstance(curvature, str) or not 0 < curvature < 1:
         raise TrustRegionError(
             f"curvature is {curvature!r}; it must be 'auto', a share in (0, 1), or None for all "
@@ -74,4 +74,5 @@ def curvature_rows(
         )
     else:
         taken = max(1, round(curvature * count))
-    return torch.randperm(count, generator=generator)[:taken].sort().values
+    device = "cpu" if generator is None else generator.device
+    return torch.randperm(count, generator=generator, device=device)[:taken].sort().values

@@ -211,6 +211,8 @@ def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
         remedy = "Look at the rewards and at the critic."
         if name.endswith("log_prob"):
             remedy = "Move the action inside the support, and compute its log-probability anew."
+        elif name.startswith("weights"):
+            remedy = "Pass largest= to trajectory_weights(), which limits the products of ratios."
         raise TrustRegionError(
             f"{name} is {float(values[step, env])} at step {step} of environment {env}; it must be "
             f"a number. {remedy}"

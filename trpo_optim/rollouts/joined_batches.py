@@ -83,7 +83,11 @@ def joined(given: Sequence[Given]) -> Joined:
     runs = [
         (sum(count for count, _ in run), weight) for weight, run in groupby(weighed, itemgetter(1))
     ]
-    weights = [torch.full_like(each.advantages, each.weight) for each in given]
+    advantages = [each.advantages.to(torch.result_type(each.advantages, 1.0)) for each in given]
+    weights = [
+        torch.full_like(own, each.weight, dtype=torch.promote_types(own.dtype, torch.float32))
+        for own, each in zip(advantages, given, strict=True)
+    ]
     state = batches[0].state
     if recurrent and len(batches) > 1:
         state = mapped(lambda *each: torch.cat(each, 1), *(batch.state for batch in batches))
@@ -94,7 +98,7 @@ def joined(given: Sequence[Given]) -> Joined:
         starts=rows(*(batch.starts for batch in batches), repeat=False),
         valid=rows(*(batch.valid for batch in batches), repeat=False),
         state=state,
-        advantages=rows(*(each.advantages for each in given)),
+        advantages=rows(*advantages),
         weights=optional([each.weights for each in given]),
         sampling_log_prob=optional([each.sampling_log_prob for each in given]),
         batch_weights=rows(*weights) if len(runs) > 1 else None,

@@ -56,7 +56,7 @@ class Path:
 
     def __post_init__(self) -> None:
         """Note what the rollout begins with."""
-        self.state = self.cursor.state
+        self.state = mapped(_copied, self.cursor.state)  # which the policy may write
         self.log_probs = KeptLogProbs(recurrent=self.state is not None)
 
     @property
@@ -137,7 +137,9 @@ class Path:
 
     def _drawn(self, dist: Any) -> Any:
         """Return actions of a distribution, or what are actions already."""
-        actions = mapped(lambda each: each if isinstance(each, Tensor) else sample(each), dist)
+        actions = mapped(
+            lambda each: _copied(each) if isinstance(each, Tensor) else sample(each), dist
+        )
         self.log_probs.add(dist, actions)
         return actions
 
@@ -174,7 +176,16 @@ class Path:
             state=self.state,
             episode_returns=[value for value, _ in self.episodes],
             episode_lengths=[length for _, length in self.episodes],
-            end=replace(self.cursor, observations=copies_of(self.cursor.observations)),
+            end=replace(
+                self.cursor,
+                observations=copies_of(self.cursor.observations),
+                state=mapped(_copied, self.cursor.state),
+            ),
             info=stacked(self.said),
             log_prob=logs,
         )
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a tensor: a policy may write its next output to the same memory."""
+    return value.clone() if isinstance(value, Tensor) else value

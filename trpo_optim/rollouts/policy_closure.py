@@ -203,7 +203,7 @@ def policy_closure(
     pieces = [
         (select(chosen), weight)
         for end, (count, weight) in zip(ends, data.runs, strict=True)
-        for chosen in torch.arange(end - count, end).split(micro_batch or count)
+        for chosen in torch.arange(end - count, end, device="cpu").split(micro_batch or count)
     ]
     if curvature == "auto" and (sampled or data.state is not None):
         curvature = None
@@ -241,7 +241,7 @@ def _closure(
         new_log_prob = part.rows(log_prob(dist, part.actions, part.mask))
         loss = surrogate(new_log_prob, base, advantages, weights=weights)
         if entropy_bonus:
-            loss = loss - entropy_bonus * part.rows(entropy(dist)).mean()
+            loss = loss - entropy_bonus * part.rows(entropy(dist, part.mask)).mean()
         if sampled:
             return loss, sampled_kl(old_log_prob, new_log_prob, low_variance=True), new_log_prob
         kl = joint_kl(old, dist, part.mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.precision import widened
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_counts, require_shares
 
@@ -78,8 +79,10 @@ def gae(
     if log_ratios is not None:
         _require_rows(rewards=rewards, log_ratios=log_ratios)
         _require_positive(largest=largest)
-        traces = log_ratios.exp().clamp(max=largest)
-    return _discounted(deltas, torch.zeros_like(deltas), ends, gamma * gae_lambda, traces)
+        wide = widened(log_ratios, torch.float64)  # products may be large or small on the way
+        traces = wide.exp().clamp(max=largest)
+    found = _discounted(deltas, torch.zeros_like(deltas), ends, gamma * gae_lambda, traces)
+    return found.to(deltas.dtype)
 
 
 def discounted_returns(
@@ -237,7 +240,7 @@ def _discounted(
     sums = torch.where(stop, terms + fade * rest, terms)
     following = terms.new_ones(()) if traces is None else torch.cat([traces[1:], traces[-1:]])
     carry = torch.where(stop, 0.0, fade * following)  # how a sum counts in the one before
-    span, most = 1, torch.finfo(terms.dtype).max
+    span, most = 1, torch.finfo(carry.dtype).max
     while span < len(terms):
         near, far = carry[:-span], carry[span:]
         cut = near == 0  # nothing comes from beyond an end, not even NaN

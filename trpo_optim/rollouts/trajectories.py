@@ -14,7 +14,7 @@ from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import log_prob
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_one_a_row
+from trpo_optim.rollouts.arguments import require_one_a_row, values_by
 
 __all__ = ["Cursor", "SinglePathBatch"]
 
@@ -134,13 +134,16 @@ class SinglePathBatch:
 
         Returns:
             V(sₜ) and V(sₜ₊₁), both (T, N).
+
+        Raises:
+            TrustRegionError: If the values have another shape.
         """
         steps, envs = self.rewards.shape
         rows = mapped(lambda each: each.flatten(0, 1), self.observations)
-        values = critic(rows).reshape(steps, envs)
+        values = values_by(critic, rows, steps * envs).view(steps, envs)
         following = torch.cat([values[1:], torch.zeros_like(values[:1])])
         if len(self.cut_rows):
-            cut = critic(self.cut_observations).reshape(-1)
+            cut = values_by(critic, self.cut_observations, len(self.cut_rows))
             following[self.cut_rows[:, 0], self.cut_rows[:, 1]] = cut
         return values, following.masked_fill(self.terminated, 0.0)
 

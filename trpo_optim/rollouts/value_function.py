@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts
+from trpo_optim.rollouts.arguments import require_counts, values_by
 from trpo_optim.rollouts.returns import explained_variance
 
 __all__ = ["ValueFit", "fit_value"]
@@ -65,8 +65,8 @@ def fit_value(
         How well it fits.
 
     Raises:
-        TrustRegionError: If lengths differ, there are no rows, a target is not finite, or
-            ``epochs`` or ``minibatch`` is below 1.
+        TrustRegionError: If lengths differ, there are no rows, a target is not finite,
+            the values have another shape, or ``epochs`` or ``minibatch`` is below 1.
 
     Example:
         >>> import torch
@@ -88,14 +88,14 @@ def fit_value(
 
     @torch.no_grad()
     def predictions() -> Tensor:
-        return critic(observations).reshape(-1)
+        return values_by(critic, observations, len(targets))
 
     before = explained_variance(predictions(), targets)
     for _ in range(epochs):
         if minibatch is None:
             optimizer.step(partial(_error, critic, observations, targets, optimizer))  # type: ignore[arg-type]  # torch says float, and takes tensors
             continue
-        order = torch.randperm(len(targets)).to(targets.device)
+        order = torch.randperm(len(targets), device="cpu").to(targets.device)
         shuffled, aims = mapped(itemgetter(order), observations), targets[order]
         for start in range(0, len(targets), minibatch):
             rows = slice(start, start + minibatch)
@@ -115,7 +115,7 @@ def _error(
 ) -> Tensor:
     """Return the mean squared error, its gradients in place."""
     optimizer.zero_grad()
-    values = critic(observations).reshape(-1)
+    values = values_by(critic, observations, len(targets))
     loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
     loss.backward()
     return loss

@@ -232,7 +232,7 @@ def _rounds(chosen: list[State]) -> list[list[State]]:
 
 def _uniform(states: int, steps: int, count: int) -> Rule:
     """Return the rule that takes so many of a trunk's rows, all alike."""
-    rows = torch.randperm(steps * count)[:states]
+    rows = torch.randperm(steps * count, device="cpu")[:states]
     wanted = np.zeros((steps, count), dtype=bool)
     wanted.reshape(-1)[rows.numpy()] = True
     return lambda step, cursor: wanted[step]  # noqa: ARG005 (one form for all rules)

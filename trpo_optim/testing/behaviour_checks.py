@@ -48,7 +48,7 @@ def check_rows(subject: Subject) -> Finding:
         kind = "The observations are an object, which the kit does not cut into rows."
         return Finding(name, Verdict.UNDECIDED, {}, kind)
     whole = subject.old_log_prob
-    places = torch.arange(subject.rows)
+    places = torch.arange(subject.rows, device="cpu")
     if _is_stale(subject):
         return Finding(
             name,
@@ -86,7 +86,7 @@ def check_rows(subject: Subject) -> Finding:
 def _is_stale(subject: Subject) -> bool:
     """Return whether observations in another order leave all as it was, though that matters."""
     whole = subject.old_log_prob
-    order = torch.arange(subject.rows).flip(0)
+    order = torch.arange(subject.rows, device="cpu").flip(0)
     dist = subject.dist(select(subject.observations, order))
     if any(leaf.batch_shape[:1] != (subject.rows,) for leaf in leaves(dist)):
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.distributions import Laplace
@@ -24,15 +26,15 @@ def check_score(subject: Subject) -> Finding:
     """The surrogate's gradient by autograd is that by central differences of log_prob."""
     name = "score"
     vector = subject.vector
-    worst, figures, at_worst = 0.0, dict[str, float](), torch.zeros(0)
+    worst, figures, at_worst = 0.0, dict[str, float](), torch.zeros(0, device="cpu")
     value = (subject.log_prob(subject.dist()) * subject.advantages).mean()
     slopes = torch.autograd.grad(value, vector.parameters, allow_unused=True)
     gradient = vector.gather(slopes)
     width = 1e-7 if vector.dtype is torch.float64 else 2e-3
     for index, (start, end) in enumerate(_spans(subject)):
         step = torch.zeros_like(gradient)
-        generator = torch.Generator().manual_seed(index)
-        noise = torch.randn(end - start, generator=generator).to(step)
+        generator = torch.Generator("cpu").manual_seed(index)
+        noise = torch.randn(end - start, generator=generator, device="cpu").to(step)
         piece = gradient[start:end]
         step[start:end] = 0.5 * noise / noise.norm() + piece / piece.norm().clamp_min(1e-30)
         step *= width * max(1.0, float(vector.parameters[index].detach().norm())) / step.norm()
@@ -84,7 +86,7 @@ def _rounding(subject: Subject) -> float:
 
 def _spans(subject: Subject) -> list[tuple[int, int]]:
     """Return where each parameter lies in the vector."""
-    ends = torch.tensor([each.numel() for each in subject.vector.parameters]).cumsum(0).tolist()
+    ends = list(accumulate(each.numel() for each in subject.vector.parameters))
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

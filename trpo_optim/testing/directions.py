@@ -17,8 +17,10 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
 
     That is half the mean square change of log_prob, whatever the KL is said to be.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(subject.old_log_prob.shape, generator=generator).to(subject.old_log_prob)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    weights = torch.randn(subject.old_log_prob.shape, generator=generator, device="cpu").to(
+        subject.old_log_prob
+    )
     value = (subject.log_prob(subject.dist()) * weights).mean()
     slopes = torch.autograd.grad(value, subject.vector.parameters, allow_unused=True)
     gradient = subject.vector.gather(slopes)
@@ -26,7 +28,7 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
     # slope would have to move so far that nothing is quadratic any more.
     pieces = [
         float(slope.norm())
-        * torch.randn(slope.shape, generator=generator).to(slope)
+        * torch.randn(slope.shape, generator=generator, device="cpu").to(slope)
         / max(1.0, slope.numel() ** 0.5)
         for slope in subject.vector.scatter(gradient)
     ]

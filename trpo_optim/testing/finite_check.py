@@ -72,7 +72,7 @@ def _corners(observations: Any) -> Iterator[tuple[str, Any]]:
         return torch.where(numbers(value), nearest, value)
 
     def corners(value: Tensor) -> Tensor:
-        low = torch.rand(value.shape).to(value.device) < 0.5
+        low = torch.rand(value.shape, device="cpu").to(value.device) < 0.5
         edges = torch.where(low, value.amin(0), value.amax(0))
         return torch.where(numbers(value), edges, value)
 

@@ -73,9 +73,9 @@ def measured(
     here = [each.stated for each in read()]  # which another check has found to be zero, or not
     found = []
     for seed in range(_DIRECTIONS):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         step = subject.direction()
-        step = step * torch.randn(len(step), generator=generator).to(step)
+        step = step * torch.randn(len(step), generator=generator, device="cpu").to(step)
         for _ in range(20):
             parts = _both_ways(subject, read, step, here)
             mean = math.inf

@@ -59,8 +59,8 @@ def _checked(
     subject: ClosureSubject, logs: Tensor, advantages: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, advantages and mask of one shape."""
-    mask = torch.ones(logs.shape, dtype=torch.bool) if subject.mask is None else subject.mask
-    mask = mask.to(logs.device)
+    every = torch.ones_like(logs, dtype=torch.bool)
+    mask = every if subject.mask is None else subject.mask.to(logs.device)
     if mask.shape != logs.shape:
         raise TrustRegionError(
             f"log_prob has shape {tuple(logs.shape)} and the mask {tuple(mask.shape)}. Give the "

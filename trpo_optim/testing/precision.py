@@ -50,8 +50,8 @@ def _is_smooth(subject: Subject) -> bool:
     In a policy that computes in lower precision somewhere, they change it by rounding.
     """
     vector = subject.vector
-    generator = torch.Generator().manual_seed(0)
-    step = torch.randn(len(vector), generator=generator).to(vector.current())
+    generator = torch.Generator("cpu").manual_seed(0)
+    step = torch.randn(len(vector), generator=generator, device="cpu").to(vector.current())
     step *= 1e-9 * (1 + vector.current().abs())
     changes = []
     for sign in (1.0, -1.0):

@@ -116,7 +116,7 @@ def _weighted(leaf: Distribution, draws: int) -> Reference:
     identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
     root = torch.linalg.cholesky(1.1 * covariance + (1e-6 * spread + 1e-12) * identity)
     normal = torch.randn(draws, rows, size, dtype=root.dtype, device=root.device)
-    gamma = torch.distributions.Chi2(torch.full((draws, rows, 1), _FREEDOM).to(root)).sample()
+    gamma = torch.distributions.Chi2(root.new_full((draws, rows, 1), _FREEDOM)).sample()
     standard = normal * (_FREEDOM / gamma).sqrt()
     points = mean + (root @ standard.unsqueeze(-1)).squeeze(-1)
     proposal = (

@@ -114,7 +114,7 @@ def _not_saved(module: nn.Module | None, kept: list[str]) -> str:
 
 def _probes(subject: Subject) -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
     """Yield evaluations that must not depend on those before them, and what it means if so."""
-    every = torch.arange(subject.rows)
+    every = torch.arange(subject.rows, device="cpu")
     yield _MOVING, lambda: _log_prob(subject, None)
     if are_rows(subject.observations):
         yield _OF_OTHERS, lambda: _log_prob(subject, every.flip(0))
@@ -136,12 +136,14 @@ def _log_prob(subject: Subject, rows: Tensor | None) -> Tensor | None:
 def _moved(subject: Subject) -> Tensor | None:
     """Return log-probabilities after a move of all parameters."""
     contents = [each.detach().clone() for each in subject.parameters]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         try:
             for each in subject.parameters:
                 size = max(1.0, float(each.std(correction=0)))
-                each.add_(0.1 * size * torch.randn(each.shape, generator=generator).to(each))
+                each.add_(
+                    0.1 * size * torch.randn(each.shape, generator=generator, device="cpu").to(each)
+                )
             return _log_prob(subject, None)
         finally:
             for each, content in zip(subject.parameters, contents, strict=True):

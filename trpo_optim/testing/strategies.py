@@ -88,8 +88,8 @@ def observations(rows: int = 128, features: int = 4) -> SearchStrategy[Tensor]:
     """
 
     def drawn(seed: int, scale: float) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return scale * torch.randn(rows, features, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return scale * torch.randn(rows, features, generator=generator, device="cpu")
 
     seeds = strategies.integers(0, 2**31 - 1)
     return strategies.builds(drawn, seeds, strategies.floats(0.1, 2.0))

@@ -76,7 +76,7 @@ class Subject(Evaluated):
     @functools.cached_property
     def advantages(self) -> Tensor:
         """Noise of mean zero, one per row."""
-        noise = torch.randn(self.old_log_prob.shape).to(self.old_log_prob)
+        noise = torch.randn(self.old_log_prob.shape, device="cpu").to(self.old_log_prob)
         return (noise - noise.mean()) / noise.std()
 
     @functools.cached_property

@@ -108,7 +108,7 @@ def constrained_step(mdp: TabularMDP, policy: Tensor, radius: float) -> Tensor:
         raise TrustRegionError(f"radius is {radius!r}; it must be at least 0.")
     _require_positive(policy)
     tilt = _Tilt.towards(mdp.advantages(policy), policy)
-    return tilt.policy(tilt.margins(torch.tensor(radius, dtype=torch.float64)))
+    return tilt.policy(tilt.margins(tilt.widths.new_tensor(radius)))
 
 
 def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tensor:
@@ -146,8 +146,9 @@ def penalised_step(mdp: TabularMDP, policy: Tensor, coefficient: float) -> Tenso
     def dear(logs: Tensor) -> Tensor:  # the slope falls with the radius
         return (tilt.prices(tilt.margins(logs.exp())) @ visits) >= coefficient
 
-    low, high = map(float, _narrowed(dear, _LEAST, _MOST, rounds=9))
-    radius = math.exp((low + high) / 2) if high > float(_LEAST) else 0.0
+    least, most = map(mdp.rewards.new_tensor, (_LEAST, _MOST))
+    low, high = map(float, _narrowed(dear, least, most, rounds=9))
+    radius = math.exp((low + high) / 2) if high > _LEAST else 0.0
     return constrained_step(mdp, policy, radius)
 
 
@@ -177,11 +178,11 @@ def monotonic_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
     return penalised_step(mdp, policy, penalty_coefficient(largest, mdp.gamma))
 
 
-_LEAST, _MOST = torch.tensor([-60.0, 5.0], dtype=torch.float64)
+_LEAST, _MOST = -60.0, 5.0
 """Logarithms of the least and the largest radius of a penalised step, in nats."""
 
-_PLACES = torch.linspace(0, 1, 16, dtype=torch.float64)
-"""The places where a bracket is evaluated, from its lower to its upper end."""
+_PLACES = 16
+"""In how many places a bracket is evaluated, from its lower to its upper end."""
 
 
 def _require_positive(policy: Tensor) -> None:
@@ -233,7 +234,7 @@ class _Tilt:
             terms = kept.log().neg_().add_(weights.sum(0).log())
             return terms.mul_(_over(self.old, log_margins)).sum(0) > radii[..., None]
 
-        high = torch.full((*radii.shape, len(self.widths)), 80.0, dtype=torch.float64)  # π itself
+        high = self.widths.new_full((*radii.shape, len(self.widths)), 80.0)  # π itself
         return _narrowed(outside, -high, high, rounds=12)[1]  # from the best action alone
 
     def _kept(self, log_margins: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,10 +263,12 @@ def _narrowed(
         The last place where it holds and the first where it does not; both ``low`` or both
         ``high`` where there is no such place.
     """
+    shares = torch.linspace(0, 1, _PLACES, dtype=low.dtype, device=low.device)
+    shares = shares.view(-1, *[1] * low.ndim)
     for _ in range(rounds):
-        places = low + (high - low) * _PLACES.view(-1, *[1] * low.ndim)
+        places = low + (high - low) * shares
         count = holds(places).sum(0, keepdim=True)
         low, high = (
-            places.gather(0, index.clamp(0, len(_PLACES) - 1))[0] for index in (count - 1, count)
+            places.gather(0, index.clamp(0, _PLACES - 1))[0] for index in (count - 1, count)
         )
     return low, high

@@ -49,7 +49,9 @@ class TabularMDP:
     def __post_init__(self) -> None:
         """Check the process and bring it to double precision."""
         for name in ("transitions", "rewards", "start"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).double())
+            given = getattr(self, name)
+            value = given if isinstance(given, Tensor) else torch.tensor(given)
+            object.__setattr__(self, name, value.double())
         if self.rewards.dim() != 2 or not self.rewards.numel():
             raise TrustRegionError(
                 f"rewards has shape {tuple(self.rewards.shape)}; it must be (states, actions), "
@@ -58,7 +60,7 @@ class TabularMDP:
         states, actions = self.rewards.shape
         expected = {"transitions": (states, actions, states), "start": (states,)}
         for name, shape in expected.items():
-            value: Tensor = getattr(self, name)
+            value = getattr(self, name)
             if value.shape != shape:
                 raise TrustRegionError(
                     f"{name} has shape {tuple(value.shape)}; with rewards of "
@@ -75,7 +77,7 @@ class TabularMDP:
     def state_values(self, policy: Tensor) -> Tensor:
         """Return V_π(s) = E[Σ γᵗ r(sₜ, aₜ) | s₀ = s], shape (S,)."""
         chain, rewards = self._under(policy)
-        identity = torch.eye(len(chain), dtype=chain.dtype)
+        identity = torch.eye(len(chain), dtype=chain.dtype, device=chain.device)
         solution: Tensor = torch.linalg.solve(identity - self.gamma * chain, rewards)
         return solution
 
@@ -90,7 +92,7 @@ class TabularMDP:
     def visitation(self, policy: Tensor) -> Tensor:
         """Return ρ_π(s) = Σ γᵗ P(sₜ = s), shape (S,). It sums to 1/(1 − γ)."""
         chain, _ = self._under(policy)
-        identity = torch.eye(len(chain), dtype=chain.dtype)
+        identity = torch.eye(len(chain), dtype=chain.dtype, device=chain.device)
         solution: Tensor = torch.linalg.solve((identity - self.gamma * chain).T, self.start)
         return solution
 
@@ -191,16 +193,20 @@ def random_mdp(states: int, actions: int, gamma: float, seed: int) -> TabularMDP
         >>> mdp.rewards.shape
         torch.Size([5, 3])
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+        return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64).clamp_min(
+            1e-12
+        )
 
     # Exponential variables to a power, normalised: from nearly even to nearly deterministic.
     weights = (-noise(states, actions, states).log()) ** 3
     return TabularMDP(
         transitions=weights / weights.sum(-1, keepdim=True),
-        rewards=torch.randn((states, actions), generator=generator, dtype=torch.float64),
+        rewards=torch.randn(
+            (states, actions), generator=generator, device="cpu", dtype=torch.float64
+        ),
         start=(start := -noise(states).log()) / start.sum(),
         gamma=gamma,
     )

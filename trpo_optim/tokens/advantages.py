@@ -68,7 +68,10 @@ def group_advantages(
     advantages = rest - rest.mean(1, keepdim=True)
     if scale == "std":
         deviation = advantages.square().mean(1, keepdim=True).sqrt()
-        rounding = torch.finfo(rewards.dtype).eps if rewards.is_floating_point() else 0.0
+        single = torch.finfo(torch.float32).eps  # coarser rewards are taken as they are
+        rounding = (
+            min(torch.finfo(rewards.dtype).eps, single) if rewards.is_floating_point() else 0.0
+        )
         differ = deviation > 4 * rounding * groups.abs().amax(1, keepdim=True)
         advantages = torch.where(differ, advantages / deviation, 0.0)
     return advantages.flatten().to(rewards.device, dtype)

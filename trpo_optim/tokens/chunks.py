@@ -65,8 +65,8 @@ def chunked_log_prob(
     require_chunk(chunk)
     require_hidden(hidden, tokens)
     counted = counted_tokens(tokens, mask)
-    rows = hidden.flatten(0, -2) if counted is None else hidden[counted]
-    picked = tokens.flatten() if counted is None else tokens[counted]
+    rows = hidden.reshape(-1, hidden.shape[-1]) if counted is None else hidden[counted]
+    picked = tokens.reshape(-1) if counted is None else tokens[counted]
 
     def of_chunk(part: Tensor, part_tokens: Tensor) -> Tensor:
         return token_log_prob(head(part), part_tokens, temperature=temperature)
