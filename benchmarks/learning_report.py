@@ -41,7 +41,16 @@ ENOUGH = 10
 """Seeds from which on a table has their IQM."""
 REPS = 2000
 """Bootstrap repetitions."""
-IQM, BETTER = metrics.aggregate_iqm, metrics.probability_of_improvement
+IQM = metrics.aggregate_iqm
+
+
+def better(ours: Array, theirs: Array) -> float:
+    """Return the probability that a run of ours beats one of theirs; scores are (seeds, tasks).
+
+    It is rliable's ``probability_of_improvement``, whose tests of every task take much longer.
+    """
+    ahead = ours[:, None] - theirs
+    return float((ahead > 0).mean() + 0.5 * (ahead == 0).mean())
 
 
 def number(value: float | None) -> str:
@@ -110,8 +119,8 @@ def across(finals: Finals) -> str:
                 "runs of each": " and ".join(str(len(each)) for each in returns),
                 "IQM": iqm,
                 "IQM of the other": other,
-                "probability of improvement": with_interval(BETTER, *returns),
-                "the same, sampled": with_interval(BETTER, *sampled),
+                "probability of improvement": with_interval(better, *returns),
+                "the same, sampled": with_interval(better, *sampled),
             }
             rows += [row] if env_ids else []
     return records(rows)

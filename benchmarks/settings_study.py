@@ -21,7 +21,7 @@ import train
 import tyro
 from archived_runs import Line
 from checkpoint import comparable
-from learning_report import BETTER, IQM, number, with_interval
+from learning_report import IQM, better, number, with_interval
 from scores import Finals, frame
 from table import records
 from tasks import RANDOM, SEARCH, TASKS, shorter_traces
@@ -104,7 +104,7 @@ def candidates(evaluations: pd.DataFrame) -> str:
             **{env_id: number(finals.mean(env_id, name)) for env_id in SEARCH},
             "IQM": with_interval(IQM, finals.normalised(name, env_ids)),
             "IQM, earlier settings": f"{IQM(finals.normalised(EARLIER, env_ids)):.2f}",
-            "improvement": with_interval(BETTER, *pair) if name != EARLIER else "–",
+            "improvement": with_interval(better, *pair) if name != EARLIER else "–",
             "CPU s of a run": f"{made['cpu'].mean():.0f}",
         }
         rows += [row] if len(made) else []

@@ -244,17 +244,18 @@ sampled KL, it is the mean of ∇ln π ∇ln πᵀ. The KL of Laplace has a kink
 smooth function with the same Fisher matrix. N was not measured in float32 for dropout, sampled KLs,
 Laplace, weight norm on CUDA and the Atari CNN.
 
-The optimizer selects the kernels of attention, recurrence and weight norm. It runs compiled modules
-uncompiled, uses one dropout mask and restores buffers. You need not do any of this. Under autocast,
-a step of the MLP equals the step in single precision except for rounding.
+The optimizer selects the kernels of attention, recurrence and weight norm. In the first evaluation,
+it runs compiled modules uncompiled. It uses one dropout mask and restores buffers. You need not do
+any of this. Under autocast, a step of the MLP equals the step in single precision except for
+rounding.
 
 ## What torch differentiates once
 
 Some operations have only a first derivative: `nn.EmbeddingBag`, `torch.cdist` up to torch 2.13,
 flash attention that the closure asks for, checkpoints with `use_reentrant=True`, and your own
 functions whose backward is marked `once_differentiable`. A step then uses finite differences: Fv =
-(∇KL(θ + εv) − ∇KL(θ)) / ε. A product costs one evaluation and one gradient. The displacement has a
-KL of 10⁻⁸ nats in single precision, and of 10⁻¹⁵ nats in double precision.
+(∇KL(θ + εv) − ∇KL(θ)) / ε. A product costs one gradient. In single precision, the displacement has
+a KL of 3·10⁻⁸ nats, or of 3·10⁻⁹ if one side serves. In double precision, it is 10⁻¹⁵ nats.
 
 A backward may also leave torch without a mark (NumPy, C++, a Triton kernel). Torch then uses zero
 as the second derivative, without an error. [The first step of an optimizer checks
@@ -262,9 +263,9 @@ this](../concepts/curvature.md#the-check-of-the-first-step), with the product al
 The check costs three to five evaluations. `state_dict` saves its result, so it is not repeated.
 
 Rounding makes finite differences useless in two cases: in half precision, and in single precision
-if many samples are close to a kink, such as that of a rectifier. In half precision, the step raises
-an error that says what to do. Straight-through estimators keep their engine, because their
-gradients are not those of their values.
+if many samples are close to a kink, such as that of a rectifier. Exact products then serve. If
+there are none, the step raises an error that says what to do. Straight-through estimators keep
+their engine, because their gradients are not those of their values.
 
 ## What torch.func refuses
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sb3_contrib", reason="only make bench installs what benchmarks stand on")
@@ -17,6 +18,7 @@ import settings_study
 import train
 from archived_runs import finished, lines_of
 from learning import DEFAULTS, case, play
+from rliable import metrics
 from settings_study import CANDIDATES, RETIRED
 from tasks import EARLIER, LONG
 
@@ -101,3 +103,10 @@ def test_what_the_study_adopts_is_in_the_runs_of_trpo_alone() -> None:
     long = case("Ant-v5", LONG, 3)["settings"]
     lengths = {"total_steps": 3_000_000, "anneal_start": 1_500_000, "anneal_steps": 3_000_000}
     assert long == ours | lengths
+
+
+def test_the_probability_of_improvement_is_rliables() -> None:
+    draw = np.random.default_rng(0)
+    ours, theirs = (draw.integers(0, 5, (n, 4)).astype(float) for n in (7, 3))
+    found = learning_report.better(ours, theirs)
+    assert found == pytest.approx(metrics.probability_of_improvement(ours, theirs), abs=1e-12)
