@@ -24,7 +24,8 @@ def checked_mask(mask: Tensor) -> Tensor:
     chosen = mask.bool()
     if not chosen.any():
         raise TrustRegionError(
-            f"The mask of shape {tuple(mask.shape)} is all false: there is nothing to average."
+            f"The mask of shape {tuple(mask.shape)} is all false, so nothing counts. Leave this batch "
+            "out."
         )
     return chosen
 
