@@ -24,8 +24,8 @@ def checked_mask(mask: Tensor) -> Tensor:
     chosen = mask.bool()
     if not chosen.any():
         raise TrustRegionError(
-            f"The mask of shape {tuple(mask.shape)} is all false, so nothing counts. Leave this batch "
-            "out."
+            f"The mask of shape {tuple(mask.shape)} is all false, so nothing counts. Leave this "
+            "batch out."
         )
     return chosen
 
