@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.policy import POLICY_CHECKS, check_policy
 
@@ -57,13 +58,23 @@ def _found(place: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    return found if isinstance(found, nn.Module) else found()
+    if isinstance(found, nn.Module):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise TrustRegionError(
+            f"{place} is no module, and calling it without arguments raises {error!r}. Name a "
+            "module, or a function that makes one and takes no arguments."
+        ) from error
 
 
-def _observations(space: str, rows: int, seed: int) -> Tensor:
+def _observations(space: str, rows: int, seed: int) -> Any:
+    if rows < 2:
+        raise TrustRegionError(f"--rows is {rows}; it must be at least 2.")
     if re.fullmatch(r"\d+(x\d+)*", space):
         return torch.randn(rows, *map(int, space.split("x")))
-    if match := re.fullmatch(r"Discrete\((\d+)\)", space):
+    if match := re.fullmatch(r"Discrete\(([1-9]\d*)\)", space):
         return torch.randint(int(match[1]), (rows,))
     try:
         import gymnasium  # the kit itself needs torch alone
@@ -80,12 +91,16 @@ def _observations(space: str, rows: int, seed: int) -> Tensor:
     observation, _ = env.reset(seed=seed)
     seen: list[Tensor] = []
     while len(seen) < rows:
-        seen.append(torch.as_tensor(observation))
+        seen.append(mapped(lambda each: torch.as_tensor(each).clone(), observation))
         observation, _, terminated, truncated, _ = env.step(env.action_space.sample())
         if terminated or truncated:
             observation, _ = env.reset()
     env.close()
-    stacked = torch.stack(seen)
+    return mapped(_stacked, *seen)
+
+
+def _stacked(*rows: Tensor) -> Tensor:
+    stacked = torch.stack(rows)
     return stacked.float() if stacked.is_floating_point() else stacked
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ __all__ = ["Attributes"]
 
 _MODULES_OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
+
+_CONTAINERS = (dict, list, deque, set)
+_MADE_ONCE = (nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 _MOST = 20_000
 """Objects of one attribute that are looked at; what holds more is no state of a policy."""
@@ -53,7 +58,7 @@ class Attributes:
         """Put all back, what is inside first."""
         for held in self._held.values():
             for each, was in held:
-                if not _is(each, was):
+                if _is_generator(each) or not _is(each, was):
                     _put(each, was)
         for _, module, were in self._modules:
             for name in _plain(module):
@@ -66,11 +71,11 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _within(value: Any) -> Iterator[Any]:
-    """Yield tensors, arrays, containers and objects that a value consists of."""
+    """Yield tensors, arrays, generators, containers and objects that a value consists of."""
     stack, seen = [value], dict[int, Any]()
     while stack and len(seen) < _MOST:
         each = stack.pop()
-        if id(each) in seen or isinstance(each, nn.Module | nn.Parameter | type):
+        if id(each) in seen or isinstance(each, (*_MADE_ONCE, nn.Parameter)):
             continue
         seen[id(each)] = each
         if isinstance(each, tuple):
@@ -80,7 +85,7 @@ def _within(value: Any) -> Iterator[Any]:
         if content is None:
             continue
         yield each
-        if isinstance(content, dict | list):
+        if isinstance(content, _CONTAINERS) and not _is_generator(each):
             stack.extend(content.values() if isinstance(content, dict) else content)
 
 
@@ -88,20 +93,26 @@ def _content(value: Any) -> Any:
     """Return a copy of what an object holds, or None if it holds nothing that may change."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, dict | list) or _is_array(value):
+    if isinstance(value, _CONTAINERS) or _is_numpy(value, "ndarray"):
         return value.copy()
-    return dict(vars(value)) if hasattr(value, "__dict__") and not callable(value) else None
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if _is_numpy(value, "Generator"):
+        return value.bit_generator.state
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def _is(value: Any, was: Any) -> bool:
-    """Return whether an object still holds what it held."""
-    whole = isinstance(value, dict | list | Tensor) or _is_array(value)
+    """Return whether an object still holds what it held; generators may be drawn from."""
+    if _is_generator(value):
+        return True
+    whole = isinstance(value, (*_CONTAINERS, Tensor)) or _is_numpy(value, "ndarray")
     now = value if whole else vars(value)
     if isinstance(was, dict):
         return now.keys() == was.keys() and all(_same(now[name], was[name]) for name in was)
-    if isinstance(was, list):
+    if isinstance(was, list | deque):
         return len(now) == len(was) and all(map(_same, now, was))
-    return _same(now, was)
+    return bool(now == was) if isinstance(was, set) else _same(now, was)
 
 
 def _same(now: Any, was: Any) -> bool:
@@ -112,7 +123,7 @@ def _same(now: Any, was: Any) -> bool:
         return now.shape == was.shape and torch.equal(
             now.detach().nan_to_num(), was.detach().nan_to_num()
         )
-    if _is_array(now) and _is_array(was):
+    if _is_numpy(now, "ndarray") and _is_numpy(was, "ndarray"):
         return now.shape == was.shape and bool((now == was).all())
     return isinstance(now, int | float | str) and type(now) is type(was) and now == was
 
@@ -121,15 +132,26 @@ def _put(value: Any, was: Any) -> None:
     """Have an object hold what it held."""
     if isinstance(value, Tensor):
         value.copy_(was)
+    elif isinstance(value, torch.Generator):
+        value.set_state(was)
+    elif _is_numpy(value, "Generator"):
+        value.bit_generator.state = was
     elif isinstance(value, list):
         value[:] = was
-    elif _is_array(value):
+    elif isinstance(value, deque):
+        value.clear()
+        value.extend(was)
+    elif _is_numpy(value, "ndarray"):
         value[...] = was
     else:
-        held = value if isinstance(value, dict) else vars(value)
+        held = value if isinstance(value, dict | set) else vars(value)
         held.clear()
         held.update(was)
 
 
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, torch.Generator) or _is_numpy(value, "Generator")
+
+
+def _is_numpy(value: Any, name: str) -> bool:
+    return type(value).__module__.startswith("numpy") and type(value).__name__ == name

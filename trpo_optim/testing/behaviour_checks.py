@@ -163,8 +163,10 @@ def _matters(subject: Subject, parameter: Tensor) -> bool:
 
 
 def _gap(left: Tensor, right: Tensor) -> float:
-    same = left.shape == right.shape
-    return float((left - right).detach().abs().max()) if same else math.inf
+    if left.shape != right.shape:
+        return math.inf
+    gaps = torch.where(left == right, 0.0, left - right).detach().abs()
+    return float(gaps.nan_to_num(math.inf, math.inf).max())
 
 
 def _tolerance(log_probs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,8 +64,24 @@ class ClosureSubject:
             self.transaction.move(nowhere, 1.0)
 
     def direction(self) -> Tensor:
-        """Return a fixed move along all parameters."""
-        return self.transaction.far_away()
+        """Return a fixed move along all parameters that the loss depends on."""
+        return self.transaction.far_away() * self._moving
+
+    @functools.cached_property
+    def _moving(self) -> Tensor:
+        """Which elements the loss depends on; a parametrization may keep signs beside these."""
+        moving = torch.zeros_like(self.transaction.origin, dtype=torch.bool)
+        for part in self.batch.parts:
+            loss, parameters = part.with_graph().loss, self.vector.parameters
+            moving |= (
+                self.vector.gather(torch.autograd.grad(loss, parameters, allow_unused=True)) != 0
+            )
+        return moving if moving.any() else torch.ones_like(moving)
+
+    @property
+    def cpu_mask(self) -> Tensor | None:
+        """The mask, beside the numbers of rows, which are brought to the CPU."""
+        return None if self.mask is None else self.mask.cpu()
 
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:

@@ -36,6 +36,7 @@ def check_score(subject: Subject) -> Finding:
         generator = torch.Generator("cpu").manual_seed(index)
         noise = torch.randn(end - start, generator=generator, device="cpu").to(step)
         piece = gradient[start:end]
+        noise = torch.where(piece != 0, noise, 0.0) if piece.any() else noise
         step[start:end] = 0.5 * noise / noise.norm() + piece / piece.norm().clamp_min(1e-30)
         step *= width * max(1.0, float(vector.parameters[index].detach().norm())) / step.norm()
         measured, stated = _difference(subject, step), float(gradient.dot(step))
@@ -142,9 +143,9 @@ def check_fisher(subject: Subject) -> Finding:
         figures[model.engine] = stated
         if not stated > 0:
             cause = "it is not positive"
-        elif crossed > 0.01 * stated:
+        elif not crossed <= 0.01 * stated:
             cause = "the operator is not symmetric"
-        elif abs(stated - bend) > 2 * _CLOSE * abs(bend):
+        elif not abs(stated - bend) <= 2 * _CLOSE * abs(bend):
             cause = f"by differences of the KL's gradient it is {bend:.4g}"
         elif abs(stated - spread) > 2 * _CLOSE * spread + sigmas(1) * noise:
             cause = f"the mean square of the scores along v is {spread:.4g}"

@@ -29,6 +29,7 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
     pieces = [
         float(slope.norm())
         * torch.randn(slope.shape, generator=generator, device="cpu").to(slope)
+        * (slope != 0)  # a parametrization may keep signs beside its parameters
         / max(1.0, slope.numel() ** 0.5)
         for slope in subject.vector.scatter(gradient)
     ]

@@ -25,6 +25,9 @@ _SLACK = 0.002
 _LOST = 1e-4
 """Share of actions on the support's edge that averages do not miss."""
 
+_LOOKED_AT = 16
+"""Actions per row that are looked at for NaN."""
+
 _NO_PROPOSAL = "No proposal fits the density well enough to integrate by it."
 
 
@@ -118,6 +121,9 @@ def check_sampler(subject: Subject) -> Finding:
     name = "sampler"
     worst = 0.0
     for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
+        if leaf.sample((_LOOKED_AT,)).isnan().any():
+            cause = f"{type(leaf).__name__}.sample() draws NaN."
+            return _failed(name, {}, cause, "Draw numbers of the support.")
         if each.lost > _LOST:
             return _undecided(name, on_edge(each.lost))
         if not each.decided:

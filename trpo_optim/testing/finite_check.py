@@ -32,7 +32,7 @@ def check_finite(subject: Subject) -> Finding:
             slopes = torch.autograd.grad(value.sum(), subject.parameters, allow_unused=True)
             if not value.isfinite().all():
                 cause = "log_prob is not finite"
-            elif not all(each.isfinite().all() for each in slopes if each is not None):
+            elif not all(_numbers(each).isfinite().all() for each in slopes if each is not None):
                 cause = "the gradient of log_prob is not finite"
         except ValueError as error:
             cause = textwrap.shorten(f"the distribution cannot be made: {error}", 120)
@@ -54,6 +54,11 @@ def check_finite(subject: Subject) -> Finding:
                 "normalised observations.",
             )
     return Finding(name, Verdict.PASSED)
+
+
+def _numbers(slope: Tensor) -> Tensor:
+    """Return a gradient's numbers, which may be sparse."""
+    return slope.coalesce().values() if slope.is_sparse else slope
 
 
 def _corners(observations: Any) -> Iterator[tuple[str, Any]]:

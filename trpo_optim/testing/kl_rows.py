@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.distributions import frozen
 from trpo_optim.distributions.kl import kl_of_family
-from trpo_optim.distributions.parts import leaves
+from trpo_optim.distributions.parts import leaves, tensors
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.observed import distributions_made, of_new_policy
@@ -133,7 +133,7 @@ def by_distributions(subject: ClosureSubject) -> _Read:
             stated.append(kl)
             kls.append([kl_of_family(*pair, "") for pair in zip(before, new, strict=True)])
             wholes.append(whole)
-        masks = _masks(subject.mask, [each[0] for each in kls])
+        masks = _masks(subject.cpu_mask, [each[0] for each in kls])
         return [
             Measured(kl, _joint(each, mask, repeated=not whole).detach().double().cpu(), mask, name)
             for kl, each, mask, whole, name in zip(
@@ -149,7 +149,17 @@ def evaluated(part: Objective) -> tuple[float, list[Distribution], bool]:
     with distributions_made() as made:
         values = part.with_graph()
     third = _distributions_in(values.third)
-    return float(values.kl), third or of_new_policy(made), bool(third)
+    new = of_new_policy(made)
+    within = [each for each in new if _is_behind(values.kl, each)]  # others belong to the loss
+    return float(values.kl), third or within or new, bool(third)
+
+
+def _is_behind(kl: Tensor, dist: Distribution) -> bool:
+    inputs = [each for each in tensors(dist) if each.requires_grad]
+    if not kl.requires_grad:
+        return False
+    slopes = torch.autograd.grad(kl, inputs, allow_unused=True, retain_graph=True)
+    return any(each is not None for each in slopes)
 
 
 def by_log_probabilities(subject: ClosureSubject) -> _Read:
@@ -161,7 +171,7 @@ def by_log_probabilities(subject: ClosureSubject) -> _Read:
     def read() -> list[Measured]:
         stated = subject.batch.values().kl
         change = log_prob().detach().double() - before
-        return [Measured(stated, (torch.expm1(change) - change).cpu(), subject.mask)]
+        return [Measured(stated, (torch.expm1(change) - change).cpu(), subject.cpu_mask)]
 
     return read
 

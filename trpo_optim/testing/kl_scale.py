@@ -60,6 +60,8 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
             return Finding(name, Verdict.FAILED, figures, named(part[0].name, cause), _REMEDY)
     if cause := _over_dimensions(found, subject):
         return Finding(name, Verdict.FAILED, figures, cause, _REMEDY)
+    if exact and (cause := _doubt(found, subject)):
+        return Finding(name, Verdict.UNDECIDED, figures, cause, "Pass log_prob.")
     return Finding(name, Verdict.PASSED, figures)
 
 
@@ -100,6 +102,28 @@ def _over_dimensions(found: list[list[Measured]], subject: ClosureSubject) -> st
     return (
         f"The closure's KL is averaged over the {parts} numbers of each action, not summed: the "
         f"joint KL is {parts} times as large."
+    )
+
+
+def _doubt(found: list[list[Measured]], subject: ClosureSubject) -> str:
+    """Return why the KL may not be that of whole actions, or nothing."""
+    _, new, third = evaluated(subject.batch.parts[0])
+    for part in found if third else []:  # without a third value, it may be an estimate
+        tables = [_averages(each.rows, each.mask)[0] for each in part]
+        if not any(_is(part, [sound[name] for sound in tables]) for name in tables[0]):
+            ratios = sorted(each.stated / each.mean for each in part)
+            return (
+                f"The closure's KL is {ratios[0]:.3g} to {ratios[-1]:.3g} times the mean KL: it "
+                "has weights, or is that of a part of each action."
+            )
+    rows = found[0][0].rows
+    if subject.log_prob is not None or subject.mask is not None or rows.dim() < 2:
+        return ""
+    if any(map(draws_whole_actions, new)):
+        return ""
+    return (
+        f"The closure's KL is averaged over {tuple(rows.shape)} numbers. If some dimensions belong "
+        "to one action, it is too small: wrap the distribution in Independent."
     )
 
 

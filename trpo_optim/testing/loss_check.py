@@ -36,6 +36,14 @@ def check_loss(subject: ClosureSubject) -> Finding:
         slopes["loss"] = torch.zeros_like(slopes["right"])
         for weight, part in zip(subject.batch.weights, subject.batch.parts, strict=True):
             slopes["loss"] += weight * _slope(subject, part.with_graph().loss)
+    if not (slopes["right"].any() or slopes["of sequences"].any()):
+        return Finding(
+            name,
+            Verdict.UNDECIDED,
+            {},
+            "The advantages give no direction: they are 0, or the same for all actions.",
+            "Pass advantages that differ.",
+        )
     right = max(
         (slopes["right"], slopes["of sequences"]), key=lambda each: _cosine(slopes["loss"], each)
     )

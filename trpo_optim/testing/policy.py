@@ -96,8 +96,8 @@ def check_policy(
 ) -> PolicyReport:
     """Find out whether a policy is sound, and if not, why.
 
-    The call leaves parameters, buffers, plain attributes, gradients and the random state as they
-    were.
+    The call leaves parameters, buffers, plain attributes, gradients and torch's random state as
+    they were.
 
     Args:
         policy: A module, a method of a module (``agent.dist``), or a function. It maps observations
@@ -149,7 +149,12 @@ def check_policy(
         if parameters is not None or module is None
         else list(module.parameters())
     )
-    with torch.random.fork_rng(), _restored(module, trained):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(),
+        _restored(module, trained),
+    ):
         torch.manual_seed(seed)
         subject = Subject(policy, observations, trained, kl, actions, draws)
         with _restored(module, trained):  # what it moves is for the checks to find

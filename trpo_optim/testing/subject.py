@@ -57,9 +57,9 @@ class Subject(Evaluated):
         if self._closed_form:
             return mean_kl(per_row(self.old), per_row(new), every_row(new))
         logs = self.joint_log_prob(new)
-        change, weights = logs - self.old_joint_log_prob, self._weights
-        excess = torch.where(weights > 0, torch.expm1(change) - change, 0.0)
-        return (weights * excess).sum() / weights.sum()
+        weights = self._weights
+        change = torch.where(weights > 0, logs - self.old_joint_log_prob, 0.0)
+        return (weights * (torch.expm1(change) - change)).sum() / weights.sum()
 
     @functools.cached_property
     def _closed_form(self) -> bool:

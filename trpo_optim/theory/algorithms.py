@@ -30,7 +30,8 @@ def policy_iteration_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
         policy: The present policy, (S, A).
 
     Returns:
-        A deterministic policy that takes the action with the largest Q, the first of equal ones.
+        A deterministic policy that takes the action with the largest Q, the first of those that are
+        equal up to rounding.
 
     Example:
         >>> import torch
@@ -41,7 +42,9 @@ def policy_iteration_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
         >>> mdp.expected_return(greedy) > mdp.expected_return(policy)
         True
     """
-    best = mdp.advantages(policy).argmax(1)
+    values = mdp.action_values(policy)
+    rounding = 64 * torch.finfo(values.dtype).eps * float(values.abs().max()) / (1 - mdp.gamma)
+    best = (values >= values.amax(1, keepdim=True) - rounding).int().argmax(1)
     return torch.nn.functional.one_hot(best, policy.shape[1]).double()
 
 

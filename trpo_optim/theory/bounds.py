@@ -78,8 +78,9 @@ def mean_kl_divergence(mdp: TabularMDP, old: Tensor, new: Tensor) -> float:
         >>> 0 < mean_kl_divergence(mdp, old, new) < max_kl_divergence(old, new)
         True
     """
+    _require_policies(old, new)
     weights = (1 - mdp.gamma) * mdp.visitation(old)
-    return float(weights @ kl_by_state(old, new))
+    return float(torch.where(weights > 0, weights * kl_by_state(old, new), 0.0).sum())
 
 
 def _require_policies(old: Tensor, new: Tensor) -> None:

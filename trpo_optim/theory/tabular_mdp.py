@@ -66,7 +66,7 @@ class TabularMDP:
                     f"{name} has shape {tuple(value.shape)}; with rewards of "
                     f"{(states, actions)} it must be {shape}."
                 )
-            require_probabilities(name, value)
+            object.__setattr__(self, name, _probabilities(name, value))
         if not self.rewards.isfinite().all():
             raise TrustRegionError("rewards holds NaN or infinity; every reward must be finite.")
         if not 0 <= self.gamma < 1:
@@ -138,23 +138,29 @@ class TabularMDP:
 
     def _gained(self, old: Tensor, new: Tensor) -> Tensor:
         """Return Σ π_new(a|s) A_old(s, a), shape (S,)."""
-        self._require_policy(new)
-        return (new.double() * self.advantages(old)).sum(1)
+        return (self._policy(new) * self.advantages(old)).sum(1)
 
     def _under(self, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Markov chain and the rewards that a policy makes of the process."""
-        self._require_policy(policy)
-        weights = policy.double()
+        weights = self._policy(policy)
         chain = torch.einsum("sa,sat->st", weights, self.transitions)
         return chain, (weights * self.rewards).sum(1)
 
-    def _require_policy(self, policy: Tensor) -> None:
+    def _policy(self, policy: Tensor) -> Tensor:
+        """Return a policy's probabilities, which sum to 1 in double precision."""
         if policy.shape != self.rewards.shape:
             raise TrustRegionError(
                 f"The policy has shape {tuple(policy.shape)}; it must be π(a|s) of shape "
                 f"{tuple(self.rewards.shape)}."
             )
-        require_probabilities("policy", policy)
+        return _probabilities("policy", policy)
+
+
+def _probabilities(name: str, value: Tensor) -> Tensor:
+    """Return probabilities that sum to 1 in double precision, of what does so in single."""
+    require_probabilities(name, value)
+    wide = value.double()
+    return wide / wide.sum(-1, keepdim=True)
 
 
 def require_probabilities(name: str, value: Tensor) -> None:
