@@ -158,21 +158,24 @@ class Hyperparameters:
                 group.setdefault(entry.name, defaults[entry.name])
 
     @staticmethod
-    def require_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:  # noqa: ARG004 (a hook of torch.optim)
-        """Check that a saved state holds these hyperparameters.
+    def require_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:
+        """Check that a saved state holds these hyperparameters, and that they are valid.
 
         Args:
-            optimizer: Not used.
+            optimizer: What is to load the state. Its defaults stand for what was not saved.
             state_dict: The state to load.
 
         Raises:
-            TrustRegionError: If another kind of optimizer saved it.
+            TrustRegionError: If another kind of optimizer saved it, or a value is not valid.
         """
         if any("mode" not in group for group in state_dict["param_groups"]):
             raise TrustRegionError(
                 "The state has no 'mode', so another kind of optimizer saved it. Its lr and other "
                 "settings mean something else. Load the state of a TrustRegionOptimizer."
             )
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        Hyperparameters.complete(groups, dict(optimizer.defaults))
+        Hyperparameters.of_groups(groups)
 
     @property
     def keeps_gradients(self) -> bool:

@@ -103,7 +103,7 @@ UNIT = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
     [(1.0, 0.0), (1.01, 0.0), (0.5, 0.5), (0.0, 1.0), (-1.0, 2.0)],
 )
 def test_a_product_that_is_off_disagrees_by_as_much(change: float, expected: float) -> None:
-    found = disagreement(slope_of(), UNIT, change * (MATRIX @ UNIT), 2e-16, 1e-15)
+    found = disagreement(slope_of(), UNIT, change * (MATRIX @ UNIT), 2e-16, 1e-15).apart
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
 
 
@@ -117,8 +117,8 @@ def test_nothing_is_said_where_differences_are_not_to_be_trusted() -> None:
 
     image = 0.5 * MATRIX @ UNIT
     for slope in (straight_through, still, slope_of(noise=1.0)):
-        assert disagreement(slope, UNIT, image, 2e-16, 1e-15) == 0
-    assert disagreement(slope_of(), UNIT, image, torch.finfo(torch.bfloat16).eps, 0.4) == 0
+        assert disagreement(slope, UNIT, image, 2e-16, 1e-15).apart == 0
+    assert disagreement(slope_of(), UNIT, image, torch.finfo(torch.bfloat16).eps, 0.4).apart == 0
 
 
 @pytest.mark.parametrize("third", [False, True])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
@@ -16,7 +18,8 @@ from trpo_optim.algorithm.finite_differences import (
     disagreement,
     resolves,
 )
-from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
+from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
+from trpo_optim.algorithm.kl_checks import require_moving_kl
 from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.long_vectors import norm
@@ -24,6 +27,9 @@ from trpo_optim.long_vectors import norm
 __all__ = ["Direction", "DirectionSolver", "differences_of"]
 
 _FINITE_DIFFERENCES = "finite differences"
+
+_SILENT = 0.01
+"""The share of a product that finite differences may find where the KL does not answer at all."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class DirectionSolver:
             if direction.engine == _FINITE_DIFFERENCES and self.batch.is_unproven():
                 self.batch.prove("", smooth=None)
             return direction
-        apart = disagreement(
+        apart, measured = disagreement(
             _slope_of(self.batch, self.parameters),
             self.uphill,
             direction.image,
@@ -126,6 +132,7 @@ class DirectionSolver:
             return replace(direction, safe=False)
         flaw = ""
         if apart > 0:
+            self._require_answering(direction.image, measured, model)
             flaw = (
                 f"along the gradient, the product by {direction.engine} differs from the finite "
                 f"difference by {apart:.0%}: an operation has second derivatives that are not "
@@ -138,6 +145,29 @@ class DirectionSolver:
         self.parameters.move(self.uphill, 0.0)
         self.batch.prove(flaw, smooth=smooth)
         return replace(direction, settled=not (flaw or following))
+
+    def _require_answering(self, image: Tensor, measured: Tensor, model: LocalModel) -> None:
+        """Check that the KL answers to every parameter in which only the product curves.
+
+        It does not where a part of the old policy is computed inside the closure.
+
+        Raises:
+            TrustRegionError: If it stays where it is however far that parameter moves.
+        """
+        blocks = self.parameters.blocks
+        for index, pair in enumerate(zip(blocks(image), blocks(measured), strict=True)):
+            stated, found = map(float, map(norm, pair))
+            if stated > 0 and found <= _SILENT * stated:
+                moves = f"parameter {index}, counted from 0, moves"
+                require_moving_kl(model.kl, self._along(index), model.kl_resolution, moves)
+
+    def _along(self, index: int) -> Iterator[Numbers | None]:
+        """Yield the closures' values far from here in one parameter."""
+        for step in self.parameters.elsewhere():
+            blocks = enumerate(self.parameters.blocks(step))
+            alone = [each if place == index else torch.zeros_like(each) for place, each in blocks]
+            self.parameters.move(torch.cat(alone), 1.0)
+            yield self.batch.probe()
 
     def _differences_serve(self, image: Tensor, model: LocalModel) -> bool:
         """Return whether finite differences give the product with the gradient's unit vector."""

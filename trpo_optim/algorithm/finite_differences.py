@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from trpo_optim.long_vectors import dot, norm
 
 __all__ = [
     "EVEN",
+    "Difference",
     "FiniteDifferences",
     "Slope",
     "UnresolvedError",
@@ -197,6 +199,19 @@ _TOO_COARSE = (
 )
 
 
+class Difference(NamedTuple):
+    """What a product is apart from a finite difference.
+
+    Attributes:
+        apart: Relative to the finite difference. 0: nothing, or nothing that can be trusted. NaN:
+            the closure gave no number at a point near by.
+        measured: The product by finite differences, shape (n,).
+    """
+
+    apart: float
+    measured: Tensor
+
+
 def disagreement(
     slope: Slope,
     unit: Tensor,
@@ -204,7 +219,7 @@ def disagreement(
     precision: float,
     kl_resolution: float,
     max_kl: float | None = None,
-) -> float:
+) -> Difference:
     """Return by how much a product differs from the finite difference, beyond what both may err.
 
     The difference is trusted only where the KL itself, which no derivative enters, curves as much
@@ -221,11 +236,10 @@ def disagreement(
             is none.
 
     Returns:
-        The difference, relative to the product by finite differences. 0: there is none, or none
-        that can be trusted. NaN: the closure gave no number at a point near by.
+        The difference.
     """
     if not resolves(precision):
-        return 0.0
+        return Difference(0.0, image)
     target = 1e-6 if precision < 1e-10 else 1e-4
     if max_kl:
         target = min(target, max_kl / 10)
@@ -238,7 +252,7 @@ def disagreement(
     uneven = ahead.add_(behind).sub_(origin, alpha=2).div_(2 * length)
     size, crooked = float(norm(central)), float(norm(uneven))
     if not math.isfinite(size + crooked):
-        return math.nan
+        return Difference(math.nan, central)
     bend = float(dot(unit, central))
     measured = (kl_ahead + kl_behind - 2 * kl) / length**2
     rounding = 4 * kl_resolution / length**2
@@ -249,9 +263,9 @@ def disagreement(
         and abs(bend - measured) <= 0.1 * bend + rounding
     )
     if not sound:
-        return 0.0
-    difference = float(norm(central - image)) / size
-    return difference if difference > 0.05 + crooked / size else 0.0
+        return Difference(0.0, central)
+    apart = float(norm(central - image)) / size
+    return Difference(apart if apart > 0.05 + crooked / size else 0.0, central)
 
 
 def _displaced(

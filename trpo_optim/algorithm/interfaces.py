@@ -118,5 +118,8 @@ class Parameters(Protocol):
     def change(self) -> Tensor:
         """Return what the parameters moved by since the origin, as their precision has it."""
 
+    def blocks(self, vector: Tensor) -> list[Tensor]:
+        """Return the pieces of a vector, one for each parameter."""
+
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points far from here in every parameter."""

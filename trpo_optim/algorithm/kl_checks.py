@@ -72,7 +72,10 @@ def require_zero_kl(kl: float, resolution: float, max_kl: float | None) -> None:
 
 
 def require_moving_kl(
-    kl_before: float, elsewhere: Iterable[Numbers | None], resolution: float
+    kl_before: float,
+    elsewhere: Iterable[Numbers | None],
+    resolution: float,
+    moves: str = "the parameters move",
 ) -> None:
     """Check that the KL answers to the parameters.
 
@@ -83,6 +86,7 @@ def require_moving_kl(
         elsewhere: The closure's values at other parameters, evaluated only as far as needed. None,
             where the closure cannot be evaluated, ends the search.
         resolution: KLs closer than this cannot be told apart, in nats.
+        moves: What moves, for the error.
 
     Raises:
         TrustRegionError: If the KL changes nowhere, and both are numbers somewhere.
@@ -98,8 +102,8 @@ def require_moving_kl(
         same.append(values.kl)
     if same:
         raise TrustRegionError(
-            f"The closure's KL stays at {same[0]:g} however far the parameters move, so the trust "
-            "region has no effect. Compute the old distribution and the old log-probabilities "
+            f"The closure's KL stays at {same[0]:g} however far {moves}, so the trust region "
+            "has no effect. Compute the old distribution and the old log-probabilities "
             "once, outside the closure and detached, and return KL(old || new) of the policy that "
             "the loss uses."
         )

@@ -12,6 +12,9 @@ from trpo_optim.long_vectors import PIECE, is_long, length, norm, total
 
 __all__ = ["CompactBasis", "FullBasis", "krylov_basis"]
 
+_AT_FIRST = 32
+"""For how many vectors a full basis has memory at first."""
+
 _LARGEST_SCALE = 2.0**15
 """Half precision holds numbers up to 65504, and a unit vector's element may be 1."""
 
@@ -40,13 +43,18 @@ class FullBasis:
     """
 
     def __init__(self, b: Tensor, size: int) -> None:
-        self._vectors = b.new_empty(size, len(b))
-        self._count = 0
+        self._vectors = b.new_empty(min(size, _AT_FIRST), len(b))
+        self._size, self._count = size, 0
         self._rest = b
         self.rest_length = float(norm(b))
 
     def extend(self) -> Tensor:
         """Return the next vector, of length 1, which is now one of the basis."""
+        if self._count == len(self._vectors):  # most solves end before
+            more = min(self._count, self._size - self._count)
+            self._vectors = torch.cat(
+                [self._vectors, self._vectors.new_empty(more, len(self._rest))]
+            )
         vector = torch.div(self._rest, self.rest_length, out=self._vectors[self._count])
         self._rest = vector  # lets go of what it was made of
         self._count += 1

@@ -116,6 +116,8 @@ def take_step(
     def attempt(scale: float) -> Trial:
         parameters.move(step, scale)
         values = batch.values()
+        if mode.radius_is_held and settings.constraint == "max":
+            require_largest_kl(values.largest_kl)
         improvement = sign * (values.loss - model.loss)
         return Trial(values.loss, values.kl, improvement, values.largest_kl)
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
-from trpo_optim.closure.shared_memory import share_memory
+from trpo_optim.closure.shared_memory import Spans
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
@@ -117,14 +117,11 @@ class Watch(TorchFunctionMode):
         whole = [] if fsdp is None else fsdp.gathered()
         self._gathered = set(map(storage_of, whole))
         self._own |= set(map(id, whole))
-        self._storages: dict[int, list[Tensor]] = {}
-        self._parts: set[int] = set()  # the storages of DTensor parameters
-        for each in parameters:
-            held = local(each)
-            memory = held.untyped_storage().data_ptr()
-            self._storages.setdefault(memory, []).append(held)
-            if held is not each:
-                self._parts.add(memory)
+        held = [(each, local(each)) for each in parameters]
+        self._spans = Spans(own for _, own in held)
+        self._parts = {  # the storages of DTensor parameters
+            own.untyped_storage().data_ptr() for each, own in held if own is not each
+        }
 
     def remove(self) -> None:
         """Leave torch's stack of modes, should an interrupt have kept ``with`` from doing so."""
@@ -261,10 +258,7 @@ class Watch(TorchFunctionMode):
             return False
         if self._gathered and storage_of(tensor) in self._gathered:
             return True
-        candidates = self._storages.get(tensor.untyped_storage().data_ptr())
-        if candidates is None:
-            return False
-        return any(share_memory(tensor, each) for each in candidates)
+        return self._spans.touch(tensor)
 
 
 @cache

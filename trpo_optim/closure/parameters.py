@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trpo_optim.closure.dtensor import local, part_like, require_differentiable, whole
 from trpo_optim.closure.fsdp import FsdpParameters, require_sharded
@@ -137,6 +138,11 @@ class ParameterVector:
             for piece, each in zip(self.split(vector), held, strict=True)
         ]
 
+    def waves(self) -> Tensor:
+        """Return a fixed vector along no axis, in every parameter of length 1."""
+        waves = torch.arange(1.0, len(self) + 1, device=self.device).sin()
+        return self.gather([each / each.norm() for each in self.scatter(waves)])
+
     def _held(self, tensor: Tensor) -> Tensor:
         """Return what vectors hold of a tensor."""
         return local(tensor) if self.fsdp else whole(tensor)
@@ -161,13 +167,13 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def require_real(group: dict[str, Any]) -> None:
-    """Check that the parameters of a group are real floating point.
+    """Check that the parameters of a group are real floating point, and can be written.
 
     Args:
         group: One of ``param_groups``.
 
     Raises:
-        TrustRegionError: If one is not; it is named.
+        TrustRegionError: If one is not, or cannot; it is named.
     """
     names = group.get("param_names", range(len(group["params"])))
     for name, parameter in zip(names, group["params"], strict=True):
@@ -176,6 +182,11 @@ def require_real(group: dict[str, Any]) -> None:
                 f"Parameter {name!r} is {parameter.dtype}; every parameter must be real floating "
                 "point. Keep integers in buffers, and view complex parameters as real "
                 "(torch.view_as_real)."
+            )
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise TrustRegionError(
+                f"Parameter {name!r} was made in inference mode, where nothing can be trained. "
+                "Make it outside of torch.inference_mode(), or clone() it there."
             )
 
 

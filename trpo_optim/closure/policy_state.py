@@ -16,7 +16,7 @@ from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
 from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
-from trpo_optim.closure.shared_memory import share_memory
+from trpo_optim.closure.shared_memory import Spans
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
@@ -47,10 +47,7 @@ class PolicyState:
     def __init__(self, parameters: Sequence[Tensor], fsdp: FsdpParameters | None = None) -> None:
         self._fsdp = fsdp
         self._own = set(map(id, parameters))
-        self._memories: dict[int, list[Tensor]] = {}
-        for each in map(local, parameters):
-            memory = each.untyped_storage().data_ptr()
-            self._memories.setdefault(memory, []).append(each)
+        self._spans = Spans(map(local, parameters))
         self._held: dict[int, _Held] = {}  # by module or object, whose ids it keeps from reuse
         self._active: dict[int, _Held] = {}
         self._contents: dict[int, TensorContent | ArrayContent] = {}
@@ -175,8 +172,7 @@ class PolicyState:
         held = local(tensor)
         if held.numel() and held.untyped_storage().size() == 0:
             return True
-        candidates = self._memories.get(held.untyped_storage().data_ptr(), [])
-        return any(share_memory(held, each) for each in candidates)
+        return self._spans.touch(held)
 
 
 class _Held:

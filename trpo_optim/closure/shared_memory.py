@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from itertools import product
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, product
 
 from torch import Tensor
 
-__all__ = ["repeats", "share_memory", "span"]
+__all__ = ["Spans", "repeats", "share_memory", "span"]
 
 _Dimensions = tuple[tuple[int, int], ...]
 """Strides in bytes, rising, and sizes: a tensor's elements by where they lie after the first."""
+
+
+class Spans:
+    """Where tensors lie, to find quickly whether another one touches any of them.
+
+    A look at storages alone would miss memory that came through NumPy, which has a storage of its
+    own.
+
+    Args:
+        tensors: Strided tensors.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        lying = [(*span(each)[1:], each) for each in tensors if each.numel()]
+        lying.sort(key=lambda each: each[0])
+        self._tensors = [each for _, _, each in lying]
+        self._starts = [start for start, _, _ in lying]
+        self._ends = list(accumulate((end for _, end, _ in lying), max))
+
+    def touch(self, tensor: Tensor) -> bool:
+        """Return whether a strided tensor shares memory with one of them."""
+        start = tensor.data_ptr()
+        before = bisect_left(self._starts, start + _extent(_dimensions(tensor)))
+        while before and self._ends[before - 1] > start:
+            before -= 1
+            if share_memory(tensor, self._tensors[before]):
+                return True
+        return False
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:

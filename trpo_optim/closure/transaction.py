@@ -43,15 +43,12 @@ _HOOKS_NOT_CALLED = (
 class Transaction:
     """Holds the state of one step; whatever is not committed is rolled back.
 
-    Held are the parameters, their ``.grad`` and their hooks (hidden meanwhile, so that nothing can
-    add to the one or be called by the other), the random generators of the CPU and of the
-    parameters' device, and what else belongs to the policy (``PolicyState``). The policy's state
-    and the random state return to where they were before every further evaluation and at the end of
-    every step, so that all evaluations of a step see the same dropout mask and the same statistics.
-    A generator that no evaluation has moved is not touched.
-
-    The step itself ends the transaction, one way or the other; leaving ``with`` rolls back what an
-    exception or an interrupt kept from ending.
+    Held are the parameters, their ``.grad`` and their hooks (hidden meanwhile), the random
+    generators of the CPU and of the parameters' device, and what else belongs to the policy
+    (``PolicyState``). The policy's state and the random state return to where they were before
+    every further evaluation and at the end of every step, so that all evaluations of a step see the
+    same dropout mask and the same statistics. A generator that no evaluation has moved is not
+    touched. Leaving ``with`` rolls back what an exception or an interrupt kept a step from ending.
 
     Args:
         vector: The parameters that the step may move.
@@ -223,26 +220,29 @@ class Transaction:
         """Return what the parameters moved by, (n,), as their precision has it."""
         return self._vector.current().sub_(self.origin)
 
+    def blocks(self, vector: Tensor) -> list[Tensor]:
+        """Return the pieces of a vector, one for each parameter."""
+        return self._vector.split(vector)
+
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points where every parameter has one length and lies along no axis."""
         for length in (1.0, 1e3, 1e6):
-            yield length * self._waves() - self.origin
+            yield length * self._vector.waves() - self.origin
 
     def far_away(self) -> Tensor:
         """Return a move of a tenth of each parameter's length, fixed and along no axis."""
-        pieces = (self._vector.scatter(each) for each in (self.origin, self._waves()))
+        pieces = (self._vector.scatter(each) for each in (self.origin, self._vector.waves()))
         return self._vector.gather(
             [0.1 * max(1.0, float(here.norm())) * wave for here, wave in zip(*pieces, strict=True)]
         )
 
-    def _waves(self) -> Tensor:
-        """Return a fixed vector along no axis, in every parameter of length 1."""
-        waves = torch.arange(1.0, len(self.origin) + 1, device=self._vector.device).sin()
-        return self._vector.gather([each / each.norm() for each in self._vector.scatter(waves)])
-
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
-        self._put(self.origin)
+        try:
+            self._put(self.origin)
+        except RuntimeError:  # torch does not write a parameter
+            self._settle()
+            raise
         self._settle()
 
     def commit(self) -> None:

@@ -98,6 +98,8 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
     outer = [GradientEdge(*each.outer) for each in crossings]
     with torch.enable_grad():
         slopes = torch.autograd.grad(kl, outer, create_graph=True)
+    if any(each.is_complex() for each in slopes):
+        return "the third value is complex; return the distribution itself"
     signs = [each.sign for each in crossings]
     curved = [index for index, slope in enumerate(slopes) if slope.requires_grad]
     if not curved:
@@ -122,8 +124,7 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
     def written_out(vectors: Sequence[Tensor]) -> list[Tensor]:
         return [entry * vector for entry, vector in zip(diagonal, vectors, strict=True)]
 
-    is_diagonal = _is_of_gaussians(diagonal) or _agree(written_out, hessian, templates)
-    product: _Product = written_out if is_diagonal else hessian
+    product: _Product = written_out if _agree(written_out, hessian, templates) else hessian
     if not _decrement(templates, product) <= _STATIONARY:
         return "the KL is not stationary in the third value; return the distribution itself"
 
@@ -141,29 +142,19 @@ def _times(signs: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> list[Te
     ]
 
 
-def _is_of_gaussians(row_sums: Sequence[Tensor]) -> bool:
-    """Return whether the rows of M sum to w/σ² for the means and to 2w/σ² for the scales.
-
-    So they do where M is the diagonal Fisher matrix of Gaussians with weights w. A term between two
-    elements would change one sum and not the other.
-    """
-    if len(row_sums) != 2 or row_sums[0].shape != row_sums[1].shape:
-        return False
-    smaller, larger = sorted(row_sums, key=lambda each: float(each.sum()))
-    return torch.allclose(2 * smaller, larger, rtol=1e-5, atol=0.0)
-
-
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
-    """Return whether two products are the same, by one vector that lies along no axis."""
+    """Return whether two products are the same, by one vector that lies along no axis.
+
+    They are compared element by element: parts of the policy may differ by orders of magnitude.
+    """
     sizes = [each.numel() for each in templates]
     wave = torch.arange(sum(sizes), dtype=torch.float32, device=templates[0].device).sin_()
     pieces = torch.split(wave, sizes)
     waves = [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
     pairs = list(zip(left(waves), right(waves), strict=True))
-    apart = sum((ours - theirs).abs().sum() for ours, theirs in pairs)
-    size = sum(theirs.abs().sum() for _, theirs in pairs)
-    difference, whole = torch.stack([apart, size]).tolist()  # type: ignore[list-item]  # sums of tensors
-    return bool(difference <= math.sqrt(torch.finfo(templates[0].dtype).eps) * whole)
+    near = math.sqrt(torch.finfo(templates[0].dtype).eps)
+    same = [((ours - theirs).abs() <= near * theirs.abs()).all() for ours, theirs in pairs]
+    return bool(torch.stack(same).all())
 
 
 def _decrement(slopes: Sequence[Tensor], product: _Product) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,14 @@ from torch.distributions import (
     Bernoulli,
     Binomial,
     Categorical,
+    ContinuousBernoulli,
     Distribution,
+    Geometric,
     Independent,
+    Normal,
     OneHotCategorical,
     Pareto,
+    Poisson,
     TransformedDistribution,
     Uniform,
     Wishart,
@@ -100,10 +105,12 @@ def _kl(old: Any, new: Any) -> Tensor:
     if isinstance(old, Bernoulli | Binomial):
         trials: Tensor = _bernoulli_kl(old, new) * _trials(old, new)
         return trials
+    if isinstance(old, Geometric):
+        return _bernoulli_kl(*map(_trial, (old, new))) / _chance(_trial(old), 1)
     _require_fixed_support(old, new)
     old, new = for_kl(old), for_kl(new)
-    if isinstance(old, Wishart):
-        return _wishart_kl(old, new)
+    if type(old) in _EXACT:
+        return _EXACT[type(old)](old, new)
     try:
         kl: Tensor = kl_divergence(old, new)
     except NotImplementedError as error:
@@ -168,6 +175,64 @@ def _log_chance(dist: Any, sign: int, out: Tensor) -> Tensor:
     return (
         _exact_where_small(_chance(dist, sign), logs, out) if given_by_probabilities(dist) else logs
     )
+
+
+def _trial(dist: Any) -> Bernoulli:
+    """Return one trial of a Geometric, from the parameter that it was made of."""
+    given = vars(dist)
+    if "probs" in given:
+        return Bernoulli(probs=given["probs"], validate_args=False)
+    return Bernoulli(logits=given["logits"], validate_args=False)
+
+
+def _normal_kl(old: Normal, new: Normal) -> Tensor:
+    """Return the KL by the relative change of the variance, which near 0 is not rounded away."""
+    relative = (old.scale - new.scale) / new.scale
+    change = relative * (relative + 2)
+    shift = (old.loc - new.loc) / new.scale
+    return 0.5 * (shift.square() + (change - change.log1p()))
+
+
+def _poisson_kl(old: Poisson, new: Poisson) -> Tensor:
+    """Return the KL, also where the old rate is 0."""
+    logs = new.rate.masked_fill(old.rate == 0, 1).log()
+    return torch.xlogy(old.rate, old.rate) - old.rate * logs - old.rate + new.rate
+
+
+def _continuous_bernoulli_kl(old: Any, new: Any) -> Tensor:
+    """Return the KL of x ↦ exp(ηx − A(η)) on [0, 1] in double precision: A cancels."""
+    ours, theirs = (_logit(each) for each in (old, new))
+    spread, mean = _log_partition(ours)
+    return (_log_partition(theirs)[0] - spread) - mean * (theirs - ours)
+
+
+def _logit(dist: Any) -> Tensor:
+    if not given_by_probabilities(dist):
+        return widened(dist.logits, torch.float64)
+    chance = widened(dist.probs, torch.float64)
+    return chance.log() - (-chance).log1p()
+
+
+def _log_partition(eta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A(η) = ln((e^η − 1)/η) and A'(η)."""
+    small = eta.abs() < 1e-2
+    safe = torch.where(small, 1.0, eta)
+    size = safe.abs()
+    wide = torch.relu(safe) + (-(-size).exp()).log1p() - size.log()
+    slope = -(-safe).expm1().reciprocal() - 1 / safe
+    square = eta.square()
+    narrow = eta / 2 + square / 24 - square.square() / 2880
+    near = 0.5 + eta / 12 - eta * square / 720
+    return torch.where(small, narrow, wide), torch.where(small, near, slope)
+
+
+_EXACT: dict[type[Distribution], Callable[[Any, Any], Tensor]] = {
+    ContinuousBernoulli: _continuous_bernoulli_kl,
+    Normal: _normal_kl,
+    Poisson: _poisson_kl,
+    Wishart: lambda old, new: _wishart_kl(old, new),
+}
+"""Families whose rule in torch cancels or is undefined where the KL is small."""
 
 
 def _require_fixed_support(old: Any, new: Any) -> None:
