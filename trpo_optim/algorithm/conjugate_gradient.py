@@ -15,9 +15,6 @@ from trpo_optim.long_vectors import length
 
 __all__ = ["RELATIVE_DAMPING", "Ending", "Solution", "conjugate_gradient"]
 
-_ROUNDING = 100
-"""What is left of a product counts as rounding below this many units of the largest entry of T."""
-
 
 class Ending(enum.Enum):
     """Why a solve stopped."""
@@ -120,7 +117,7 @@ def conjugate_gradient(
             ending = Ending.NON_POSITIVE_CURVATURE
             break
         best = iterate
-        negligible = _ROUNDING * torch.finfo(b.dtype).eps * small.largest
+        negligible = torch.finfo(b.dtype).eps * abs(bend)
         exhausted = basis.rest_length <= negligible or products == length(b)
         if best.residual <= tolerance or exhausted:
             ending = Ending.CONVERGED
@@ -166,12 +163,8 @@ class _Tridiagonal:
     @property
     def asymmetry(self) -> float:
         """How far T is from its transpose, relative to its largest entry."""
-        return self.apart / self.largest if self.apart else 0.0
-
-    @property
-    def largest(self) -> float:
-        """The largest entry."""
-        return max(map(abs, [*self.diagonal, *self.below]), default=0.0)
+        largest = max(map(abs, [*self.diagonal, *self.below]), default=0.0)
+        return self.apart / largest if self.apart else 0.0
 
     def solved(self, damping: float | None) -> _Iterate | None:
         """Solve by LDLᵀ; None where T + λI is not positive definite."""

@@ -171,18 +171,19 @@ def _chance(dist: Any, sign: int) -> Tensor:
 
 def _log_chance(dist: Any, sign: int, out: Tensor) -> Tensor:
     """Return the logarithm of that, zero where ``out`` is true."""
-    logs = -softplus(-sign * widened(dist.logits, torch.float32)).masked_fill(out, 0)
-    return (
-        _exact_where_small(_chance(dist, sign), logs, out) if given_by_probabilities(dist) else logs
-    )
+    if given_by_probabilities(dist):  # torch's logits are those of ε to 1 - ε
+        chance = widened(dist.probs, torch.float32).masked_fill(out, 0.5)
+        logs = chance.log() if sign > 0 else (-chance).log1p()
+    else:
+        logs = -softplus(-sign * widened(dist.logits, torch.float32))
+    return logs.masked_fill(out, 0)
 
 
 def _trial(dist: Any) -> Bernoulli:
-    """Return one trial of a Geometric, from the parameter that it was made of."""
-    given = vars(dist)
-    if "probs" in given:
-        return Bernoulli(probs=given["probs"], validate_args=False)
-    return Bernoulli(logits=given["logits"], validate_args=False)
+    """Return one trial of a Geometric, by the parameter that it was made of."""
+    name = "probs" if "probs" in vars(dist) else "logits"
+    given = {name: widened(vars(dist)[name], torch.float64)}
+    return Bernoulli(**given, validate_args=False)
 
 
 def _normal_kl(old: Normal, new: Normal) -> Tensor:
