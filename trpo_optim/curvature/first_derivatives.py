@@ -15,7 +15,7 @@ from trpo_optim.closure.transaction import HIDDEN
 from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["gradient_of", "require_differentiable"]
+__all__ = ["gradient_of", "reached_by_backward", "require_differentiable"]
 
 
 def gradient_of(
@@ -74,6 +74,32 @@ def _by_backward(value: Tensor, objective: Objective, *, retain_graph: bool) -> 
     if all(each is None for each in slopes):
         raise TrustRegionError(DETACHED)
     return vector.gather(slopes if vector.fsdp is None else vector.fsdp.summed(slopes))
+
+
+def reached_by_backward(value: Tensor, objective: Objective) -> frozenset[int]:
+    """Return the ``id`` of every parameter that a value depends on, hidden ones too.
+
+    Args:
+        value: The scalar, with its graph, which is kept.
+        objective: The closure that made it. Where ranks add up its gradients, or torch cannot
+            differentiate the value here, all parameters count.
+
+    Raises:
+        OutOfMemoryError: If there is no memory left.
+    """
+    leaves = objective.vector.leaves
+    if objective.share is None:
+        with _hidden([*graph_leaves(value), *leaves, *objective.other_leaves()]):
+            try:
+                with objective.kernels():
+                    value.backward(retain_graph=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass
+            else:
+                leaves = tuple(each for each in leaves if each.grad is not None)
+    return frozenset(map(id, leaves))
 
 
 def require_differentiable(value: Tensor, vector: ParameterVector) -> None:

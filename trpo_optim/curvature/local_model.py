@@ -12,7 +12,6 @@ from torch import Tensor
 from trpo_optim.closure.checks import Numbers, Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.lockstep import told
-from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.curvature.autograd_graph import (
     GraphSummary,
     calls_python,
@@ -21,7 +20,11 @@ from trpo_optim.curvature.autograd_graph import (
     require_kl_reaches,
     summary,
 )
-from trpo_optim.curvature.first_derivatives import gradient_of, require_differentiable
+from trpo_optim.curvature.first_derivatives import (
+    gradient_of,
+    reached_by_backward,
+    require_differentiable,
+)
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.report import Engine
 
@@ -85,27 +88,34 @@ def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     """
     values = _attached(objective)
     behind = summary(values.kl) if curved else None
-    gradient = gradient_of(values.loss, objective)
+    hides = behind is not None and behind.calls_python
+    gradient = gradient_of(values.loss, objective, retain_graph=hides)
     if behind is not None:
-        _require_kl_behind_everywhere(gradient, behind, objective)
+        _require_kl_behind_everywhere(gradient, behind, values.kl, objective)
     return model_of(objective, values, gradient, _no_product, "autograd")
 
 
 def require_kl_behind(
-    gradient: Tensor | None, behind: GraphSummary, vector: ParameterVector
+    gradient: Tensor | None, behind: GraphSummary, kl: Tensor, objective: Objective
 ) -> None:
     """Check that the KL depends on every parameter along which the loss has a slope.
 
     Args:
         gradient: That of the loss, shape (n,), or None.
         behind: What lies behind the KL.
-        vector: The parameters.
+        kl: The KL, with its graph.
+        objective: The closure.
 
     Raises:
         TrustRegionError: If it does not.
     """
-    if gradient is not None and not behind.leaves.issuperset(map(id, vector.leaves)):
-        require_kl_reaches(vector.split(gradient), behind, vector.leaves)
+    leaves = objective.vector.leaves
+    if gradient is None or behind.leaves.issuperset(map(id, leaves)):
+        return
+    reached = behind.leaves
+    if behind.calls_python:
+        reached |= reached_by_backward(kl, objective)
+    require_kl_reaches(objective.vector.split(gradient), reached, leaves)
 
 
 def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
@@ -148,11 +158,11 @@ def _attached(objective: Objective) -> Values:
 
 
 def _require_kl_behind_everywhere(
-    gradient: Tensor | None, behind: GraphSummary, objective: Objective
+    gradient: Tensor | None, behind: GraphSummary, kl: Tensor, objective: Objective
 ) -> None:
     """Check what ``require_kl_behind`` does: before another closure runs, all ranks know."""
     with told(objective.lockstep):
-        require_kl_behind(gradient, behind, objective.vector)
+        require_kl_behind(gradient, behind, kl, objective)
 
 
 def without_products(objective: Objective, reason: str, *, gradient: bool) -> LocalModel:
@@ -166,8 +176,10 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
     values = _attached(objective)
     behind = summary(values.kl)
     objective.dear = objective.dear or behind.dear
-    slopes = gradient_of(values.loss, objective) if gradient else None
-    _require_kl_behind_everywhere(slopes, behind, objective)
+    slopes = None
+    if gradient:
+        slopes = gradient_of(values.loss, objective, retain_graph=behind.calls_python)
+    _require_kl_behind_everywhere(slopes, behind, values.kl, objective)
     return model_of(objective, values, slopes, _no_product, "finite differences", reason)
 
 

@@ -209,7 +209,7 @@ def _second_order(
         with objective.kernels():
             made = gauss_newton(loss, values.kl, values.third, vector)
         if not isinstance(made, str):
-            require_kl_behind(made[0], behind, vector)
+            require_kl_behind(made[0], behind, values.kl, objective)
             return model_of(objective, values, *made, "Gauss-Newton", named(engine))
         if engine == "Gauss-Newton":
             refuse(engine, made)
@@ -222,7 +222,7 @@ def _second_order(
     if isinstance(made, str):
         flaw = f"torch cannot differentiate the closure twice: {made}"
         return _flawed(objective, choice, engine, flaw, gradient=gradient)
-    require_kl_behind(made[0], behind, vector)
+    require_kl_behind(made[0], behind, values.kl, objective)
     reason = named(engine) or fallback
     return model_of(objective, values, *made, "double backward", reason)
 

@@ -137,8 +137,11 @@ def _restore_mujoco(data: Any, saved: dict[str, Any]) -> None:
 
 
 def _held_by_mujoco(data: Any, array: Array) -> bool:
-    """Return whether an array lies in the data's memory, which other arrays' bases do not hide."""
-    return not (array.base is None or isinstance(array.base, np.ndarray)) and any(
+    """Return whether an array lies in the data's memory, itself or as a slice of what does."""
+    whole = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    return whole.base is not None and any(
         np.may_share_memory(array, getattr(data, name)) for name in _kept_arrays(data.model)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.snapshots.replay import Replayed
 from trpo_optim.snapshots.simulators import Simulator, simulator_of
-from trpo_optim.snapshots.state_data import copied, is_environments, is_state
+from trpo_optim.snapshots.state_data import Memo, copied, is_environments, is_state, made_once
 
 __all__ = ["Environment", "Snapshot", "capture", "restorable", "restore"]
 
@@ -31,12 +32,25 @@ class Layer:
         attributes: The names of all its attributes.
         data: Those that are state.
         simulators: Its simulators' states by attribute.
+        bound: The functions, spaces and others of their kind that its attributes were, and what
+            lists of these held. They go back to the layer itself alone, and are not pickled.
+        owner: Refers to the layer.
     """
 
     name: str
     attributes: frozenset[str]
     data: dict[str, Any]
     simulators: dict[str, Any]
+    bound: dict[str, tuple[Any, list[Any]]]
+    owner: Callable[[], Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what cannot be pickled."""
+        return Layer, (self.name, self.attributes, self.data, self.simulators, {}, _nobody)
+
+
+def _nobody() -> None:
+    """Refer to no layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +79,10 @@ def capture(env: Environment) -> Snapshot:
 
     The attributes of all wrappers and of the environment are copied if they are data. Attributes
     that only the constructor sets are not copied: spaces, specs, functions, models, networks,
-    loggers, renderers. References back to a wrapper or the environment, such as a helper's, refer
-    to the restored environment. An object that is shared with the outside, such as a list, is no
-    longer shared after ``restore``.
+    loggers, renderers. If such an attribute has become another object, ``restore`` binds the first
+    one again, in the same environment. References back to a wrapper or the environment, such as a
+    helper's, refer to the restored environment. An object that is shared with the outside, such as
+    a list, is no longer shared after ``restore``.
 
     MuJoCo and the Arcade Learning Environment are supported. ``register_simulator`` adds other
     simulators, and ``Replayed`` needs no simulator. State outside the environment's attributes is
@@ -103,17 +118,28 @@ def capture(env: Environment) -> Snapshot:
         for value in vars(layer).values()
         if (simulator := simulator_of(value)) is not None
     ]
-    layers = [Layer(_name_of(layer), frozenset(vars(layer)), {}, {}) for layer in live]
-    memo: dict[int, Any] = {
-        id(layer): (saved, layer) for layer, saved in zip(live, layers, strict=True)
-    }
+    layers = [
+        Layer(_name_of(layer), frozenset(vars(layer)), {}, {}, {}, weakref.ref(layer))
+        for layer in live
+    ]
+    pairs = zip(live, layers, strict=True)
+    memo = Memo(
+        ((id(layer), (saved, layer)) for layer, saved in pairs),
+        holds=lambda array: _is_held(array, known),
+    )
     for layer, saved in zip(live, layers, strict=True):
         for name, value in vars(layer).items():
             if (simulator := simulator_of(value)) is not None:
                 saved.simulators[name] = simulator.capture(value)
             elif is_state(layer, name, value) and not _is_held(value, known):
                 saved.data[name] = copied(value, memo, f"{type(layer).__name__}.{name}")
+            elif made_once(value) and not _is_environment(value):
+                saved.bound[name] = (value, list(value) if isinstance(value, list) else [])
     return Snapshot(tuple(layers))
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, gym.Env | VectorEnv) or is_environments(value)
 
 
 def _is_held(value: object, known: list[tuple[Any, Simulator]]) -> bool:
@@ -165,14 +191,18 @@ def restore(env: Environment, snapshot: Snapshot) -> None:
             found.append((simulator, live, state))
     for simulator, live, state in found:
         simulator.restore(live, state)
-    memo: dict[int, Any] = {
-        id(saved): (layer, saved) for layer, saved in zip(layers, snapshot.layers, strict=True)
-    }
+    pairs = zip(layers, snapshot.layers, strict=True)
+    memo = Memo((id(saved), (layer, saved)) for layer, saved in pairs)
     for layer, saved in zip(layers, snapshot.layers, strict=True):
         for name in vars(layer).keys() - saved.attributes:
             delattr(layer, name)  # it did not exist yet
         for name, value in saved.data.items():
             setattr(layer, name, copied(value, memo, name))
+        for name, (value, items) in saved.bound.items() if saved.owner() is layer else ():
+            if vars(layer).get(name) is not value:
+                setattr(layer, name, value)
+            if isinstance(value, list):
+                value[:] = items
 
 
 def restorable(make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:

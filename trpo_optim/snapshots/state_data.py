@@ -8,14 +8,14 @@ import logging
 import random
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -26,8 +26,9 @@ from gymnasium.vector import VectorEnv
 
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.snapshots.simulators import Array, type_name
+from trpo_optim.snapshots.views import TensorView, View, other_form
 
-__all__ = ["copied", "is_environments", "is_state"]
+__all__ = ["Memo", "copied", "is_environments", "is_state", "made_once"]
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes}
 
@@ -84,12 +85,36 @@ def is_state(layer: object, name: str, value: object) -> bool:
         return False
     if type(value) in _ATOMS:
         return True
+    if isinstance(value, MethodType) and isinstance(value.__self__, gym.Env | VectorEnv):
+        return True  # such as the next phase of a state machine
     return not (
-        isinstance(value, _MADE_ONCE)
+        made_once(value)
         or type_name(type(value)).startswith(_MODELS_AND_SCREENS)
-        or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], _MADE_ONCE))
         or (name == "P" and type(layer).__module__.startswith("gymnasium.envs.toy_text"))
     )
+
+
+def made_once(value: object) -> bool:
+    """Return whether a value, or all that a list or tuple holds, is of what is made once."""
+    if isinstance(value, list | tuple) and value:
+        return all(isinstance(each, _MADE_ONCE) for each in value)
+    return isinstance(value, _MADE_ONCE)
+
+
+class Memo(dict[int, Any]):
+    """Copies by the identity of what they are of, with the original, which keeps it alive.
+
+    Attributes:
+        holds: Whether an array is a view of a simulator's memory.
+        storages: The memory of tensors, by its address: the bytes, and the storage, kept alive.
+    """
+
+    def __init__(
+        self, known: Iterable[tuple[int, Any]], holds: Callable[[Array], bool] = lambda _: False
+    ) -> None:
+        super().__init__(known)
+        self.holds = holds
+        self.storages: dict[int, tuple[Array, Any]] = {}
 
 
 def is_environments(value: object) -> bool:
@@ -101,14 +126,14 @@ def is_environments(value: object) -> bool:
     )
 
 
-def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
+def copied(value: Any, memo: Memo, place: str) -> Any:
     """Return data copied throughout; what is one object stays one.
 
     Copied once it is as it is kept, and copied again as the environment had it.
 
     Args:
         value: The data.
-        memo: Copies by the identity of what they are of, with the original, which keeps it alive.
+        memo: What has been copied.
         place: Where it stands, for the error.
 
     Returns:
@@ -133,27 +158,43 @@ def copied(value: Any, memo: dict[int, Any], place: str) -> Any:
             f"The environment cannot be captured: {place} is another environment. Hold "
             "environments as attributes, or in a list that is an attribute."
         )
+    if isinstance(value, np.void) and value.base is not None:
+        raise TrustRegionError(
+            f"The environment cannot be captured: {place} is a row of a structured array and "
+            "shares its memory. Take the row anew at every step."
+        )
     if isinstance(value, _UNCHANGING):
         return value
-    if kind is _View or (
+    if kind is np.ndarray and memo.holds(value):
+        raise TrustRegionError(
+            f"The environment cannot be captured: {place} is a view of the simulator's memory. "
+            "Hold such a view as an attribute of its own, or take it anew at every step."
+        )
+    if kind is TensorView:
+        tensor = value.on(copied(value.base, memo, place))
+        memo[id(value)] = (tensor, value)
+        return tensor
+    if kind is View or (
         kind is np.ndarray and isinstance(value.base, np.ndarray) and not value.dtype.hasobject
     ):
-        view = _other_form(value, copied(value.base, memo, place))
+        view = other_form(value, copied(value.base, memo, place))
         memo[id(value)] = (view, value)
         return view
     twin: Any
     if (make := _COPIES.get(kind)) is not None:
         twin = make(value)
+    elif kind is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided:
+        twin = TensorView.of(value, memo.storages)
     elif isinstance(value, torch.Tensor):
-        twin = value.detach().clone()
+        twin = value.detach().clone().requires_grad_(value.requires_grad)
     elif isinstance(value, tuple) and hasattr(kind, "_make"):  # a namedtuple
         twin = kind._make(copied(each, memo, f"{place}[…]") for each in value)
     elif kind in {tuple, set, frozenset}:
         twin = kind(copied(each, memo, f"{place}[…]") for each in value)
     elif kind in {list, deque, dict, OrderedDict, defaultdict, Counter}:
         twin = value.copy()
-    elif _is_plain_object(kind):
-        twin = object.__new__(kind)
+    elif (twin := _blank(kind)) is not None:
+        pass
     elif type_name(kind) == "ale_py._ale_py.Action":
         return value  # an enumeration of pybind11's, before ale-py 0.12
     else:
@@ -208,25 +249,6 @@ _REFERENCES: dict[Any, Callable[[Any], tuple[Any, Callable[[Any], Any]]]] = {
 """From what refers to an object to that object, and what makes another of it."""
 
 
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A view of an array while it is kept, since pickled arrays do not share memory."""
-
-    base: Any
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    start: int
-    strides: tuple[int, ...]
-
-
-def _other_form(array: Any, base: Array) -> Any:
-    """Return a view as it is kept, or one that was kept as an array again, on a copied base."""
-    if isinstance(array, _View):
-        return np.ndarray(array.shape, array.dtype, base, array.start, array.strides)
-    start = array.ctypes.data - array.base.ctypes.data
-    return _View(base, array.shape, array.dtype, start, array.strides)
-
-
 def _generator_like(generator: np.random.Generator) -> np.random.Generator:
     """Return a twin; three times as fast as ``copy.deepcopy``."""
     bits = generator.bit_generator
@@ -248,6 +270,18 @@ _COPIES: dict[type, Callable[[Any], Any]] = {
 
 class _Plain:
     """As large as an object is whose state is all in its ``__dict__``."""
+
+
+def _blank(kind: Any) -> Any:
+    """Return an object whose attributes are all to be set, or None if there is no such object."""
+    if not _is_plain_object(kind):
+        return None
+    if kind.__new__ is SimpleNamespace.__new__:  # it makes its own alone
+        return kind.__new__(kind)
+    try:
+        return object.__new__(kind)
+    except TypeError:  # of a type that is written in C
+        return None
 
 
 def _is_plain_object(kind: type) -> bool:
