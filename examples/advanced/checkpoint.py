@@ -55,7 +55,8 @@ def prepare(folder: Path, processes: Processes, *, resume: bool) -> bool:
     """
     mark = folder / "launch.txt"
     resume |= processes.restarted and mark.exists() and mark.read_text() == processes.launch
-    if not resume and (folder / "checkpoint.pt").exists():
+    written = [*folder.glob("checkpoint.pt"), *folder.glob("events.out.tfevents.*")]
+    if not resume and written:
         number = 1
         while (old := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1

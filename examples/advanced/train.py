@@ -209,6 +209,11 @@ def train(args: Args) -> Run:
     Raises:
         SystemExit: If the settings do not fit together.
     """
+    if min(args.num_envs, args.checkpoint_every) < 1:
+        raise SystemExit(
+            f"num_envs {args.num_envs} and checkpoint_every {args.checkpoint_every} must be at "
+            "least 1."
+        )
     if args.batch_size % args.num_envs or args.total_steps < args.batch_size:
         raise SystemExit(
             f"batch_size {args.batch_size} must be a multiple of num_envs {args.num_envs} and at "

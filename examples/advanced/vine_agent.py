@@ -58,9 +58,12 @@ class Agent(nn.Module):
         super().__init__()
         space, actions = envs.single_observation_space, envs.single_action_space
         self.discrete = isinstance(actions, gym.spaces.Discrete)
-        outputs = math.prod(actions.shape or ())
         if isinstance(actions, gym.spaces.Discrete):
             outputs = int(actions.n)
+        elif isinstance(actions, gym.spaces.Box):
+            outputs = math.prod(actions.shape)
+        else:
+            raise SystemExit(f"The action space is {actions}; this loop knows Box and Discrete.")
         self.scaled: Frames | Normaliser
         if space.dtype == np.uint8:
             self.scaled = Frames((space.shape or ())[1:], device)

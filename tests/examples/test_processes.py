@@ -70,3 +70,14 @@ def test_a_run_goes_on_for_who_began_it_and_for_who_says_so(
     assert prepare(folder, processes, resume=resume) == goes_on
     assert (folder / "checkpoint.pt").exists() == goes_on
     assert (tmp_path / "run.1" / "checkpoint.pt").exists() != goes_on
+
+
+def test_a_run_without_a_checkpoint_keeps_its_events_to_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    prepare(folder, Processes("cpu"), resume=False)
+    (folder / "events.out.tfevents.0").touch()
+    prepare(folder, Processes("cpu"), resume=False)
+    assert not any(folder.iterdir())
+    (folder / "notes.txt").touch()  # which no run has written
+    prepare(folder, Processes("cpu"), resume=False)
+    assert (folder / "notes.txt").exists()

@@ -19,8 +19,10 @@ import pytest
 import step_length
 import torch
 import train
+import vine_agent
 from checkpoint import load, save
 from devices import each_device
+from gymnasium.vector import SyncVectorEnv
 from ranks import CONTEXT
 from small_runs import checkpoint, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -233,6 +235,12 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train.train(replace(small(tmp_path), batch_size=130))
     with pytest.raises(SystemExit, match="at most total_steps 64"):
         train.train(small(tmp_path, total_steps=64))
+    for name, args in {
+        "num_envs 0": replace(small(tmp_path), num_envs=0),
+        "checkpoint_every 0": replace(small(tmp_path), checkpoint_every=0),
+    }.items():
+        with pytest.raises(SystemExit, match=name):
+            train.train(args)
     for start, steps in ((512, 512), (512, None), (-1, 512)):
         message = f"anneal_start {start} must be at least 0 and before anneal_steps {steps}"
         with pytest.raises(SystemExit, match=message):
@@ -243,6 +251,10 @@ def test_an_action_space_that_the_loop_does_not_know_is_refused_by_name() -> Non
     space = gym.spaces.MultiDiscrete([2, 3])
     with pytest.raises(SystemExit, match=r"MultiDiscrete\(\[2 3\]\)"):
         agent.Policy(4, space, train.Args())
+    envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")])
+    envs.single_action_space = space
+    with pytest.raises(SystemExit, match=r"MultiDiscrete\(\[2 3\]\)"):
+        vine_agent.Agent(envs)
 
 
 def test_continuous_actions_are_one_joint_distribution() -> None:
