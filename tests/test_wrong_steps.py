@@ -47,7 +47,7 @@ class Gaussian(nn.Module):
     def forward(self) -> Any:
         return Independent(Normal(self.mean(self.seen), self.log_std.exp()), 1)
 
-    def step(self, old: Callable[[Tensor], Any], third: bool = True) -> StepReport:
+    def step(self, old: Callable[[Tensor], Any], third: bool = True, **settings: Any) -> StepReport:
         """Take a step whose old policy is made in each evaluation, given its mean."""
         with torch.no_grad():
             mean, before = self.mean(self.seen), self().log_prob(self.actions)
@@ -58,7 +58,7 @@ class Gaussian(nn.Module):
             loss, kl = -(ratio * self.advantages).mean(), mean_kl(old(mean), dist)
             return (loss, kl, dist) if third else (loss, kl)
 
-        return TrustRegionOptimizer(self.parameters()).step(closure)
+        return TrustRegionOptimizer(self.parameters(), **settings).step(closure)
 
 
 @pytest.mark.parametrize("third", [False, True])
@@ -274,3 +274,40 @@ def test_the_kl_of_many_dimensions_is_right_in_single_precision(
     found = kl(loc, log_std, new_loc, new_log_std)
     exact = kl(*(each.double() for each in (loc, log_std, new_loc, new_log_std)))
     assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3])
+def test_finite_differences_see_through_the_rounding_of_large_parameters(offset: float) -> None:
+    torch.manual_seed(0)
+    weights = nn.Parameter(torch.randn(4, 5) + offset)
+    start, seen = weights.detach().clone(), torch.randn(256, 4)
+    pull = torch.randn(256, 5) + seen @ torch.randn(4, 5)
+
+    def policy() -> Any:
+        return Independent(Normal(seen @ (weights - start), 1.0), 1)
+
+    old = frozen(policy())
+
+    def closure() -> Any:
+        dist = policy()
+        return -(dist.mean * pull).mean(0).sum(), mean_kl(old, dist)
+
+    optimizer = TrustRegionOptimizer([weights], engine="finite differences", damping=0.0)
+    report = optimizer.step(closure)
+    slope, fisher = (seen.T @ pull / 256).double(), (seen.T @ seen / 256).double()
+    expected = math.sqrt(2 * report.kl * float((slope * torch.linalg.solve(fisher, slope)).sum()))
+    assert report.improvement == pytest.approx(expected, rel=0.02)
+    assert report.predicted_kl == pytest.approx(report.kl, rel=0.1)
+
+
+def test_finite_differences_that_rounding_hides_are_refused_and_judge_nothing() -> None:
+    policy = Gaussian()
+    with torch.no_grad():
+        policy.mean.bias.add_(1e5)
+    before = frozen(policy())
+    policy.actions = before.sample()
+    with pytest.raises(TrustRegionError, match="its parameters are large beside the moves"):
+        policy.step(lambda _: before, engine="finite differences")
+    report = policy.step(lambda _: before)
+    assert report.engine == "Gauss-Newton"
+    assert not report.fallback

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Laplace, Normal
 
 from trpo_optim import Outcome, TrustRegionError, TrustRegionOptimizer
-from trpo_optim.algorithm.finite_differences import FiniteDifferences, disagreement
+from trpo_optim.algorithm.disagreement import disagreement
+from trpo_optim.algorithm.finite_differences import FiniteDifferences
 
 MATRIX = torch.diag(torch.tensor([3.0, 1.0, 0.01], dtype=torch.float64))
 MATRIX[0, 1] = MATRIX[1, 0] = 0.5

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
+from trpo_optim.algorithm.disagreement import disagreement
 from trpo_optim.algorithm.finite_differences import (
     EVEN,
     FiniteDifferences,
     Slope,
     UnresolvedError,
-    disagreement,
     resolves,
 )
 from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
@@ -127,6 +128,7 @@ class DirectionSolver:
             model.precision,
             model.kl_resolution,
             self.settings.max_kl,
+            self.parameters.rounding,
         )
         if math.isnan(apart):
             return replace(direction, safe=False)
@@ -236,10 +238,11 @@ def differences_of(
     Returns:
         The finite differences.
     """
-    slope = _slope_of(batch, parameters)
+    slope, rounding = _slope_of(batch, parameters), parameters.rounding
+    how: dict[str, Any] = {"one_sided": one_sided, "rounding": rounding}
     if preferred:
-        return FiniteDifferences(slope, model.precision, most_uneven=EVEN, one_sided=one_sided)
-    return FiniteDifferences(slope, model.precision, one_sided=one_sided)
+        how["most_uneven"] = EVEN
+    return FiniteDifferences(slope, model.precision, **how)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

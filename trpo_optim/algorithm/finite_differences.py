@@ -1,4 +1,4 @@
-"""Fisher-vector products from first derivatives alone, and a test of others by them.
+"""Fisher-vector products from first derivatives alone.
 
 Where the old policy is the new one, the KL's gradient is zero. So Fv = (∇KL(θ + εv) − ∇KL(θ)) / ε
 to first order in ε, for the price of one gradient.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from trpo_optim.long_vectors import dot, norm
 
 __all__ = [
     "EVEN",
-    "Difference",
     "FiniteDifferences",
     "Slope",
     "UnresolvedError",
-    "disagreement",
+    "displaced",
     "resolves",
 ]
 
@@ -38,6 +36,12 @@ _BALANCED = 0.01
 
 _FLAT = 1e-3
 """The share of the wanted KL below which a displacement makes none."""
+
+_MOST_LOST = 0.05
+"""The share of a displacement that rounding of the parameters may change."""
+
+_LARGEST = 1e-4
+"""The KL, in nats, beyond which a displacement that rounding makes long does not serve."""
 
 _MOST_TRIES = 6
 """How often a displacement is changed until the KL that it makes is the wanted one."""
@@ -69,6 +73,7 @@ class FiniteDifferences:
         most_uneven: By how much the differences on both sides may be apart, relative to their sum.
         one_sided: Whether to look at one side alone. The first product then costs as much as any
             other. The caller must check that the products are symmetric.
+        rounding: The length of what rounding of the parameters adds to a displacement.
 
     Attributes:
         balanced: True if both sides agreed. Later steps may then use one side.
@@ -84,12 +89,14 @@ class FiniteDifferences:
         most_uneven: float = _MOST_UNEVEN,
         *,
         one_sided: bool = False,
+        rounding: float = 0.0,
     ) -> None:
         if not resolves(precision):
             raise UnresolvedError(_TOO_COARSE)
         self._slope = slope
         self._most_uneven = most_uneven
         self._one_sided = one_sided
+        self._shortest = rounding / _MOST_LOST
         self.balanced = False
         precise = precision < 1e-10
         self._targets = (1e-15, 1e-12) if precise else (3e-9 if one_sided else 3e-8, 1e-6)
@@ -121,19 +128,17 @@ class FiniteDifferences:
         if self._origin is None:
             first = self._first_of_one_side if self._one_sided else self._first
             return first(unit).mul_(length)
-        self._length, _, there = _displaced(
-            self._slope, self._origin, unit, self._length, self._target, window=(1 / 300, 10)
-        )
+        self._length, there = self._ahead(unit, self._target, (1 / 300, 10), self._length)
         return (there - self._origin).mul_(length / self._length)
 
     def _first_of_one_side(self, unit: Tensor) -> Tensor:
         """Return a product with whose displacement the others begin."""
         self._target, self._origin = self._targets[0], torch.zeros_like(unit)
-        length, there = self._ahead(unit, self._target, least=1 / 10)
+        length, there = self._ahead(unit, self._target, (1 / 10, 30))
         made = 0.5 * length * float(dot(unit, there))
         if made < _FLAT * self._target:
             raise UnresolvedError(_TOO_COARSE)
-        self._length = length * math.sqrt(self._target / made)
+        self._length = max(length * math.sqrt(self._target / made), self._shortest)
         return there.div_(length)
 
     def _first(self, unit: Tensor) -> Tensor:
@@ -143,12 +148,12 @@ class FiniteDifferences:
         self._origin = torch.zeros_like(unit)
         known = False
         for target in self._targets:
-            length, ahead = self._ahead(unit, target, least=1 / 3)
+            length, ahead = self._ahead(unit, target, (1 / 3, 30))
             _, behind = self._slope(unit, -length)
             if not known and _unevenness(ahead, behind, self._origin) > _BALANCED:
                 known = True  # a kink, or a gradient that is not zero here
                 _, self._origin = self._slope(unit, 0.0)
-                length, ahead = self._ahead(unit, target, least=1 / 3)
+                length, ahead = self._ahead(unit, target, (1 / 3, 30))
                 _, behind = self._slope(unit, -length)
             origin = self._origin
             made = 0.5 * length * float(dot(unit, ahead - origin))
@@ -157,7 +162,7 @@ class FiniteDifferences:
             uneven = _unevenness(ahead, behind, origin)
             if not uneven >= best:
                 best, self._target = uneven, target
-                self._length = length * math.sqrt(target / made)
+                self._length = max(length * math.sqrt(target / made), self._shortest)
                 product = (ahead - behind) / (2 * length)
             if not uneven > EVEN:
                 self.balanced = target == self._targets[0] and not known
@@ -166,12 +171,25 @@ class FiniteDifferences:
             raise UnresolvedError(_TOO_COARSE)
         return product
 
-    def _ahead(self, unit: Tensor, target: float, least: float) -> tuple[float, Tensor]:
+    def _ahead(
+        self, unit: Tensor, target: float, window: tuple[float, float], length: float | None = None
+    ) -> tuple[float, Tensor]:
         """Return a displacement that makes about the wanted KL, and the slope there."""
         assert self._origin is not None  # the caller has set it
-        length, _, ahead = _displaced(
-            self._slope, self._origin, unit, math.sqrt(2 * target), target, window=(least, 30)
+        first = math.sqrt(2 * target) if length is None else length
+        length, _, ahead = displaced(
+            self._slope,
+            self._origin,
+            unit,
+            first,
+            target,
+            window=window,
+            shortest=self._shortest,
         )
+        if length == self._shortest:
+            made = 0.5 * length * float(dot(unit, ahead - self._origin))
+            if made > max(_LARGEST, window[1] * target):
+                raise UnresolvedError(_TOO_COARSE)
         return length, ahead
 
 
@@ -192,83 +210,15 @@ def resolves(precision: float) -> bool:
 
 _TOO_COARSE = (
     "Finite differences of the KL's gradient do not resolve its curvature: the policy computes in "
-    "half precision, or the KL has a kink here. If engine is 'finite differences', set "
+    "half precision, its parameters are large beside the moves that matter, or the KL has a kink "
+    "here. If engine is 'finite differences', set "
     "engine='auto'. If it is 'auto', torch cannot differentiate the closure twice: evaluate the "
     "policy in float32 (without autocast), or use mode='vanilla', which needs first derivatives "
     "only."
 )
 
 
-class Difference(NamedTuple):
-    """What a product is apart from a finite difference.
-
-    Attributes:
-        apart: Relative to the finite difference. 0: nothing, or nothing that can be trusted. NaN:
-            the closure gave no number at a point near by.
-        measured: The product by finite differences, shape (n,).
-    """
-
-    apart: float
-    measured: Tensor
-
-
-def disagreement(
-    slope: Slope,
-    unit: Tensor,
-    image: Tensor,
-    precision: float,
-    kl_resolution: float,
-    max_kl: float | None = None,
-) -> Difference:
-    """Return by how much a product differs from the finite difference, beyond what both may err.
-
-    The difference is trusted only where the KL itself, which no derivative enters, curves as much
-    along the direction: a policy may well have gradients that are not those of its values, such as
-    straight-through ones.
-
-    Args:
-        slope: As for ``FiniteDifferences``.
-        unit: v, of length 1, shape (n,).
-        image: The product Fv in question, shape (n,).
-        precision: As for ``FiniteDifferences``.
-        kl_resolution: KLs closer than this cannot be told apart, in nats.
-        max_kl: The radius, in nats, far inside of which the differences are taken. None or 0: there
-            is none.
-
-    Returns:
-        The difference.
-    """
-    if not resolves(precision):
-        return Difference(0.0, image)
-    target = 1e-6 if precision < 1e-10 else 1e-4
-    if max_kl:
-        target = min(target, max_kl / 10)
-    kl, origin = slope(unit, 0.0)
-    bend = float(dot(unit, image))
-    length = math.sqrt(2 * target / bend) if bend > 1e-6 else math.sqrt(2 * target)
-    length, kl_ahead, ahead = _displaced(slope, origin, unit, length, target, window=(1 / 10, 10))
-    kl_behind, behind = slope(unit, -length)
-    central = (ahead - behind).div_(2 * length)
-    uneven = ahead.add_(behind).sub_(origin, alpha=2).div_(2 * length)
-    size, crooked = float(norm(central)), float(norm(uneven))
-    if not math.isfinite(size + crooked):
-        return Difference(math.nan, central)
-    bend = float(dot(unit, central))
-    measured = (kl_ahead + kl_behind - 2 * kl) / length**2
-    rounding = 4 * kl_resolution / length**2
-    sound = (
-        size > 0
-        and crooked <= 0.3 * size
-        and bend > 2 * rounding
-        and abs(bend - measured) <= 0.1 * bend + rounding
-    )
-    if not sound:
-        return Difference(0.0, central)
-    apart = float(norm(central - image)) / size
-    return Difference(apart if apart > 0.05 + crooked / size else 0.0, central)
-
-
-def _displaced(
+def displaced(
     slope: Slope,
     origin: Tensor,
     unit: Tensor,
@@ -276,19 +226,21 @@ def _displaced(
     target: float,
     *,
     window: tuple[float, float],
+    shortest: float = 0.0,
 ) -> tuple[float, float, Tensor]:
     """Return a displacement that makes about the wanted KL, and the KL and its slope there.
 
     The KL is taken from the slope, ½ε vᵀ∇KL, which resolves it better than the KL's own value.
     """
-    longest = 1e4 * math.sqrt(2 * target)
+    longest = max(1e4 * math.sqrt(2 * target), shortest)
+    length = max(length, shortest)
     for tries in range(_MOST_TRIES):
         kl, there = slope(unit, length)
         made = 0.5 * length * float(dot(unit, there - origin))
         factor = 10.0 if not made > 0 else min(max(math.sqrt(target / made), 1e-3), 1e2)
         fits = window[0] * target <= made <= window[1] * target
-        flat = length == longest and factor > 1
-        if fits or flat or not math.isfinite(made) or tries == _MOST_TRIES - 1:
+        ends = (length == longest and factor > 1) or (length == shortest and factor < 1)
+        if fits or ends or not math.isfinite(made) or tries == _MOST_TRIES - 1:
             break
-        length = min(factor * length, longest)
+        length = max(min(factor * length, longest), shortest)
     return length, kl, there

@@ -112,6 +112,10 @@ class Batch(Protocol):
 class Parameters(Protocol):
     """The parameters as one vector, held until the step ends."""
 
+    @property
+    def rounding(self) -> float:
+        """The length of what rounding adds to a move, about."""
+
     def move(self, step: Tensor, scale: float) -> None:
         """Put the parameters at origin + scale · step."""
 

@@ -197,7 +197,7 @@ class Objective:
 
     def other_leaves(self) -> list[Tensor]:
         """Return the policy's tensors that are not the optimizer's and require gradients."""
-        return self._transaction.other_leaves()
+        return self._transaction.policy.other_leaves()
 
     def drew_random_numbers(self) -> bool:
         """Return whether the evaluation since the last rewind drew random numbers."""

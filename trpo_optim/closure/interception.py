@@ -136,7 +136,7 @@ class Watch(TorchFunctionMode):
         """
         self._paused = True
         try:
-            self._transaction.hold_running(module)
+            self._transaction.policy.hold_running(module)
         finally:
             self._paused = False
 
@@ -162,7 +162,7 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
         """Call ``func`` on the twins, or do in its place what leaves the derivatives right."""
-        if func == _SET_DATA and not self._transaction.puts_back(args[0]):
+        if func == _SET_DATA and not self._transaction.policy.remembers(args[0]):
             raise TrustRegionError(
                 "The closure assigns to the .data of a tensor, which derivatives cannot follow. "
                 "Write in place instead, with copy_()."

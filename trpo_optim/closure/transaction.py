@@ -24,6 +24,7 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable, uncompiled
+from trpo_optim.long_vectors import norm
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -55,6 +56,7 @@ class Transaction:
 
     Attributes:
         origin: The parameters before the step, shape (n,).
+        policy: What is put back besides the parameters and randomness.
         kept: Tensors of the evaluations, made plain when the step ends.
         unwatched: Whether the last evaluation made tensors with a graph that are not in ``kept``.
     """
@@ -69,7 +71,7 @@ class Transaction:
         self._random = self.random_states()
         self._drawn = [False] * len(self._generators)
         self._drew = False
-        self._policy = PolicyState(vector.parameters, vector.fsdp)
+        self.policy = PolicyState(vector.parameters, vector.fsdp)
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], _Replaced] = {}
@@ -97,7 +99,7 @@ class Transaction:
         Args:
             closures: What the step is taken on.
         """
-        self._policy.hold_reached_from(closures)
+        self.policy.hold_reached_from(closures)
         if any(name != "grad" and value for _, name, value in self._hidden):
             warnings.warn(_HOOKS_NOT_CALLED, stacklevel=2)
 
@@ -130,14 +132,6 @@ class Transaction:
             yield
         finally:
             self._remove_hooks(keep=before)
-
-    def hold_running(self, module: nn.Module) -> None:
-        """Remember the state of a module that is about to run.
-
-        Args:
-            module: It may be known.
-        """
-        self._policy.hold_running(module)
 
     def run_compiled(self, compiled: bool) -> None:
         """Have compiled modules run compiled, or as they were written, until told otherwise.
@@ -178,7 +172,7 @@ class Transaction:
             if module._buffers.get(name) is now:  # not a stand-in that has gone
                 module._buffers[name] = before
         try:
-            self._policy.rewind(final=final)
+            self.policy.rewind(final=final)
         finally:
             for generator, state, drawn in zip(
                 self._generators, self._random, self._drawn, strict=True
@@ -187,14 +181,6 @@ class Transaction:
                     generator.set_state(state)
             self.kept.unwrap()
             torch.clear_autocast_cache()  # it does not see parameters that are written in place
-
-    def puts_back(self, tensor: Tensor) -> bool:
-        """Return whether a tensor belongs to the policy's state, whatever memory it is given."""
-        return self._policy.remembers(tensor)
-
-    def other_leaves(self) -> list[Tensor]:
-        """Return the policy's tensors that are not the optimizer's and require gradients."""
-        return self._policy.other_leaves()
 
     def random_states(self) -> list[Tensor]:
         """Return the state of every generator that an evaluation may draw from."""
@@ -215,6 +201,11 @@ class Transaction:
             reached = self._vector.reached(step)
             self._moved = [a or b for a, b in zip(self._moved, reached, strict=True)]
         self._put(torch.add(self.origin, step, alpha=scale))
+
+    @property
+    def rounding(self) -> float:
+        """The length of what rounding adds to a move: a third of the last place of each element."""
+        return 0.3 * self._vector.precision * float(norm(self.origin))
 
     def change(self) -> Tensor:
         """Return what the parameters moved by, (n,), as their precision has it."""
@@ -260,7 +251,7 @@ class Transaction:
         finally:
             try:
                 if self.unwatched:
-                    for tensor in self._policy.held_tensors():
+                    for tensor in self.policy.held_tensors():
                         self.kept.add(tensor)
                 self.kept.make_plain(self._vector.leaves)
             finally:
@@ -292,7 +283,7 @@ class Transaction:
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:
         """Keep the tensor that a module's buffer is about to lose; torch calls this."""
-        if threading.get_ident() != self._thread or self._policy.knows(module):
+        if threading.get_ident() != self._thread or self.policy.knows(module):
             return
         key = (id(module), name)
         if name in module._buffers and module._buffers[name] is not value:
