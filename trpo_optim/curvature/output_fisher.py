@@ -119,12 +119,14 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
         ]
 
     templates = tuple(slope.detach() for slope in slopes)
-    diagonal = hessian([torch.ones_like(each) for each in templates])
+    probes = [each.mul_(0.5).add_(1) for each in _waves(templates)]
+    diagonal = [image.div_(probe) for image, probe in zip(hessian(probes), probes, strict=True)]
 
     def written_out(vectors: Sequence[Tensor]) -> list[Tensor]:
         return [entry * vector for entry, vector in zip(diagonal, vectors, strict=True)]
 
-    product: _Product = written_out if _agree(written_out, hessian, templates) else hessian
+    is_diagonal = _is_of_gaussians(diagonal) or _agree(written_out, hessian, templates)
+    product: _Product = written_out if is_diagonal else hessian
     if not _decrement(templates, product) <= _STATIONARY:
         return "the KL is not stationary in the third value; return the distribution itself"
 
@@ -142,15 +144,32 @@ def _times(signs: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> list[Te
     ]
 
 
+def _is_of_gaussians(quotients: Sequence[Tensor]) -> bool:
+    """Return whether Mu/u is w/σ² for the means and 2w/σ² for the scales, with u along no axis.
+
+    So it is where M is the diagonal Fisher matrix of Gaussians with weights w. Terms between
+    elements would make quotients that do not go together, as u differs for means and scales.
+    """
+    if len(quotients) != 2 or quotients[0].shape != quotients[1].shape:
+        return False
+    smaller, larger = sorted(quotients, key=lambda each: float(each.sum()))
+    return torch.allclose(2 * smaller, larger, rtol=1e-5, atol=0.0)
+
+
+def _waves(templates: Sequence[Tensor]) -> list[Tensor]:
+    """Return a fixed vector along no axis, in the form of some tensors."""
+    sizes = [each.numel() for each in templates]
+    wave = torch.arange(sum(sizes), dtype=torch.float32, device=templates[0].device).sin_()
+    pieces = torch.split(wave, sizes)
+    return [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
+
+
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
     """Return whether two products are the same, by one vector that lies along no axis.
 
     They are compared element by element: parts of the policy may differ by orders of magnitude.
     """
-    sizes = [each.numel() for each in templates]
-    wave = torch.arange(sum(sizes), dtype=torch.float32, device=templates[0].device).sin_()
-    pieces = torch.split(wave, sizes)
-    waves = [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
+    waves = _waves(templates)
     pairs = list(zip(left(waves), right(waves), strict=True))
     near = math.sqrt(torch.finfo(templates[0].dtype).eps)
     same = [((ours - theirs).abs() <= near * theirs.abs()).all() for ours, theirs in pairs]
