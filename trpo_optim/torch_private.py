@@ -5,8 +5,8 @@ All of them were tried with torch 2.6, 2.13 and 2.14: ``make test-floor``, ``mak
 
 Some are attributes, which cannot be imported:
 
-- ``node._saved_*``, ``node._forward_cls`` and ``node._sequence_nr()`` of autograd nodes, in
-  ``curvature``, ``closure.kept_tensors`` and ``testing.argument_checks``;
+- ``node._saved_*``, ``node._forward_cls``, ``node._input_metadata`` and ``node._sequence_nr()`` of
+  autograd nodes, in ``curvature``, ``closure.kept_tensors`` and ``testing.argument_checks``;
 - ``parameter._backward_hooks`` and ``parameter._post_accumulate_grad_hooks``, in
   ``closure.transaction``;
 - ``module._buffers``, in ``closure.transaction``;

@@ -74,6 +74,7 @@ class Objective:
             as before.
         dear: What makes second derivatives dear, or empty. Known after an evaluation.
         calls_python: Whether an ``autograd.Function`` lies behind its KL; None until that is known.
+        kl_dtype: In which precision the KL was computed, before any cast; None until it is known.
         share: Its weight among the closures of all ranks, if ``backward()`` adds up the gradients
             of all ranks, as FSDP has it; else None.
         lockstep: The ranks that evaluate together with this one, or None.
@@ -102,6 +103,7 @@ class Objective:
         self.drew = False
         self.dear = ""
         self.calls_python: bool | None = None
+        self.kl_dtype: torch.dtype | None = None
         self.share: float | None = None
         self.lockstep: Lockstep | None = None
         self.closure = closure

@@ -25,6 +25,7 @@ from trpo_optim.curvature.first_derivatives import (
     reached_by_backward,
     require_differentiable,
 )
+from trpo_optim.curvature.kl_precision import computed_in, resolution
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.report import Engine
 
@@ -89,6 +90,7 @@ def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     values = _attached(objective)
     behind = summary(values.kl) if curved else None
     hides = behind is not None and behind.calls_python
+    objective.kl_dtype = computed_in(values.kl)
     gradient = gradient_of(values.loss, objective, retain_graph=hides)
     if behind is not None:
         _require_kl_behind_everywhere(gradient, behind, values.kl, objective)
@@ -175,7 +177,7 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
     """
     values = _attached(objective)
     behind = summary(values.kl)
-    objective.dear = objective.dear or behind.dear
+    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
     slopes = None
     if gradient:
         slopes = gradient_of(values.loss, objective, retain_graph=behind.calls_python)
@@ -232,24 +234,19 @@ def model_of(
         The model.
     """
     loss, kl, largest_kl = values.numbers()
+    dtype = objective.kl_dtype or values.kl.dtype
     return LocalModel(
         loss=loss,
         kl=kl,
         largest_kl=largest_kl,
-        kl_resolution=_resolution(values.kl.dtype),
-        precision=max(objective.precision, torch.finfo(values.kl.dtype).eps),
+        kl_resolution=resolution(dtype),
+        precision=max(objective.precision, torch.finfo(dtype).eps),
         gradient=torch.empty(0) if gradient is None else gradient,
         product=checked(product, objective, engine),
         engine=engine,
         kls={objective.name: kl},
         fallback=fallback,
     )
-
-
-def _resolution(dtype: torch.dtype) -> float:
-    """Return which KLs, in nats, rounding leaves nothing of: sums in half precision have bias."""
-    eps = torch.finfo(dtype).eps
-    return 50 * eps if dtype in (torch.float16, torch.bfloat16) else min(10 * eps, 1e-6)
 
 
 def _no_product(vector: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from trpo_optim.curvature.engine_choice import (
 )
 from trpo_optim.curvature.first_derivatives import require_differentiable
 from trpo_optim.curvature.gauss_newton import gauss_newton
+from trpo_optim.curvature.kl_precision import computed_in
 from trpo_optim.curvature.local_model import (
     LocalModel,
     Product,
@@ -185,7 +186,7 @@ def _second_order(
     started = now()
     values = objective.with_graph()
     behind = summary(values.kl)
-    objective.dear = objective.dear or behind.dear
+    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
     learn(choice, objective, third=values.third is not None, refusal=refusal)
     if engine == "auto" and not (first or hindered or refusal or objective.third):

@@ -18,6 +18,7 @@ from trpo_optim.curvature.autograd_graph import (
     require_kl_reaches,
     summary,
 )
+from trpo_optim.curvature.kl_precision import computed_in
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import transforms_undone
 
@@ -73,7 +74,7 @@ def by_torch_func(
         if values.third is not None and not without_third:
             raise ThirdValueError
         behind = summary(values.kl)
-        objective.dear = objective.dear or behind.dear
+        objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
         if behind.once_differentiable:
             raise RefusedError(f"{behind.once_differentiable} is marked once_differentiable")
         attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)

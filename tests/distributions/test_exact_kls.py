@@ -1,0 +1,83 @@
+"""KLs that torch's closed forms lose to rounding, beside those in double precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    ContinuousBernoulli,
+    Geometric,
+    Independent,
+    Normal,
+    Poisson,
+)
+
+from trpo_optim import joint_kl
+
+LOGITS = [-12.0, -6.0, -0.3, 0.0, 0.02, 5.0, 12.0]
+
+
+@pytest.mark.parametrize("logit", LOGITS)
+def test_the_kl_of_a_continuous_bernoulli_does_not_cancel(logit: float) -> None:
+    given = torch.tensor(logit)
+    found = joint_kl(ContinuousBernoulli(logits=given), ContinuousBernoulli(logits=given + 0.3))
+    a, b = given.double(), given.double() + 0.3
+
+    def log_norm(eta: Tensor) -> Tensor:  # of exp(ηx) on [0, 1]
+        x = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+        return (eta * x).exp().mean().log()
+
+    x = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    mean = ((a * x - log_norm(a)).exp() * x).mean()
+    expected = log_norm(b) - log_norm(a) - mean * 0.3
+    assert float(found) == pytest.approx(float(expected), rel=2e-4)
+
+
+@pytest.mark.parametrize("chance", [0.3, 1e-3, 1e-5, 1e-7, 0.999])
+def test_the_kl_of_a_geometric_does_not_cancel(chance: float) -> None:
+    other = chance * 0.9
+    one, two = torch.tensor(chance), torch.tensor(other)
+    found, p, q = joint_kl(Geometric(one), Geometric(two)), float(one), float(two)
+    expected = math.log(p / q) + (1 - p) / p * (math.log1p(-p) - math.log1p(-q))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    one, two = (each.double().logit().float() for each in (one, two))
+    found = joint_kl(Geometric(logits=one), Geometric(logits=two))
+    assert float(found) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("chance", [1e-7, 1e-9, 0.5, 1 - 2**-20])
+def test_the_kl_of_a_bernoulli_is_exact_at_the_edges(chance: float) -> None:
+    one, other = torch.tensor(chance), torch.tensor(chance) * 0.9
+    found = joint_kl(Bernoulli(one), Bernoulli(other))
+    p, q = float(one), float(other)
+    expected = p * math.log(p / q) + (1 - p) * (math.log1p(-p) - math.log1p(-q))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_poisson_that_counts_nothing_has_a_kl() -> None:
+    rates = torch.tensor([0.0, 2.0])
+    found = joint_kl(Poisson(rates), Poisson(torch.tensor([0.5, 3.0])))
+    torch.testing.assert_close(found, torch.tensor([0.5, 2 * math.log(2 / 3) + 1]).double())
+    assert not joint_kl(Poisson(rates), Poisson(rates.clone())).any()
+
+
+@pytest.mark.parametrize("dimensions", [17, 100, 400])
+@pytest.mark.parametrize("move", [1e-2, 1e-4])
+def test_the_kl_of_many_dimensions_is_right_in_single_precision(
+    dimensions: int, move: float
+) -> None:
+    torch.manual_seed(0)
+    loc, log_std = torch.randn(2, 256, dimensions)
+    new_loc, new_log_std = (each + move * torch.randn(256, dimensions) for each in (loc, log_std))
+
+    def kl(*given: Tensor) -> Tensor:
+        old, new = (Independent(Normal(given[i], given[i + 1].exp()), 1) for i in (0, 2))
+        return joint_kl(old, new)
+
+    found = kl(loc, log_std, new_loc, new_log_std)
+    exact = kl(*(each.double() for each in (loc, log_std, new_loc, new_log_std)))
+    assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=1e-2)
