@@ -267,3 +267,11 @@ def test_a_kl_that_is_cast_after_it_was_computed_counts_as_it_was_computed(
     optimizer = TrustRegionOptimizer(policy.parameters())
     with pytest.raises(TrustRegionError, match=r"precision of the closure's KL resolves 0\.39"):
         optimizer.step(lambda: closure(lambda kl: weigh(kl.float())))
+
+
+def test_frozen_parameters_may_come_from_inference_mode() -> None:
+    with torch.inference_mode():
+        encoder = nn.Linear(3, 3).requires_grad_(False)
+    policy = Gaussian()
+    optimizer = TrustRegionOptimizer([*encoder.parameters(), *policy.parameters()])
+    assert len(optimizer.param_groups[0]["params"]) == 5

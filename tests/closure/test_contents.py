@@ -158,3 +158,10 @@ def test_what_was_empty_is_empty_at_the_start_of_every_evaluation(value: Any) ->
     policy = Writing(write, items=[], named={})
     _, seen = policy.step(lambda policy: (len(policy.items), len(policy.named)))
     assert seen == [(0, 0)] * (len(seen) - 1) + [(1, 1)]
+
+
+def test_a_masked_array_is_put_back() -> None:
+    array = np.ma.MaskedArray([1.0, 2.0], mask=[False, True])
+    policy = Writing(lambda policy: policy.array.fill(7), array=array)
+    _, seen = policy.step(lambda policy: policy.array.data.tolist())
+    assert seen == [[1.0, 2.0]] * len(seen)

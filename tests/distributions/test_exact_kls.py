@@ -81,3 +81,21 @@ def test_the_kl_of_many_dimensions_is_right_in_single_precision(
     found = kl(loc, log_std, new_loc, new_log_std)
     exact = kl(*(each.double() for each in (loc, log_std, new_loc, new_log_std)))
     assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("ratio", [1e-20, 1e-4, 1e-3, 0.6, 1.4, 1e3, 1e8])
+def test_the_kl_of_normals_of_any_widths_and_its_slope(ratio: float) -> None:
+    scale = torch.tensor(1.0, requires_grad=True)
+    kl = joint_kl(Normal(0.0, torch.tensor(ratio)), Normal(torch.tensor(0.0), scale))
+    (slope,) = torch.autograd.grad(kl, scale)
+    expected = 0.5 * (ratio**2 - 1) - math.log(ratio)
+    assert float(kl.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(slope) == pytest.approx(1 - ratio**2, rel=1e-5)
+
+
+def test_the_kl_of_a_geometric_does_not_depend_on_what_was_read_before() -> None:
+    old, new = (Geometric(logits=torch.tensor(each)) for each in (17.0, 16.0))
+    before = joint_kl(old, new)
+    for each in (old, new):
+        each.log_prob(torch.tensor(1.0))
+    assert joint_kl(old, new) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -203,3 +204,46 @@ def test_a_namespace_needs_no_replay() -> None:
     env.own.seen.append(2)
     restore(env, snapshot)
     assert env.own == before
+
+
+HELD: dict[str, Callable[[], Any]] = {
+    "a conjugate": lambda: torch.tensor([1 + 2j]).conj(),
+    "an imaginary part of one": lambda: torch.tensor([1 + 2j]).conj().imag,
+    "a quantized tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "arrays of two sizes at one place": lambda: (
+        lambda array: (torch.from_numpy(array[:3]), torch.from_numpy(array))
+    )(np.arange(6.0)),
+    "what is no leaf": lambda: torch.ones(2, requires_grad=True) * 2,
+    "a copied row": lambda: np.ones(3, dtype=[("a", "f4")])[1].copy(),
+    "a network and its optimizer": lambda: (
+        lambda network: [network, torch.optim.SGD(network.parameters(), lr=0.1)]
+    )(torch.nn.Linear(2, 2)),
+    "a function and a lock": lambda: [rock, threading.Lock()],
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.filterwarnings("ignore:.*quantization is deprecated", "ignore:.*quantize_per_tensor")
+def test_it_comes_back_as_it_was(name: str) -> None:
+    env = Env(to(lambda env: HELD[name]()), lambda env: 0.0)
+    env.reset()
+    before = repr(env.own)
+    with torch.device("meta"):  # where tensors are made does not matter
+        snapshot = capture(env)
+        restore(env, snapshot)
+    assert repr(env.own) == before.replace(", grad_fn=<MulBackward0>", "")
+    if name == "what is no leaf":
+        env.own += 1  # in place, as an environment does
+    if name == "a network and its optimizer":
+        network, optimizer = env.own
+        assert optimizer.param_groups[0]["params"][0] is network.weight
+
+
+def test_a_row_of_a_large_tensor_is_kept_alone() -> None:
+    env = Env(to(lambda env: torch.zeros(10_000_000)[3:5]), lambda env: 0.0)
+    env.reset()
+    snapshot = capture(env)
+    assert len(pickle.dumps(snapshot)) < 100_000
+    env.own += 1
+    restore(env, snapshot)
+    assert torch.equal(env.own, torch.zeros(2))

@@ -54,3 +54,12 @@ def test_a_state_that_is_never_visited_adds_nothing_to_the_mean_kl() -> None:
     assert mean_kl_divergence(mdp, old, torch.tensor([[0.0, 1.0], [0.5, 0.5]])) == torch.inf
     with pytest.raises(TrustRegionError, match="new policy holds no probabilities"):
         mean_kl_divergence(mdp, old, torch.tensor([[3.0, 4.0], [0.5, 0.5]]))
+
+
+@pytest.mark.parametrize(("gamma", "gap"), [(0.99999, 1e-4), (0.999999, 1e-2)])
+def test_a_small_advantage_counts_however_far_one_looks_ahead(gamma: float, gap: float) -> None:
+    chain = torch.full((2, 2, 2), 0.5)
+    rewards = torch.tensor([[1.0, 1.0 + gap]] * 2, dtype=DOUBLE)
+    mdp = TabularMDP(chain, rewards, torch.tensor([0.5, 0.5]), gamma)
+    found = policy_iteration_step(mdp, torch.full((2, 2), 0.5, dtype=DOUBLE))
+    assert found.tolist() == [[0, 1], [0, 1]]

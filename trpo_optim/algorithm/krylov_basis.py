@@ -43,7 +43,8 @@ class FullBasis:
     """
 
     def __init__(self, b: Tensor, size: int) -> None:
-        self._vectors = b.new_empty(min(size, _AT_FIRST), len(b))
+        first = size if size <= 2 * _AT_FIRST else _AT_FIRST
+        self._vectors = b.new_empty(first, len(b))
         self._size, self._count = size, 0
         self._rest = b
         self.rest_length = float(norm(b))

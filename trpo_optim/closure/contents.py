@@ -122,7 +122,8 @@ def _is_comparable(tensor: Tensor) -> bool:
 
 def _same_bytes(left: Any, right: Any) -> bool:
     """Return whether two NumPy arrays hold the same bytes, without copies if they lie in a row."""
-    if left.dtype.hasobject or not left.flags.c_contiguous:
+    plain = type(left).__name__ == "ndarray"  # others may hide a part, as masked arrays do
+    if not plain or left.dtype.hasobject or not left.flags.c_contiguous:
         return bool(left.tobytes() == right.tobytes())
     equal = sys.modules["numpy"].array_equal
     return bool(equal(*(each.reshape(-1).view("u1") for each in (left, right))))

@@ -183,7 +183,8 @@ def require_real(group: dict[str, Any]) -> None:
                 "point. Keep integers in buffers, and view complex parameters as real "
                 "(torch.view_as_real)."
             )
-        if not is_lazy(parameter) and parameter.is_inference():
+        trained = parameter.requires_grad and not is_lazy(parameter)
+        if trained and parameter.is_inference():
             raise TrustRegionError(
                 f"Parameter {name!r} was made in inference mode, where nothing can be trained. "
                 "Make it outside of torch.inference_mode(), or clone() it there."

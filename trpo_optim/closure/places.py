@@ -43,7 +43,7 @@ class Place:
         self._count = len(entries)
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
-        """Bind what was there again; numbers where a tensor was moved or replaced."""
+        """Bind what was there again; numbers beside moved tensors, and in shorter lists."""
         shrunk = not isinstance(self._entries, dict) and len(self._entries) < self._count
         moves = any(key in moved for key in self._contents)
         now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))

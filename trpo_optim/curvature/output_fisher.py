@@ -167,12 +167,16 @@ def _waves(templates: Sequence[Tensor]) -> list[Tensor]:
 def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
     """Return whether two products are the same, by one vector that lies along no axis.
 
-    They are compared element by element: parts of the policy may differ by orders of magnitude.
+    They are compared element by element: parts of the policy may differ by orders of magnitude. The
+    mean beside the element's own size is for what rounding leaves where the vector is near zero.
     """
     waves = _waves(templates)
     pairs = list(zip(left(waves), right(waves), strict=True))
     near = math.sqrt(torch.finfo(templates[0].dtype).eps)
-    same = [((ours - theirs).abs() <= near * theirs.abs()).all() for ours, theirs in pairs]
+    same = []
+    for ours, theirs in pairs:
+        size = theirs.abs()
+        same.append(((ours - theirs).abs() <= near * (size + size.mean())).all())
     return bool(torch.stack(same).all())
 
 

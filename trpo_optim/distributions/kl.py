@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -181,8 +182,12 @@ def _log_chance(dist: Any, sign: int, out: Tensor) -> Tensor:
 
 def _trial(dist: Any) -> Bernoulli:
     """Return one trial of a Geometric, by the parameter that it was made of."""
-    name = "probs" if "probs" in vars(dist) else "logits"
-    given = {name: widened(vars(dist)[name], torch.float64)}
+    known = {name: vars(dist)[name] for name in ("probs", "logits") if name in vars(dist)}
+    if len(known) == 2:  # one was derived; logits that are derived are those of ε to 1 - ε
+        logits = known["logits"]
+        derived = bool((logits.abs() <= -math.log(torch.finfo(logits.dtype).eps)).all())
+        del known["logits" if derived else "probs"]
+    given = {name: widened(value, torch.float64) for name, value in known.items()}
     return Bernoulli(**given, validate_args=False)
 
 
@@ -190,8 +195,11 @@ def _normal_kl(old: Normal, new: Normal) -> Tensor:
     """Return the KL by the relative change of the variance, which near 0 is not rounded away."""
     relative = (old.scale - new.scale) / new.scale
     change = relative * (relative + 2)
+    near = change.abs() < 0.5
+    far = 2 * (old.scale.log() - new.scale.log())
+    logs = torch.where(near, change.masked_fill(~near, 0).log1p(), far)
     shift = (old.loc - new.loc) / new.scale
-    return 0.5 * (shift.square() + (change - change.log1p()))
+    return 0.5 * (shift.square() + (change - logs))
 
 
 def _poisson_kl(old: Poisson, new: Poisson) -> Tensor:

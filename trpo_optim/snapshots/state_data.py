@@ -26,7 +26,7 @@ from gymnasium.vector import VectorEnv
 
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.snapshots.simulators import Array, type_name
-from trpo_optim.snapshots.views import TensorView, View, other_form
+from trpo_optim.snapshots.views import Storages, TensorView, View, is_plain, other_form
 
 __all__ = ["Memo", "copied", "is_environments", "is_state", "made_once"]
 
@@ -95,10 +95,15 @@ def is_state(layer: object, name: str, value: object) -> bool:
 
 
 def made_once(value: object) -> bool:
-    """Return whether a value, or all that a list or tuple holds, is of what is made once."""
-    if isinstance(value, list | tuple) and value:
-        return all(isinstance(each, _MADE_ONCE) for each in value)
-    return isinstance(value, _MADE_ONCE)
+    """Return whether a value is of what is made once, or a list that begins with such.
+
+    But not a list that otherwise holds plain data, such as a function and a count.
+    """
+    if not (isinstance(value, list | tuple) and value):
+        return isinstance(value, _MADE_ONCE)
+    others = [each for each in value if not isinstance(each, _MADE_ONCE)]
+    data = others and all(type(each) in _ATOMS or type(each) is np.ndarray for each in others)
+    return isinstance(value[0], _MADE_ONCE) and not data
 
 
 class Memo(dict[int, Any]):
@@ -106,15 +111,17 @@ class Memo(dict[int, Any]):
 
     Attributes:
         holds: Whether an array is a view of a simulator's memory.
-        storages: The memory of tensors, by its address: the bytes, and the storage, kept alive.
+        keeping: Whether the copy is to be kept, or is the environment's again.
+        storages: The memory of tensors.
     """
 
     def __init__(
-        self, known: Iterable[tuple[int, Any]], holds: Callable[[Array], bool] = lambda _: False
+        self, known: Iterable[tuple[int, Any]], holds: Callable[[Array], bool] | None = None
     ) -> None:
         super().__init__(known)
-        self.holds = holds
-        self.storages: dict[int, tuple[Array, Any]] = {}
+        self.keeping = holds is not None
+        self.holds = holds or (lambda _: False)
+        self.storages: Storages = {}
 
 
 def is_environments(value: object) -> bool:
@@ -158,7 +165,9 @@ def copied(value: Any, memo: Memo, place: str) -> Any:
             f"The environment cannot be captured: {place} is another environment. Hold "
             "environments as attributes, or in a list that is an attribute."
         )
-    if isinstance(value, np.void) and value.base is not None:
+    if isinstance(value, np.void) and (value.base is None or value.base.size == 1):
+        return value.copy()
+    if isinstance(value, np.void):
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is a row of a structured array and "
             "shares its memory. Take the row anew at every step."
@@ -183,10 +192,10 @@ def copied(value: Any, memo: Memo, place: str) -> Any:
     twin: Any
     if (make := _COPIES.get(kind)) is not None:
         twin = make(value)
-    elif kind is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided:
+    elif kind is torch.Tensor and memo.keeping and is_plain(value):
         twin = TensorView.of(value, memo.storages)
     elif isinstance(value, torch.Tensor):
-        twin = value.detach().clone().requires_grad_(value.requires_grad)
+        twin = value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
     elif isinstance(value, tuple) and hasattr(kind, "_make"):  # a namedtuple
         twin = kind._make(copied(each, memo, f"{place}[…]") for each in value)
     elif kind in {tuple, set, frozenset}:

@@ -10,7 +10,10 @@ import torch
 
 from trpo_optim.snapshots.simulators import Array
 
-__all__ = ["TensorView", "View", "other_form"]
+__all__ = ["Storages", "TensorView", "View", "is_plain", "other_form"]
+
+Storages = dict[tuple[int, int], tuple[Array, Any]]
+"""Memory by its address and its size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,29 +39,42 @@ class TensorView:
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, storages: dict[int, tuple[Array, Any]]) -> TensorView:
+    def of(cls, tensor: torch.Tensor, storages: Storages) -> TensorView:
         """Keep a tensor; those of one memory keep one copy of that.
 
         Args:
             tensor: On the CPU, and strided.
-            storages: The memory that is kept, by its address: its bytes, and the storage itself.
+            storages: The memory that is kept: its bytes, and the storage itself.
 
         Returns:
             What is kept.
         """
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().copy()
-            storages[storage.data_ptr()] = (content, storage)
-        base, _ = storages[storage.data_ptr()]
+        key = storage.data_ptr(), storage.nbytes()
+        if key not in storages:
+            content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy().copy()
+            storages[key] = (content, storage)
+        base, _ = storages[key]
         size, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-        return cls(base, tensor.dtype, size, stride, offset, tensor.requires_grad)
+        return cls(
+            base, tensor.dtype, size, stride, offset, tensor.requires_grad and tensor.is_leaf
+        )
 
     def on(self, base: Array) -> torch.Tensor:
         """Return the tensor again, in other memory."""
         storage = torch.from_numpy(base).untyped_storage()
-        tensor = torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+        tensor = torch.empty(0, dtype=self.dtype, device="cpu").set_(
+            storage, self.offset, self.size, self.stride
+        )
         return tensor.requires_grad_(self.requires_grad)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is kept with its whole memory, which is not much larger than it."""
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_nested
+    if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.untyped_storage().nbytes() <= 4096 + 16 * tensor.numel() * tensor.element_size()
 
 
 def other_form(array: Any, base: Array) -> Any:

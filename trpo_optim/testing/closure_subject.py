@@ -16,6 +16,7 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import learned
+from trpo_optim.curvature.first_derivatives import gradient_of
 
 __all__ = ["ClosureSubject"]
 
@@ -72,10 +73,7 @@ class ClosureSubject:
         """Which elements the loss depends on; a parametrization may keep signs beside these."""
         moving = torch.zeros_like(self.transaction.origin, dtype=torch.bool)
         for part in self.batch.parts:
-            loss, parameters = part.with_graph().loss, self.vector.parameters
-            moving |= (
-                self.vector.gather(torch.autograd.grad(loss, parameters, allow_unused=True)) != 0
-            )
+            moving |= gradient_of(part.with_graph().loss, part) != 0
         return moving if moving.any() else torch.ones_like(moving)
 
     @property

@@ -158,7 +158,10 @@ def _is_behind(kl: Tensor, dist: Distribution) -> bool:
     inputs = [each for each in tensors(dist) if each.requires_grad]
     if not kl.requires_grad:
         return False
-    slopes = torch.autograd.grad(kl, inputs, allow_unused=True, retain_graph=True)
+    try:
+        slopes = torch.autograd.grad(kl, inputs, allow_unused=True, retain_graph=True)
+    except RuntimeError:  # a reentrant checkpoint
+        return True
     return any(each is not None for each in slopes)
 
 

@@ -119,7 +119,8 @@ def _doubt(found: list[list[Measured]], subject: ClosureSubject) -> str:
     rows = found[0][0].rows
     if subject.log_prob is not None or subject.mask is not None or rows.dim() < 2:
         return ""
-    if any(map(draws_whole_actions, new)):
+    whole = any(map(draws_whole_actions, new))
+    if whole or not _is(found[0], [each.rows.mean() for each in found[0]]):
         return ""
     return (
         f"The closure's KL is averaged over {tuple(rows.shape)} numbers. If some dimensions belong "

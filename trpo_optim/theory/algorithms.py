@@ -43,7 +43,7 @@ def policy_iteration_step(mdp: TabularMDP, policy: Tensor) -> Tensor:
         True
     """
     values = mdp.action_values(policy)
-    rounding = 64 * torch.finfo(values.dtype).eps * float(values.abs().max()) / (1 - mdp.gamma)
+    rounding = 8 * torch.finfo(values.dtype).eps * float(values.abs().max())
     best = (values >= values.amax(1, keepdim=True) - rounding).int().argmax(1)
     return torch.nn.functional.one_hot(best, policy.shape[1]).double()
 
