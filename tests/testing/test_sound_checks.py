@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_reviewed import ACTIONS, Gaussian, Setting, verdict
+from test_once_missed import ACTIONS, Gaussian, Setting, verdict
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
