@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -239,10 +238,11 @@ def differences_of(
         The finite differences.
     """
     slope, rounding = _slope_of(batch, parameters), parameters.rounding
-    how: dict[str, Any] = {"one_sided": one_sided, "rounding": rounding}
     if preferred:
-        how["most_uneven"] = EVEN
-    return FiniteDifferences(slope, model.precision, **how)
+        return FiniteDifferences(
+            slope, model.precision, EVEN, one_sided=one_sided, rounding=rounding
+        )
+    return FiniteDifferences(slope, model.precision, one_sided=one_sided, rounding=rounding)
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

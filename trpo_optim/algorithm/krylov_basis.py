@@ -13,7 +13,7 @@ from trpo_optim.long_vectors import PIECE, is_long, length, norm, total
 __all__ = ["CompactBasis", "FullBasis", "krylov_basis"]
 
 _AT_FIRST = 32
-"""For how many vectors a full basis has memory at first."""
+"""For how many vectors a full basis has memory at first, unless twice as many are all it needs."""
 
 _LARGEST_SCALE = 2.0**15
 """Half precision holds numbers up to 65504, and a unit vector's element may be 1."""

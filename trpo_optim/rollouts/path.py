@@ -138,7 +138,7 @@ class Path:
     def _drawn(self, dist: Any) -> Any:
         """Return actions of a distribution, or what are actions already."""
         actions = mapped(
-            lambda each: _copied(each) if isinstance(each, Tensor) else sample(each), dist
+            lambda each: each.clone() if isinstance(each, Tensor) else sample(each), dist
         )
         self.log_probs.add(dist, actions)
         return actions
