@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -99,11 +100,26 @@ def namespace(env: Any) -> float:
     return float(env.own.count)
 
 
+def second_moved(env: Any) -> float:
+    env.own[1].append(0)
+    return float(len(env.own[1]))
+
+
+def drawn(env: Any) -> float:
+    return float(env.own[1].random())
+
+
 CASES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], float]]] = {
     "a method": (lambda env: env.one, lambda env: float(env.own())),
     "a function": (lambda env: rock, chosen),
     "a list that begins with a function": (lambda env: [rock, 0], counted),
     "a list of functions": (lambda env: [rock, paper], popped),
+    "a function and a list": (lambda env: (rock, [0]), second_moved),
+    "a function and a queue": (lambda env: [rock, deque([0])], second_moved),
+    "a space and a generator": (
+        lambda env: (gym.spaces.Discrete(2), np.random.default_rng(0)),
+        drawn,
+    ),
     "a space": (lambda env: gym.spaces.Discrete(2), larger_space),
     "a tensor and a view of it": (whole_and_part, added),
     "a namespace": (lambda env: SimpleNamespace(count=0), namespace),

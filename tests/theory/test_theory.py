@@ -167,6 +167,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: max_kl_divergence(2 * UNIFORM, UNIFORM),
         "The old policy holds no probabilities.*from 2 to 2",
     ),
+    "a KL by state of twice a policy": (
+        lambda: kl_by_state(UNIFORM, 2 * UNIFORM),
+        "The new policy holds no probabilities.*from 2 to 2",
+    ),
+    "policies of other actions": (
+        lambda: kl_by_state(UNIFORM, UNIFORM[:, :1] * 3),
+        r"shapes \(2, 3\) and \(2, 1\).*of actions",
+    ),
+    "a time before the start": (lambda: GOOD.state_distribution(UNIFORM, -1), "time is -1"),
     "policies of other states": (
         lambda: max_total_variation(UNIFORM, UNIFORM[:1]),
         r"shapes \(2, 3\) and \(1, 3\)",

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import random
+import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ _MADE_ONCE = (
     VectorEnv,
     gym.Space,
     torch.nn.Module,
+    torch.optim.Optimizer,
     logging.Logger,
     EnvSpec,
     ModuleType,
@@ -45,6 +47,8 @@ _MADE_ONCE = (
     MethodType,
     functools.partial,
     type,
+    type(threading.Lock()),
+    type(threading.RLock()),
 )
 
 _UNCHANGING = (
@@ -79,7 +83,8 @@ def is_state(layer: object, name: str, value: object) -> bool:
 
     Returns:
         False for what the constructor makes and no step changes: spaces, models, networks,
-        functions, loggers, renderers, inner environments, the transition tables of toy text.
+        optimizers, functions, locks, loggers, renderers, inner environments, the transition
+        tables of toy text.
     """
     if name in _ARGUMENTS:
         return False
@@ -95,15 +100,10 @@ def is_state(layer: object, name: str, value: object) -> bool:
 
 
 def made_once(value: object) -> bool:
-    """Return whether a value is of what is made once, or a list that begins with such.
-
-    But not a list that otherwise holds plain data, such as a function and a count.
-    """
+    """Return whether a value is of what is made once, or a list of nothing else."""
     if not (isinstance(value, list | tuple) and value):
         return isinstance(value, _MADE_ONCE)
-    others = [each for each in value if not isinstance(each, _MADE_ONCE)]
-    data = others and all(type(each) in _ATOMS or type(each) is np.ndarray for each in others)
-    return isinstance(value[0], _MADE_ONCE) and not data
+    return all(isinstance(each, _MADE_ONCE) for each in value)
 
 
 class Memo(dict[int, Any]):

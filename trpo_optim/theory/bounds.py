@@ -41,6 +41,11 @@ def max_total_variation(old: Tensor, new: Tensor) -> float:
 def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
     """Return ``KL(π_old(·|s) ‖ π_new(·|s))`` in nats, shape (…, S), for policies (…, S, A).
 
+    The policies broadcast against each other, except for the last dimension.
+
+    Raises:
+        TrustRegionError: If the last dimensions differ or hold no probabilities.
+
     Example:
         >>> import torch
         >>> from trpo_optim.theory import kl_by_state
@@ -48,6 +53,13 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
         >>> kl_by_state(old, torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
         tensor([0.0000, 0.1438])
     """
+    if old.shape[-1:] != new.shape[-1:]:
+        raise TrustRegionError(
+            f"The policies have shapes {tuple(old.shape)} and {tuple(new.shape)}; the last "
+            "dimensions, of actions, must be the same."
+        )
+    require_probabilities("The old policy", old)
+    require_probabilities("The new policy", new)
     kl = (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
     return kl.clamp_min(0.0)  # rounding may bring it below
 

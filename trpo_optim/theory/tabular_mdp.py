@@ -98,6 +98,8 @@ class TabularMDP:
 
     def state_distribution(self, policy: Tensor, time: int) -> Tensor:
         """Return P(s_t = s) after ``time`` steps, shape (S,)."""
+        if time < 0:
+            raise TrustRegionError(f"time is {time!r}; it must be at least 0 steps.")
         chain, _ = self._under(policy)
         result: Tensor = self.start @ torch.linalg.matrix_power(chain, time)
         return result
