@@ -89,7 +89,6 @@ def second_order(
     *,
     engine: EngineName = "auto",
     gradient: bool = True,
-    trial: bool = True,
 ) -> LocalModel:
     """Return the local model; one evaluation of the closure, unless an engine is refused.
 
@@ -103,7 +102,6 @@ def second_order(
         choice: What earlier steps have learned; updated. None: nothing.
         engine: What is to make the products.
         gradient: Whether the gradient of the loss is wanted too.
-        trial: Whether to try a product, should nothing be known of the closure.
 
     Returns:
         The model, with the engine that made it.
@@ -123,7 +121,7 @@ def second_order(
     if engine == "auto" and choice["flaw"]:
         return without_products(objective, choice["flaw"], gradient=gradient)
     model = _second_order(objective, choice, engine, gradient=gradient)
-    if trial and not (choice["proven"] or model.engine == "finite differences"):
+    if not (choice["proven"] or model.engine == "finite differences"):  # try one
         try:
             model.product(torch.ones_like(objective.vector.current()))
         except RefusedProductError as error:
