@@ -237,12 +237,13 @@ def differences_of(
     Returns:
         The finite differences.
     """
-    slope, rounding = _slope_of(batch, parameters), parameters.rounding
-    if preferred:
-        return FiniteDifferences(
-            slope, model.precision, EVEN, one_sided=one_sided, rounding=rounding
-        )
-    return FiniteDifferences(slope, model.precision, one_sided=one_sided, rounding=rounding)
+    return FiniteDifferences(
+        _slope_of(batch, parameters),
+        model.precision,
+        preferred=preferred,
+        one_sided=one_sided,
+        rounding=parameters.rounding,
+    )
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:
