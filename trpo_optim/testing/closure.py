@@ -202,7 +202,7 @@ def check_closure(
         'moving kl'
     """
     checks = without(CLOSURE_CHECKS, skip)
-    mask = None if mask is None else checked_mask(mask)
+    mask = checked_mask(mask)
     groups = TrustRegionOptimizer(params).param_groups
     vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
     try:
