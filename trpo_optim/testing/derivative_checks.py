@@ -27,9 +27,7 @@ def check_score(subject: Subject) -> Finding:
     name = "score"
     vector = subject.vector
     worst, figures, at_worst = 0.0, dict[str, float](), torch.zeros(0, device="cpu")
-    value = (subject.log_prob(subject.dist()) * subject.advantages).mean()
-    slopes = torch.autograd.grad(value, vector.parameters, allow_unused=True)
-    gradient = vector.gather(slopes)
+    gradient = subject.gradient((subject.log_prob(subject.dist()) * subject.advantages).mean())
     width = 1e-7 if vector.dtype is torch.float64 else 2e-3
     for index, (start, end) in enumerate(_spans(subject)):
         step = torch.zeros_like(gradient)
@@ -171,9 +169,7 @@ def _curvatures(subject: Subject, step: Tensor) -> tuple[float, float, float]:
     for sign in (scale, -scale):
         with subject.at(sign * step):
             dist = subject.dist()
-            kl = subject.kl(dist)
-            slopes = torch.autograd.grad(kl, subject.vector.parameters, allow_unused=True)
-            bends.append(float(step.dot(subject.vector.gather(slopes))))
+            bends.append(float(step.dot(subject.gradient(subject.kl(dist)))))
             with torch.no_grad():
                 logs.append(subject.joint_log_prob(dist))
     score = (logs[0] - logs[1]) / (2 * scale)
