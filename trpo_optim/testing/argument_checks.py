@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from trpo_optim.distributions.parts import leaves, made_of, name_of
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed
 from trpo_optim.testing.subject import Subject
 
 __all__ = ["check_arguments"]
@@ -62,7 +62,7 @@ def check_arguments(subject: Subject) -> Finding:
         if not cause:
             cause, remedy = _beyond_bounds(subject, index, each)
         if cause:
-            return Finding(name, Verdict.FAILED, {"arguments": float(seen)}, cause, remedy)
+            return failed(name, {"arguments": float(seen)}, cause, remedy)
     return Finding(name, Verdict.PASSED, {"arguments": float(seen)})
 
 

@@ -12,7 +12,7 @@ from trpo_optim.distributions.parts import leaves, made_of
 from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.directions import direction
 from trpo_optim.testing.distribution_checks import on_edge
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
 from trpo_optim.testing.subject import Subject
 
@@ -55,9 +55,8 @@ def check_score(subject: Subject) -> Finding:
             "computes in lower precision than its parameters have (autocast, bfloat16), or it is "
             "not smooth.",
         )
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         "The gradient of log_prob by autograd is not its slope: part of log_prob is detached, or a "
         "backward is wrong, so that the step raises something else than the probabilities of good "
@@ -108,14 +107,14 @@ def check_zero_kl(subject: Subject) -> Finding:
         cause = f"KL(old || old) is {here:.3g}, not zero."
     if not cause:
         return Finding(name, Verdict.PASSED, figures)
-    return Finding(name, Verdict.FAILED, figures, cause, REMEDY)
+    return failed(name, figures, cause, REMEDY)
 
 
 def check_second_order(subject: Subject) -> Finding:
     """The KL can be differentiated twice, or by finite differences of its gradient."""
     name = "second order"
     if subject.refusal:
-        return Finding(name, Verdict.FAILED, {}, subject.refusal)
+        return failed(name, {}, subject.refusal)
     with subject.model(third=True) as model:
         differences = model.engine == "finite differences"
     note = f"By finite differences: {model.fallback}." if differences else ""
@@ -126,9 +125,9 @@ def check_fisher(subject: Subject) -> Finding:
     """Fisher-vector products are symmetric, the KL's curvature, and the scores' spread."""
     name = "fisher"
     if subject.refusal:
-        return Finding(name, Verdict.UNDECIDED, {}, "There are no Fisher-vector products.")
+        return undecided(name, "There are no Fisher-vector products.")
     if subject.lost > 1e-3:
-        return Finding(name, Verdict.UNDECIDED, {}, on_edge(subject.lost))
+        return undecided(name, on_edge(subject.lost))
     one, two = direction(subject, 2), direction(subject, 3)
     bend, spread, noise = _curvatures(subject, one)
     figures = {"by differences": bend, "by scores": spread}
@@ -148,9 +147,8 @@ def check_fisher(subject: Subject) -> Finding:
         elif abs(stated - spread) > 2 * _CLOSE * spread + sigmas(1) * noise:
             cause = f"the mean square of the scores along v is {spread:.4g}"
         if cause:
-            return Finding(
+            return failed(
                 name,
-                Verdict.FAILED,
                 figures,
                 f"v'Fv is {stated:.4g} by {model.engine}, and {cause}: Fisher-vector products are "
                 "not those of this policy.",
