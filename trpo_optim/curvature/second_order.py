@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
+from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
 from trpo_optim.curvature.autograd_graph import now, require_attached, summary
@@ -148,11 +150,7 @@ def product_again(objective: Objective, engine: Engine) -> Product:
     vector = objective.vector
     # with_graph, because compiled modules have no second derivatives
     values = objective.with_graph(lambda again: require_differentiable(again.kl, vector))
-    with objective.kernels():
-        if engine == "Gauss-Newton":
-            made = gauss_newton(None, values.kl, values.third, vector)
-        else:
-            made = by_double_backward(None, values.kl, objective)
+    made = _made(engine, None, values, objective)
     if isinstance(made, str):
         raise TrustRegionError(f"{engine} served the closure, and does not serve it again: {made}.")
     return checked(made[1], objective, engine)
@@ -205,8 +203,7 @@ def _second_order(
         )
         fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
     elif engine != "double backward":
-        with objective.kernels():
-            made = gauss_newton(loss, values.kl, values.third, vector)
+        made = _made("Gauss-Newton", loss, values, objective)
         if not isinstance(made, str):
             require_kl_behind(made[0], behind, values.kl, objective)
             return model_of(objective, values, *made, "Gauss-Newton", named(engine))
@@ -216,14 +213,28 @@ def _second_order(
     if behind.once_differentiable:
         made = f"the backward of {behind.once_differentiable} is marked once_differentiable"
     else:
-        with objective.kernels():
-            made = by_double_backward(loss, values.kl, objective)
+        made = _made("double backward", loss, values, objective)
     if isinstance(made, str):
         flaw = f"torch cannot differentiate the closure twice: {made}"
         return _flawed(objective, choice, engine, flaw, gradient=gradient)
     require_kl_behind(made[0], behind, values.kl, objective)
     reason = named(engine) or fallback
     return model_of(objective, values, *made, "double backward", reason)
+
+
+def _made(
+    engine: Engine, loss: Tensor | None, values: Values, objective: Objective
+) -> tuple[Tensor | None, Product] | str:
+    """Return the gradient of the loss and v ↦ Fv by an engine, or why it does not serve."""
+    try:
+        with objective.kernels():
+            if engine == "Gauss-Newton":
+                return gauss_newton(loss, values.kl, values.third, objective.vector)
+            return by_double_backward(loss, values.kl, objective)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error)
 
 
 def _flawed(
