@@ -52,11 +52,8 @@ class Pool:
     def scene(self, rollouts: Sequence[int], device: str = "cpu") -> Scene:
         """Return a copy of the policy with some rollouts, their advantages standardised.
 
-        Args:
-            rollouts: Their numbers. Neighbours share episodes. Where all episodes are of one length
-                (HalfCheetah, a solved CartPole), a rollout sees one phase of them and evenly spaced
-                ones the same: draw at random.
-            device: Where to put the copy.
+        Neighbours share episodes. Where all episodes are of one length (HalfCheetah, a solved
+        CartPole), a rollout sees one phase of them and evenly spaced ones the same: draw at random.
         """
         observations, actions, advantages = (
             each[list(rollouts)].flatten(0, 1).to(device)
@@ -67,19 +64,12 @@ class Pool:
 
 
 def make(env_id: str, updates: int, rollouts: int) -> Pool:
-    """Train a policy and collect its pool, the same bits each time if torch has one thread.
+    """Return the pool of a policy that is trained for it, the same bits if torch has one thread.
 
-    The first rollout is the very batch that training would have gone on with. Training counts a
-    batch's returns before it scales the batch's rewards; so the first rollout's count here, too,
-    and set one scale for the whole pool. Everything else is frozen before it.
-
-    Args:
-        env_id: The Gymnasium environment.
-        updates: After how many updates to stop.
-        rollouts: How many to collect. The first ones do not depend on their number.
-
-    Returns:
-        The pool.
+    Rollouts do not depend on how many follow. The first is the very batch that training would have
+    gone on with. Training counts a batch's returns before it scales the batch's rewards; so the
+    first rollout's count here, too, and set one scale for the whole pool. Everything else is frozen
+    before it.
     """
     run = train.new_run(train.Args(env_id=env_id))
     for _ in range(updates):

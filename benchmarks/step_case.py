@@ -29,13 +29,7 @@ class Gains(NamedTuple):
 
 
 class Case:
-    """A policy, the batch that a step is taken on, and the one that the step is judged on.
-
-    Args:
-        pool: The policy.
-        own: The rollouts to take the step on.
-        held_out: The rollouts to judge it on.
-    """
+    """A policy, the rollouts that a step is taken on, and those that the step is judged on."""
 
     def __init__(self, pool: Pool, own: Sequence[int], held_out: Sequence[int]) -> None:
         self.own = pool.scene(own)
@@ -59,14 +53,7 @@ class Case:
         product: Product | None = None,
         uphill: Tensor | None = None,
     ) -> Tensor:
-        """Return the package's own solution x of (F + λI) x = g.
-
-        Args:
-            damping: λ. None: relative to the curvature.
-            iterations: The number of products.
-            product: v ↦ Fv. None: of all own rows.
-            uphill: g. None: of all own rows.
-        """
+        """Return the package's own solution x of (F + λI) x = g, by default of all own rows."""
         return conjugate_gradient(
             product or self.product,
             self.uphill if uphill is None else uphill,

@@ -37,12 +37,7 @@ PRODUCTS = (3, 5, 8, 10, 15, 30)
 
 
 def directions(case: Case, other: Case) -> Iterator[tuple[str, Tensor]]:
-    """Yield every candidate's direction, by name.
-
-    Args:
-        case: What the step is taken on.
-        other: Another batch of the same policy, where a warm start comes from.
-    """
+    """Yield every candidate's direction, by name; a warm start comes from another batch."""
     yield "gradient", case.uphill
     fisher = torch.stack([case.product(row) for row in torch.eye(len(case.uphill))]).double()
     for damping in DENSE:
