@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import train
 from real_batches import Pool, pools
+from scene import solved
 from step_case import Case, Gains
 from step_quality import PAGE
 from table import percent, records, steps_of
@@ -66,7 +67,7 @@ def study(
         whole: Gains | None = None
         for rows in parts:
             curvature = case.own.model(rows, sampled=kind == "sampled", gradient=False)
-            direction = case.solved(product=curvature.product)
+            direction = solved(curvature.product, case.uphill).x
             gains = case.gains(direction)
             whole = whole or gains
             lost = whole.held_out - gains.held_out

@@ -21,6 +21,7 @@ import workers
 from checkpoint import whole
 from scene import Scene
 from torch import Tensor
+from training_run import Run
 
 FOLDER = Path("runs/pools")
 """Where pools are kept. Remove it if training has changed."""
@@ -63,6 +64,15 @@ class Pool:
         return Scene(copy.deepcopy(self.policy).to(device), observations, actions, advantages)
 
 
+def trained(args: train.Args, updates: int) -> Run:
+    """Return a run after so many updates."""
+    run = train.new_run(args)
+    for _ in range(updates):
+        train.improve(run, train.collect(run))
+        run.update += 1
+    return run
+
+
 def make(env_id: str, updates: int, rollouts: int) -> Pool:
     """Return the pool of a policy that is trained for it, the same bits if torch has one thread.
 
@@ -71,10 +81,7 @@ def make(env_id: str, updates: int, rollouts: int) -> Pool:
     first rollout's count here, too, and set one scale for the whole pool. Everything else is frozen
     before it.
     """
-    run = train.new_run(train.Args(env_id=env_id))
-    for _ in range(updates):
-        train.improve(run, train.collect(run))
-        run.update += 1
+    run = trained(train.Args(env_id=env_id), updates)
     rows: list[tuple[Tensor, ...]] = []
     for number in range(rollouts):
         batch = train.collect(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import agent
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from trpo_optim import StepReport, TrustRegionOptimizer, sampled_kl
+from trpo_optim.algorithm.conjugate_gradient import Solution, conjugate_gradient
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
@@ -113,6 +115,18 @@ class Scene:
         size = len(self.observations) // micro_batches
         parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
         return [self.closure(rows, third=third) for rows in parts]
+
+
+def solved(
+    product: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    damping: float | None = None,
+    iterations: int = ITERATIONS,
+) -> Solution:
+    """Return the package's own solution of (F + λI) x = g; λ is relative to F by default."""
+    return conjugate_gradient(
+        product, gradient, damping=damping, iterations=iterations, tolerance=0.0
+    )
 
 
 def mlp(hidden: int, samples: int, device: str = "cpu") -> Scene:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import torch
 from real_batches import Pool
-from scene import ITERATIONS, RADIUS, Scene
+from scene import RADIUS, Scene
 from scipy.optimize import brentq
 from timing import Job
 from torch import Tensor
 
-from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 
@@ -45,22 +44,6 @@ class Case:
             for each in scenes
         ]
         self._start = [self._at(torch.zeros_like(self._origin), each)[0] for each in self._judges]
-
-    def solved(
-        self,
-        damping: float | None = None,
-        iterations: int = ITERATIONS,
-        product: Product | None = None,
-        uphill: Tensor | None = None,
-    ) -> Tensor:
-        """Return the package's own solution x of (F + λI) x = g, by default of all own rows."""
-        return conjugate_gradient(
-            product or self.product,
-            self.uphill if uphill is None else uphill,
-            damping=damping,
-            iterations=iterations,
-            tolerance=0.0,
-        ).x
 
     def taken(self, job: Job, parameters: Iterable[Tensor]) -> Tensor:
         """Return the step that a job takes on parameters that are those of this policy."""
