@@ -161,21 +161,12 @@ class Watch(TorchFunctionMode):
                 "The closure assigns to the .data of a tensor, which derivatives cannot follow. "
                 "Write in place instead, with copy_()."
             )
-        if func == _SET_DATA and self._twins:
-            raise RefusedError("the closure assigns to the .data of a tensor")
         if func in _HOOKS and not _is_of_fsdp(*args[1:], *keywords.values()):
             self.interfered = True
             return _not_registered()
-        if self._twins and func == _DATA:
-            # A transform of torch.func cuts .data at its own level, and detach() at all of them.
-            func = Tensor.detach
-        elif self._twins and func == Tensor.detach_:
-            raise RefusedError(
-                "the closure calls detach_(), which cuts only one of two derivatives"
-            )
         self.differentiates |= func is torch.autograd.grad
-        if self._twins and func is torch.autograd.grad and _of_outsiders(*args, **keywords):
-            raise RefusedError("the closure differentiates with respect to a tensor from outside")
+        if self._twins:
+            func = _within_transforms(func, args, keywords)
         if func is torch_private.weight_norm:
             func = weight_norm
         recurrent = is_recurrence(func)
@@ -259,6 +250,20 @@ class Watch(TorchFunctionMode):
 @cache
 def _is_special(func: Callable[..., Any]) -> bool:
     return func in _SPECIAL or is_recurrence(func)
+
+
+def _within_transforms(
+    func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return what to call in place of a function, or refuse what torch.func gets wrong."""
+    if func == _SET_DATA:
+        raise RefusedError("the closure assigns to the .data of a tensor")
+    if func == Tensor.detach_:
+        raise RefusedError("the closure calls detach_(), which cuts only one of two derivatives")
+    if func is torch.autograd.grad and _of_outsiders(*args, **keywords):
+        raise RefusedError("the closure differentiates with respect to a tensor from outside")
+    # A transform of torch.func cuts .data at its own level, and detach() at all of them.
+    return Tensor.detach if func == _DATA else func
 
 
 def _is_of_fsdp(*arguments: Any) -> bool:
