@@ -34,6 +34,7 @@ __all__ = [
     "RefusedProductError",
     "checked",
     "first_order",
+    "look_behind",
     "model_of",
     "require_kl_behind",
     "slope",
@@ -122,6 +123,18 @@ def require_kl_behind(
         require_kl_reaches(objective.vector.split(gradient), reached, leaves)
 
 
+def look_behind(kl: Tensor, objective: Objective) -> GraphSummary:
+    """Return what lies behind a KL, and note what that means for products of its closure.
+
+    Args:
+        kl: With its graph.
+        objective: The closure that made it.
+    """
+    behind = summary(kl)
+    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(kl)
+    return behind
+
+
 def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
     """Return a closure's KL, in nats, and its gradient where the parameters now are, shape (n,).
 
@@ -170,8 +183,7 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
         gradient: Whether the gradient of the loss is wanted too.
     """
     values = _attached(objective)
-    behind = summary(values.kl)
-    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
+    behind = look_behind(values.kl, objective)
     slopes = None
     if gradient:
         slopes = gradient_of(values.loss, objective, retain_graph=behind.calls_python)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import now, require_attached, summary
+from trpo_optim.curvature.autograd_graph import now, require_attached
 from trpo_optim.curvature.double_backward import by_double_backward
 from trpo_optim.curvature.engine_choice import (
     EngineChoice,
@@ -24,12 +24,12 @@ from trpo_optim.curvature.engine_choice import (
 )
 from trpo_optim.curvature.first_derivatives import require_differentiable
 from trpo_optim.curvature.gauss_newton import gauss_newton
-from trpo_optim.curvature.kl_precision import computed_in
 from trpo_optim.curvature.local_model import (
     LocalModel,
     Product,
     RefusedProductError,
     checked,
+    look_behind,
     model_of,
     require_kl_behind,
     without_products,
@@ -181,8 +181,7 @@ def _second_order(
             return model_of(objective, *found, "torch.func", reason)
     started = now()
     values = objective.with_graph()
-    behind = summary(values.kl)
-    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
+    behind = look_behind(values.kl, objective)
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
     learn(choice, objective, third=values.third is not None, refusal=refusal)
     if engine == "auto" and not (first or hindered or refusal or objective.third):
