@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
-from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
+from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, is_content, remembered
 from trpo_optim.closure.shared_memory import Spans
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
@@ -213,11 +212,10 @@ class _Held:
         buffers: bool = False,
     ) -> None:
         """Remember attributes or items, and what is inside of these."""
-        numpy = sys.modules.get("numpy")
         for level, place, before in _levels(entries, name):
             contents: list[int] = []
             for key, value in before.items():
-                if isinstance(value, Tensor) or (numpy and isinstance(value, numpy.ndarray)):
+                if is_content(value):
                     held = content_of(value, f"{place}.{key}", buffer=buffers)
                     contents += [] if held is None else [held]
                 elif type(value) is torch.Generator:
@@ -238,7 +236,7 @@ def _levels(entries: Any, name: str, depth: int = 0) -> Iterator[tuple[Any, str,
         return
     values = remembered(entries)
     for key, value in values.items():
-        if isinstance(value, (Tensor, *NUMBERS_AND_TEXTS)):
+        if type(value) in NUMBERS_AND_TEXTS or is_content(value):
             continue
         inside = isinstance(value, CONTAINERS) and depth < _DEEPEST
         if inside or (depth < _DEEPEST_OBJECTS and is_plain_object(value)):
