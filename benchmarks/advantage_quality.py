@@ -18,7 +18,8 @@ import numpy as np
 import page
 import torch
 import train
-from scene import ITERATIONS, Scene
+from real_batches import trained
+from scene import Scene, solved
 from step_quality import PAGE
 from table import records
 from tasks import TASKS, adopted
@@ -26,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 from training_run import Run
 
-from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.rollouts import SinglePathBatch, fit_value
 
 ENVIRONMENTS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
@@ -64,11 +64,8 @@ def gain(own: Sequence[Scene], judges: Tensor) -> tuple[float, float]:
     steps, kls = [], []
     for scene in own:
         model = scene.model()
-        solved = conjugate_gradient(
-            model.product, -model.gradient, damping=None, iterations=ITERATIONS, tolerance=0.0
-        )
-        steps.append(solved.x)
-        kls.append(float(solved.x.dot(model.product(solved.x))))
+        steps.append(solved(model.product, -model.gradient).x)
+        kls.append(float(steps[-1].dot(model.product(steps[-1]))))
     slopes = torch.stack(steps) @ judges.T
     others = (slopes.sum(1) - slopes.diagonal()) / (len(own) - 1)  # no batch judges itself
     unit = float(np.mean(kls)) ** 0.5
@@ -77,10 +74,7 @@ def gain(own: Sequence[Scene], judges: Tensor) -> tuple[float, float]:
 
 def row(env_id: str) -> dict[str, str]:
     """Return the gains of a task, over that of λ = 0.95 with the critic of training."""
-    run = train.new_run(replace(adopted(TASKS[env_id].args), env_id=env_id, seed=SEED))
-    for _ in range(UPDATES):
-        train.improve(run, train.collect(run))
-        run.update += 1
+    run = trained(replace(adopted(TASKS[env_id].args), env_id=env_id, seed=SEED), UPDATES)
     batches = [train.collect(run) for _ in range(2 * BATCHES)]
     run.envs.close()
     own, knowing = batches[:BATCHES], informed(run, batches[BATCHES:])

@@ -50,13 +50,8 @@ def finished(
 ) -> list[list[Line]]:
     """Return the runs of an archive, case by case: their lines, or none.
 
-    Args:
-        archive: The file.
-        cases: The runs that are looked for.
-        defaults: What settings were before they could be chosen.
-
-    Raises:
-        SystemExit: If a run was made with other settings than its case's.
+    The defaults are what settings were before they could be chosen. A run that was made with other
+    settings than its case's ends the program.
     """
     lines, runs = lines_of(archive), []
     for case in cases:
@@ -86,19 +81,10 @@ def make(
     defaults: Mapping[str, Any] | None = None,
     workers: int = 2,
 ) -> None:
-    """Make the runs that an archive lacks, and add each as soon as it is finished.
+    """Make the runs that an archive lacks, in order, and add each as soon as it is finished.
 
-    After a failure, runs that have begun are finished and added, and no other begins.
-
-    Args:
-        archive: The file.
-        cases: The runs, in the order in which they begin.
-        play: Makes the run of a case and returns its results.
-        defaults: What settings were before they could be chosen.
-        workers: Runs side by side, each in a process of one thread.
-
-    Raises:
-        SystemExit: If a run of the archive was made with other settings than its case's.
+    After a failure, runs that have begun are finished and added, and no other begins. As many as
+    there are workers run side by side, each in a process of one thread.
     """
     left, failure = missing(archive, cases, defaults), None
     runs: dict[Future[Sequence[Line]], Line] = {}

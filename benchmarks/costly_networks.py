@@ -24,11 +24,7 @@ class Recurrent(nn.Module):
 
 
 class Discrete(nn.Module):
-    """A policy over discrete actions.
-
-    Args:
-        network: From observations to logits.
-    """
+    """A policy over discrete actions, by a network from observations to logits."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import train
 from real_batches import Pool, pools
+from scene import solved
 from step_case import Case, Gains
 from step_quality import PAGE
 from table import percent, records, steps_of
@@ -36,10 +37,7 @@ Kind = Literal["rows", "sequences", "sampled"]
 def order(kind: Kind, size: int, generator: torch.Generator) -> Tensor:
     """Return an order of the own rows; a part is its beginning.
 
-    Args:
-        kind: ``"sequences"`` keeps what one environment did in a rollout together.
-        size: How many rows there are.
-        generator: What draws the order.
+    ``"sequences"`` keeps what one environment did in a rollout together.
     """
     if kind != "sequences":
         return torch.randperm(size, generator=generator)
@@ -54,18 +52,10 @@ def study(
 ) -> pd.DataFrame:
     """Return what each number of rows for products gained, over the gains of the products on all.
 
-    Args:
-        policies: The pools of the real policies.
-        rollouts: Of the own batch.
-        counts: Numbers of its rows to take products on. All rows come first.
-        splits: Ways to divide a pool.
-        draws: Parts of each own batch.
-        kind: What a part is.
-
-    Returns:
-        By number of rows and policy: ``held_out``, the mean held-out gain over all splits and
-        draws, and ``noise``, its standard error; ``own``, the own gain; and ``first_kl``, the KL,
-        over the radius, of the length that the part's products gave.
+    By number of rows and policy, these are ``held_out``, the mean held-out gain over all ways to
+    split a pool and all draws of a part of the own batch, and ``noise``, its standard error;
+    ``own``, the own gain; and ``first_kl``, the KL, over the radius, of the length that the part's
+    products gave. All rows come first.
     """
     trials, size = [], 1024 * rollouts
     for pool, split in product(policies, range(splits)):
@@ -77,7 +67,7 @@ def study(
         whole: Gains | None = None
         for rows in parts:
             curvature = case.own.model(rows, sampled=kind == "sampled", gradient=False)
-            direction = case.solved(product=curvature.product)
+            direction = solved(curvature.product, case.uphill).x
             gains = case.gains(direction)
             whole = whole or gains
             lost = whole.held_out - gains.held_out

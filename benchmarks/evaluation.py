@@ -26,16 +26,9 @@ def first_start(seed: int) -> int:
 def returns_of(
     envs: SyncVectorEnv, act: Callable[[Tensor], Any], seed: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Return a policy's returns, sampled and by its likeliest actions; the environments are closed.
+    """Return a policy's returns, sampled and by its likeliest actions: one number an episode.
 
-    Args:
-        envs: The environments.
-        act: From observations to the distribution over actions.
-        seed: Of the run.
-        device: Where the policy lives.
-
-    Returns:
-        One number an episode, for each kind.
+    The environments are closed.
     """
     policies = {"sampled": act, "deterministic": lambda seen: act(seen).mode}
     returns = {name: _returns(envs, policy, seed, device) for name, policy in policies.items()}

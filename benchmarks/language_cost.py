@@ -167,13 +167,7 @@ def cost() -> str:
 
 
 class Small:
-    """A small language model, and sequences that it wrote.
-
-    Args:
-        scale: The factor of its head's weights.
-        sequences: The number of sequences.
-        seed: Of all.
-    """
+    """A small language model, whose head's weights have a factor, and sequences that it wrote."""
 
     def __init__(self, scale: float, sequences: int, seed: int = 0) -> None:
         self.model = llama(SMALL_VOCABULARY, 2, 32, 64, 2, seed)

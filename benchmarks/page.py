@@ -31,11 +31,7 @@ def marks(path: Path) -> list[str]:
 
 
 def fill(path: Path, **parts: str) -> None:
-    """Replace what lies between marks of a page.
-
-    Args:
-        path: The page.
-        **parts: Markdown, by the names of the marks.
+    """Replace what lies between marks of a page by Markdown, by the names of the marks.
 
     Raises:
         ValueError: If the page has not one pair of marks of each name. It then stays as it is.
@@ -54,13 +50,7 @@ def fill(path: Path, **parts: str) -> None:
 
 
 def renew(path: Path, tables: Mapping[str, Callable[[], str]], threads: int = 1) -> None:
-    """Measure tables, each in a process of its own, and write each into the page at once.
-
-    Args:
-        path: The page.
-        tables: What measures them, by the names of the marks.
-        threads: CPU threads of torch.
-    """
+    """Measure tables, each in a process of its own, and write each into the page at once."""
     fill(path, **{name: "" for name in tables if name not in marks(path)})  # fails before hours
     for name, measure in tables.items():
         with pool(1, threads) as process:
@@ -70,12 +60,7 @@ def renew(path: Path, tables: Mapping[str, Callable[[], str]], threads: int = 1)
 
 
 def setting(packages: Sequence[str] = (), device: str = "cpu") -> str:
-    """Return the table of what a page's figures were measured on.
-
-    Args:
-        packages: Those whose versions matter, besides torch.
-        device: cpu, cuda, ...
-    """
+    """Return the table of what figures were measured on, with versions of torch and packages."""
     where = f"{platform.machine()}, CPU cores: {os.cpu_count()}"
     if device != "cpu":
         where = torch.get_device_module(device).get_device_name()

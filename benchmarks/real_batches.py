@@ -21,6 +21,7 @@ import workers
 from checkpoint import whole
 from scene import Scene
 from torch import Tensor
+from training_run import Run
 
 FOLDER = Path("runs/pools")
 """Where pools are kept. Remove it if training has changed."""
@@ -52,11 +53,8 @@ class Pool:
     def scene(self, rollouts: Sequence[int], device: str = "cpu") -> Scene:
         """Return a copy of the policy with some rollouts, their advantages standardised.
 
-        Args:
-            rollouts: Their numbers. Neighbours share episodes. Where all episodes are of one length
-                (HalfCheetah, a solved CartPole), a rollout sees one phase of them and evenly spaced
-                ones the same: draw at random.
-            device: Where to put the copy.
+        Neighbours share episodes. Where all episodes are of one length (HalfCheetah, a solved
+        CartPole), a rollout sees one phase of them and evenly spaced ones the same: draw at random.
         """
         observations, actions, advantages = (
             each[list(rollouts)].flatten(0, 1).to(device)
@@ -66,25 +64,24 @@ class Pool:
         return Scene(copy.deepcopy(self.policy).to(device), observations, actions, advantages)
 
 
-def make(env_id: str, updates: int, rollouts: int) -> Pool:
-    """Train a policy and collect its pool, the same bits each time if torch has one thread.
-
-    The first rollout is the very batch that training would have gone on with. Training counts a
-    batch's returns before it scales the batch's rewards; so the first rollout's count here, too,
-    and set one scale for the whole pool. Everything else is frozen before it.
-
-    Args:
-        env_id: The Gymnasium environment.
-        updates: After how many updates to stop.
-        rollouts: How many to collect. The first ones do not depend on their number.
-
-    Returns:
-        The pool.
-    """
-    run = train.new_run(train.Args(env_id=env_id))
+def trained(args: train.Args, updates: int) -> Run:
+    """Return a run after so many updates."""
+    run = train.new_run(args)
     for _ in range(updates):
         train.improve(run, train.collect(run))
         run.update += 1
+    return run
+
+
+def make(env_id: str, updates: int, rollouts: int) -> Pool:
+    """Return the pool of a policy that is trained for it, the same bits if torch has one thread.
+
+    Rollouts do not depend on how many follow. The first is the very batch that training would have
+    gone on with. Training counts a batch's returns before it scales the batch's rewards; so the
+    first rollout's count here, too, and set one scale for the whole pool. Everything else is frozen
+    before it.
+    """
+    run = trained(train.Args(env_id=env_id), updates)
     rows: list[tuple[Tensor, ...]] = []
     for number in range(rollouts):
         batch = train.collect(run)

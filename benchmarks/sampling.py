@@ -132,12 +132,7 @@ def final_return(args: vine.Args | train.Args) -> float:
 
 
 def learning(groups: Sequence[vine.Args] | Sequence[train.Args], names: Sequence[str]) -> str:
-    """Return a table of returns.
-
-    Args:
-        groups: The settings of each row; every seed makes a run of it.
-        names: The settings to show.
-    """
+    """Return a table of returns: a row for some settings, which every seed makes a run of."""
     runs = [replace(args, seed=seed) for args in groups for seed in SEEDS]
     with pool(WORKERS) as workers:
         returns = workers.map(final_return, runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import agent
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from trpo_optim import StepReport, TrustRegionOptimizer, sampled_kl
+from trpo_optim.algorithm.conjugate_gradient import Solution, conjugate_gradient
 from trpo_optim.closure.evaluation import Closure, Objective
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.closure.transaction import Transaction
@@ -56,12 +58,9 @@ class Scene:
     def closure(
         self, rows: Any = slice(None), *, third: bool = True, sampled: bool = False
     ) -> Closure:
-        """Return a closure whose old policy is the present one.
+        """Return a closure on some samples, whose old policy is the present one.
 
-        Args:
-            rows: The samples to use.
-            third: Whether it returns a third value.
-            sampled: Whether the KL is estimated on the actions.
+        It returns a third value or not, and the KL in closed form or estimated on the actions.
         """
         observations, actions = self.observations[rows], self.actions[rows]
         advantages, old_log_prob = self.advantages[rows], self.old_log_prob[rows]
@@ -94,11 +93,8 @@ class Scene:
     ) -> Job:
         """Return a job that takes one step and returns its report.
 
-        Args:
-            third: Whether the closure returns a third value.
-            share: The part of the batch that gives the curvature.
-            micro_batches: The number of closures that share the batch.
-            **settings: Of the optimizer, besides those of ``SOLVER``.
+        A share of the batch gives the curvature. The settings are the optimizer's, besides those of
+        ``SOLVER``.
         """
         optimizer = TrustRegionOptimizer(self.parameters, **(SOLVER | settings))
         closures = self._closures(micro_batches, third=third)
@@ -109,13 +105,7 @@ class Scene:
         return Job(lambda: optimizer.step(whole, curvature=part), self.reset)
 
     def model(self, rows: Any = slice(None), *, gradient: bool = True, **how: Any) -> LocalModel:
-        """Return what a solve sees: the gradient and the products. A reset ends its graph.
-
-        Args:
-            rows: The samples to use.
-            gradient: Whether the gradient is wanted, too.
-            **how: Further arguments of ``closure``.
-        """
+        """Return what a solve sees: the gradient and the products. A reset ends its graph."""
         vector = ParameterVector(self.parameters)
         objective = Objective(self.closure(rows, **how), vector, Transaction(vector))
         return second_order(objective, gradient=gradient)
@@ -125,6 +115,18 @@ class Scene:
         size = len(self.observations) // micro_batches
         parts = [slice(size * index, size * (index + 1)) for index in range(micro_batches)]
         return [self.closure(rows, third=third) for rows in parts]
+
+
+def solved(
+    product: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    damping: float | None = None,
+    iterations: int = ITERATIONS,
+) -> Solution:
+    """Return the package's own solution of (F + λI) x = g; λ is relative to F by default."""
+    return conjugate_gradient(
+        product, gradient, damping=damping, iterations=iterations, tolerance=0.0
+    )
 
 
 def mlp(hidden: int, samples: int, device: str = "cpu") -> Scene:

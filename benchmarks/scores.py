@@ -31,11 +31,7 @@ def frame(runs: Iterable[Sequence[Line]]) -> pd.DataFrame:
 
 
 class Finals:
-    """The returns of final policies.
-
-    Args:
-        evaluations: As ``frame`` returns them.
-    """
+    """The returns of final policies, of evaluations as ``frame`` returns them."""
 
     def __init__(self, evaluations: pd.DataFrame) -> None:
         self.rows = evaluations.sort_values("steps").groupby(RUN).last()

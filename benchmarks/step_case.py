@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import torch
 from real_batches import Pool
-from scene import ITERATIONS, RADIUS, Scene
+from scene import RADIUS, Scene
 from scipy.optimize import brentq
 from timing import Job
 from torch import Tensor
 
-from trpo_optim.algorithm.conjugate_gradient import conjugate_gradient
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector
 
@@ -29,13 +28,7 @@ class Gains(NamedTuple):
 
 
 class Case:
-    """A policy, the batch that a step is taken on, and the one that the step is judged on.
-
-    Args:
-        pool: The policy.
-        own: The rollouts to take the step on.
-        held_out: The rollouts to judge it on.
-    """
+    """A policy, the rollouts that a step is taken on, and those that the step is judged on."""
 
     def __init__(self, pool: Pool, own: Sequence[int], held_out: Sequence[int]) -> None:
         self.own = pool.scene(own)
@@ -51,29 +44,6 @@ class Case:
             for each in scenes
         ]
         self._start = [self._at(torch.zeros_like(self._origin), each)[0] for each in self._judges]
-
-    def solved(
-        self,
-        damping: float | None = None,
-        iterations: int = ITERATIONS,
-        product: Product | None = None,
-        uphill: Tensor | None = None,
-    ) -> Tensor:
-        """Return the package's own solution x of (F + λI) x = g.
-
-        Args:
-            damping: λ. None: relative to the curvature.
-            iterations: The number of products.
-            product: v ↦ Fv. None: of all own rows.
-            uphill: g. None: of all own rows.
-        """
-        return conjugate_gradient(
-            product or self.product,
-            self.uphill if uphill is None else uphill,
-            damping=damping,
-            iterations=iterations,
-            tolerance=0.0,
-        ).x
 
     def taken(self, job: Job, parameters: Iterable[Tensor]) -> Tensor:
         """Return the step that a job takes on parameters that are those of this policy."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -19,13 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from peers import PEERS, peer
 from real_batches import ROLLOUTS, pools
-from scene import ITERATIONS, RADIUS, Scene
+from scene import RADIUS, Scene, solved
 from step_case import Case
 from table import table
 from torch import Tensor
 
 from trpo_optim import TrustRegionOptimizer
-from trpo_optim.algorithm.conjugate_gradient import RELATIVE_DAMPING, conjugate_gradient
+from trpo_optim.algorithm.conjugate_gradient import RELATIVE_DAMPING
 
 PAGE = Path("docs/results/step-quality.md")
 SPLITS = {2: 2, 8: 1}
@@ -37,12 +38,8 @@ PRODUCTS = (3, 5, 8, 10, 15, 30)
 
 
 def directions(case: Case, other: Case) -> Iterator[tuple[str, Tensor]]:
-    """Yield every candidate's direction, by name.
-
-    Args:
-        case: What the step is taken on.
-        other: Another batch of the same policy, where a warm start comes from.
-    """
+    """Yield every candidate's direction, by name; a warm start comes from another batch."""
+    own = partial(solved, case.product, case.uphill)
     yield "gradient", case.uphill
     fisher = torch.stack([case.product(row) for row in torch.eye(len(case.uphill))]).double()
     for damping in DENSE:
@@ -50,28 +47,26 @@ def directions(case: Case, other: Case) -> Iterator[tuple[str, Tensor]]:
         solution = torch.cholesky_solve(case.uphill.double()[:, None], factor)[:, 0]
         yield f"dense, λ = {damping:g}", solution
     for damping in FIXED:
-        yield f"10 products, λ = {damping:g}", case.solved(damping)
-    default = conjugate_gradient(
-        case.product, case.uphill, damping=None, iterations=ITERATIONS, tolerance=0.0
-    ).damping
+        yield f"10 products, λ = {damping:g}", own(damping).x
+    default = own().damping
     for share in SHARES:
         damping = share / RELATIVE_DAMPING * default
-        yield f"10 products, {share:g} of the mean", case.solved(damping)
+        yield f"10 products, {share:g} of the mean", own(damping).x
     for count in PRODUCTS:
-        yield f"{count} products, the default damping", case.solved(None, count)
+        yield f"{count} products, the default damping", own(None, count).x
     jacobi = (fisher.diagonal() + default).float().rsqrt()
 
     def preconditioned(vector: Tensor) -> Tensor:
         return jacobi * (case.product(jacobi * vector) + default * jacobi * vector)
 
     for count in (5, 10):
-        scaled = case.solved(0.0, count, preconditioned, jacobi * case.uphill)
-        yield f"{count} products, preconditioned by the exact diagonal", jacobi * scaled
-    start = 0.95 * other.solved()
+        scaled = solved(preconditioned, jacobi * case.uphill, 0.0, count)
+        yield f"{count} products, preconditioned by the exact diagonal", jacobi * scaled.x
+    start = 0.95 * solved(other.product, other.uphill).x
     rest = case.uphill - case.product(start) - default * start
     for count in (1, 5, 10):
-        more = case.solved(default, count, uphill=rest)
-        yield f"{count} products, from another batch's solution", start + more
+        more = solved(case.product, rest, default, count)
+        yield f"{count} products, from another batch's solution", start + more.x
     for library in PEERS:
         yield f"{library}'s defaults", case.taken(*peer(library, case.own, defaults=True))
 

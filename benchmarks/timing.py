@@ -29,15 +29,9 @@ class Job:
 def taken_in_turn(
     jobs: Mapping[str, Job], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Time jobs round by round, each once a round, after one round that warms up.
+    """Return the seconds of jobs, each run once a round, after one round that warms up.
 
-    Args:
-        jobs: By name.
-        rounds: Timed rounds.
-        device: Waited for before the clock is read, unless it is the CPU.
-
-    Returns:
-        The seconds of the rounds, by the same names.
+    Before the clock is read, a device other than the CPU is waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):

@@ -11,14 +11,10 @@ import torch
 
 
 def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
-    """Return a pool of processes.
+    """Return a pool of processes, each with so many CPU threads of torch.
 
     Should this process be killed, they end at once: left alone they would go on with runs that the
     next start makes again, and both would write the same files.
-
-    Args:
-        workers: How many.
-        threads: CPU threads of torch in each.
     """
     return ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,))
 

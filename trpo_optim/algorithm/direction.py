@@ -24,7 +24,7 @@ from trpo_optim.algorithm.modes import Mode
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.long_vectors import norm
 
-__all__ = ["Direction", "DirectionSolver", "differences_of"]
+__all__ = ["Direction", "DirectionSolver", "differences_of", "elsewhere"]
 
 _FINITE_DIFFERENCES = "finite differences"
 
@@ -160,15 +160,8 @@ class DirectionSolver:
             stated, found = map(float, map(norm, pair))
             if stated > 0 and found <= _SILENT * stated:
                 moves = f"parameter {index}, counted from 0, moves"
-                require_moving_kl(model.kl, self._along(index), model.kl_resolution, moves)
-
-    def _along(self, index: int) -> Iterator[Numbers | None]:
-        """Yield the closures' values far from here in one parameter."""
-        for step in self.parameters.elsewhere():
-            blocks = enumerate(self.parameters.blocks(step))
-            alone = [each if place == index else torch.zeros_like(each) for place, each in blocks]
-            self.parameters.move(torch.cat(alone), 1.0)
-            yield self.batch.probe()
+                values = elsewhere(self.batch, self.parameters, index)
+                require_moving_kl(model.kl, values, model.kl_resolution, moves)
 
     def _differences_serve(self, image: Tensor, model: LocalModel) -> bool:
         """Return whether finite differences give the product with the gradient's unit vector."""
@@ -211,6 +204,25 @@ class DirectionSolver:
         return Direction(solution, model.engine, model.fallback)
 
 
+def elsewhere(
+    batch: Batch, parameters: Parameters, only: int | None = None
+) -> Iterator[Numbers | None]:
+    """Yield the closures' values far from here.
+
+    Args:
+        batch: The closures.
+        parameters: What the closures depend on. They are left where they were moved.
+        only: Which parameter to move. None: every one.
+    """
+    for step in parameters.elsewhere():
+        blocks = enumerate(parameters.blocks(step))
+        moved = [
+            each if only in (None, place) else torch.zeros_like(each) for place, each in blocks
+        ]
+        parameters.move(torch.cat(moved), 1.0)
+        yield batch.probe()
+
+
 def _is_sound(solution: Solution) -> bool:
     """Return whether a solve compared its products, and found no sign of wrong ones."""
     bends = solution.ending is not Ending.NON_POSITIVE_CURVATURE
@@ -237,12 +249,13 @@ def differences_of(
     Returns:
         The finite differences.
     """
-    slope, rounding = _slope_of(batch, parameters), parameters.rounding
-    if preferred:
-        return FiniteDifferences(
-            slope, model.precision, EVEN, one_sided=one_sided, rounding=rounding
-        )
-    return FiniteDifferences(slope, model.precision, one_sided=one_sided, rounding=rounding)
+    return FiniteDifferences(
+        _slope_of(batch, parameters),
+        model.precision,
+        preferred=preferred,
+        one_sided=one_sided,
+        rounding=parameters.rounding,
+    )
 
 
 def _slope_of(batch: Batch, parameters: Parameters) -> Slope:

@@ -70,7 +70,8 @@ class FiniteDifferences:
     Args:
         slope: The KL and its gradient at displaced parameters.
         precision: The unit of rounding of the coarsest parameter and of the KL.
-        most_uneven: By how much the differences on both sides may be apart, relative to their sum.
+        preferred: Whether another engine serves where the KL is not smooth. The differences on both
+            sides must then be about the same.
         one_sided: Whether to look at one side alone. The first product then costs as much as any
             other. The caller must check that the products are symmetric.
         rounding: The length of what rounding of the parameters adds to a displacement.
@@ -86,15 +87,15 @@ class FiniteDifferences:
         self,
         slope: Slope,
         precision: float,
-        most_uneven: float = _MOST_UNEVEN,
         *,
+        preferred: bool = False,
         one_sided: bool = False,
         rounding: float = 0.0,
     ) -> None:
         if not resolves(precision):
             raise UnresolvedError(_TOO_COARSE)
         self._slope = slope
-        self._most_uneven = most_uneven
+        self._most_uneven = EVEN if preferred else _MOST_UNEVEN
         self._one_sided = one_sided
         self._shortest = rounding / _MOST_LOST
         self.balanced = False

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trpo_optim.algorithm.conjugate_gradient import Ending, Solution
-from trpo_optim.algorithm.direction import DirectionSolver
-from trpo_optim.algorithm.interfaces import Batch, LocalModel, Numbers, Parameters
+from trpo_optim.algorithm.direction import DirectionSolver, elsewhere
+from trpo_optim.algorithm.interfaces import Batch, LocalModel, Parameters
 from trpo_optim.algorithm.kl_checks import (
     require_largest_kl,
     require_moving_kl,
@@ -90,7 +89,7 @@ def take_step(
     known = solved.safe or direction.products > 0  # else nothing was solved
     if mode.curved and known and (flaw := _flaw_of_direction(direction)) is not None:
         if flaw is Outcome.NON_POSITIVE_CURVATURE:
-            _require_moving_kl(batch, parameters, model)
+            require_moving_kl(model.kl, elsewhere(batch, parameters), model.kl_resolution)
         return flaw
     if not solved.safe:
         return Outcome.NON_FINITE_TRIAL
@@ -124,7 +123,7 @@ def take_step(
     search = mode.search(attempt, prediction, settings)
     figures |= _figures_of_search(search, prediction)
     if search.trial.finite and _still(search, prediction, model):
-        _require_moving_kl(batch, parameters, model)
+        require_moving_kl(model.kl, elsewhere(batch, parameters), model.kl_resolution)
     if mode.curved and _is_surprising(search, prediction, model):
         batch.doubt()
     parameters.move(step, search.scale)  # undoes what an evaluation wrote
@@ -221,14 +220,3 @@ def _is_surprising(search: Search, prediction: Prediction, model: LocalModel) ->
     if not is_far(search.trial.kl - model.kl):
         return False
     return prediction.own_kl is None or is_far(prediction.own_kl(search.scale))
-
-
-def _require_moving_kl(batch: Batch, parameters: Parameters, model: LocalModel) -> None:
-    """Check the KL at places far from here in every parameter, whatever the step moves."""
-
-    def elsewhere() -> Iterator[Numbers | None]:
-        for step in parameters.elsewhere():
-            parameters.move(step, 1.0)
-            yield batch.probe()
-
-    require_moving_kl(model.kl, elsewhere(), model.kl_resolution)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from trpo_optim import torch_private
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
-from trpo_optim.closure.shared_memory import Spans
+from trpo_optim.closure.shared_memory import Spans, is_plain
 from trpo_optim.closure.torch_switches import is_recurrence, weight_norm, without_cudnn
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.errors import TrustRegionError
@@ -39,12 +39,6 @@ _GRAD_FN: Any = getattr(Tensor.grad_fn, "__get__")  # noqa: B009 (as above)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 _HALF = (torch.float16, torch.bfloat16)
-
-_REFUSED: dict[Any, str] = {
-    Tensor.detach_: "the closure calls detach_(), which cuts only one of two derivatives",
-}
-"""What the transforms of torch.func take without an error, and get wrong."""
-
 
 _SPECIAL = {_SET_DATA, _DATA, _GRAD_FN, *_HOOKS, torch.autograd.grad, torch_private.weight_norm}
 """What is called in another way than the closure asks for, or shows something of it."""
@@ -167,19 +161,12 @@ class Watch(TorchFunctionMode):
                 "The closure assigns to the .data of a tensor, which derivatives cannot follow. "
                 "Write in place instead, with copy_()."
             )
-        if func == _SET_DATA and self._twins:
-            raise RefusedError("the closure assigns to the .data of a tensor")
         if func in _HOOKS and not _is_of_fsdp(*args[1:], *keywords.values()):
             self.interfered = True
             return _not_registered()
-        if self._twins and func == _DATA:
-            # A transform of torch.func cuts .data at its own level, and detach() at all of them.
-            func = Tensor.detach
-        elif self._twins and (reason := _REFUSED.get(func)) is not None:
-            raise RefusedError(reason)
         self.differentiates |= func is torch.autograd.grad
-        if self._twins and func is torch.autograd.grad and _of_outsiders(*args, **keywords):
-            raise RefusedError("the closure differentiates with respect to a tensor from outside")
+        if self._twins:
+            func = _within_transforms(func, args, keywords)
         if func is torch_private.weight_norm:
             func = weight_norm
         recurrent = is_recurrence(func)
@@ -253,8 +240,7 @@ class Watch(TorchFunctionMode):
 
     def _shares_memory(self, tensor: Tensor) -> bool:
         """Whether a plain tensor overlaps a parameter; what torch traces through has no memory."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-        if not plain or is_transformed(tensor):
+        if not is_plain(tensor) or is_transformed(tensor):
             return False
         if self._gathered and storage_of(tensor) in self._gathered:
             return True
@@ -264,6 +250,20 @@ class Watch(TorchFunctionMode):
 @cache
 def _is_special(func: Callable[..., Any]) -> bool:
     return func in _SPECIAL or is_recurrence(func)
+
+
+def _within_transforms(
+    func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return what to call in place of a function, or refuse what torch.func gets wrong."""
+    if func == _SET_DATA:
+        raise RefusedError("the closure assigns to the .data of a tensor")
+    if func == Tensor.detach_:
+        raise RefusedError("the closure calls detach_(), which cuts only one of two derivatives")
+    if func is torch.autograd.grad and _of_outsiders(*args, **keywords):
+        raise RefusedError("the closure differentiates with respect to a tensor from outside")
+    # A transform of torch.func cuts .data at its own level, and detach() at all of them.
+    return Tensor.detach if func == _DATA else func
 
 
 def _is_of_fsdp(*arguments: Any) -> bool:

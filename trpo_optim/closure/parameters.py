@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress, repeat
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from trpo_optim.closure.dtensor import local, part_like, require_differentiable, whole
 from trpo_optim.closure.fsdp import FsdpParameters, require_sharded
-from trpo_optim.closure.shared_memory import repeats, share_memory, span
+from trpo_optim.closure.shared_memory import is_plain, repeats, share_memory, span
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import copy_each, norm_of_each
 
@@ -175,8 +175,7 @@ def require_real(group: dict[str, Any]) -> None:
     Raises:
         TrustRegionError: If one is not, or cannot; it is named.
     """
-    names = group.get("param_names", range(len(group["params"])))
-    for name, parameter in zip(names, group["params"], strict=True):
+    for name, parameter in _named(group):
         if not parameter.is_floating_point():
             raise TrustRegionError(
                 f"Parameter {name!r} is {parameter.dtype}; every parameter must be real floating "
@@ -205,14 +204,13 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     names: dict[Tensor, str] = {}
     for index, group in enumerate(groups):
         place = f" of param_groups[{index}]" if index and "param_names" not in group else ""
-        for name, parameter in zip(
-            group.get("param_names", range(len(group["params"]))), group["params"], strict=True
-        ):
+        for name, parameter in _named(group):
             if parameter.requires_grad:
                 names.setdefault(parameter, f"{name!r}{place}")
     require_sharded(names)
     held = {each: local(each) for each in names if each.device.type != "meta"}
-    spans = [(each, span(mine)) for each, mine in held.items() if _lies_in_memory(mine)]
+    lying = ((each, mine) for each, mine in held.items() if is_plain(mine) and mine.numel())
+    spans = [(each, span(mine)) for each, mine in lying]
     order = {each: index for index, each in enumerate(names)}
     before: list[tuple[Tensor, tuple[str, int, int]]] = []
     for parameter, (device, start, end) in sorted(spans, key=lambda pair: pair[1]):
@@ -235,6 +233,7 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return list(names)
 
 
-def _lies_in_memory(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and tensor.numel() > 0
+def _named(group: dict[str, Any]) -> Iterator[tuple[str | int, Tensor]]:
+    """Return the parameters of a group with their names, or with their places."""
+    names = group.get("param_names", range(len(group["params"])))
+    return zip(names, group["params"], strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "NUMBERS_AND_TEXTS", "Place", "remembered"]
+__all__ = ["CONTAINERS", "NUMBERS_AND_TEXTS", "Place", "is_content", "remembered"]
 
 CONTAINERS = (dict, list, tuple, deque)
 NUMBERS_AND_TEXTS = (int, float, bool, str)
@@ -25,6 +25,16 @@ def remembered(entries: Any) -> dict[Any, Any]:
     """
     pairs = entries.items() if isinstance(entries, dict) else enumerate(entries)
     return {key: value for key, value in pairs if key not in _OF_EVERY_MODULE}
+
+
+def is_content(value: Any) -> bool:
+    """Return whether a value is a tensor or a NumPy array.
+
+    Args:
+        value: Any.
+    """
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, Tensor) or bool(numpy and isinstance(value, numpy.ndarray))
 
 
 class Place:
@@ -86,8 +96,7 @@ class Place:
 def _carries_tensors(value: Any) -> bool:
     if isinstance(value, CONTAINERS):
         return any(map(_carries_tensors, value.values() if isinstance(value, dict) else value))
-    numpy = sys.modules.get("numpy")
-    return isinstance(value, Tensor) or bool(numpy and isinstance(value, numpy.ndarray))
+    return is_content(value)
 
 
 def _carries_graph(value: Any) -> bool:

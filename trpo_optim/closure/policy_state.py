@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +14,15 @@ from trpo_optim.closure.contents import ArrayContent, TensorContent
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
-from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, remembered
+from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, is_content, remembered
 from trpo_optim.closure.shared_memory import Spans
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
 
 __all__ = ["PolicyState"]
 
-_DEEPEST = 3
-"""How many lists and dicts inside of each other are looked into."""
+_DEEPEST, _DEEPEST_OBJECTS = 3, 2
+"""How many lists and dicts inside of each other are looked into, and how many objects."""
 
 _WITH_A_STATE_OF_THEIR_OWN = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 """Wrappers, whose attributes are theirs; their modules are the policy's."""
@@ -104,9 +103,8 @@ class PolicyState:
     def held_tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that are now attributes, or lie in containers and objects there."""
         for held in self._active.values():
-            found = held.found
-            plain = isinstance(found, CONTAINERS)
-            yield from _tensors_in(found if plain else attributes(found), _DEEPEST)
+            for _, _, values in _levels(_entries_of(held.found), ""):
+                yield from (each for each in values.values() if isinstance(each, Tensor))
 
     def rewind(self, *, final: bool) -> None:
         """Put everything back, as far as each can be.
@@ -202,8 +200,7 @@ class _Held:
             if not type(found).__module__.startswith(_WITH_A_STATE_OF_THEIR_OWN):
                 self._look_into(vars(found), name, content_of)
         else:
-            entries = found if isinstance(found, CONTAINERS) else attributes(found)
-            self._look_into(entries, name, content_of)
+            self._look_into(_entries_of(found), name, content_of)
 
     def _look_into(
         self,
@@ -213,44 +210,38 @@ class _Held:
         *,
         bound: bool = True,
         buffers: bool = False,
-        depth: int = 0,
     ) -> None:
         """Remember attributes or items, and what is inside of these."""
-        if len(entries) > LONGEST:
-            return
-        numpy = sys.modules.get("numpy")
-        contents: list[int] = []
-        before = remembered(entries)
-        for key, value in before.items():
-            kind = type(value)
-            if value is None or kind in NUMBERS_AND_TEXTS:
-                continue
-            if isinstance(value, Tensor) or (numpy and isinstance(value, numpy.ndarray)):
-                held = content_of(value, f"{name}.{key}", buffer=buffers)
-                contents += [] if held is None else [held]
-            elif kind is torch.Generator:
-                self.generators.append((value, value.get_state()))
-            elif isinstance(value, CONTAINERS):
-                if depth < _DEEPEST:
-                    self._look_into(value, f"{name}.{key}", content_of, depth=depth + 1)
-            elif depth < 2 and is_plain_object(value):
-                self._look_into(attributes(value), f"{name}.{key}", content_of, depth=depth + 1)
-        self.contents += contents
-        if bound and not isinstance(entries, tuple):
-            self.places.append(Place(entries, before, contents))
+        for level, place, before in _levels(entries, name):
+            contents: list[int] = []
+            for key, value in before.items():
+                if is_content(value):
+                    held = content_of(value, f"{place}.{key}", buffer=buffers)
+                    contents += [] if held is None else [held]
+                elif type(value) is torch.Generator:
+                    self.generators.append((value, value.get_state()))
+            self.contents += contents
+            if not isinstance(level, tuple) and (bound or level is not entries):
+                self.places.append(Place(level, before, contents))
 
 
-def _tensors_in(entries: Any, depth: int) -> Iterator[Tensor]:
-    """Yield the tensors among attributes or items, and inside of these."""
+def _entries_of(found: Any) -> Any:
+    """Return the items of a dict or list, or the attributes of a module or object."""
+    return found if isinstance(found, CONTAINERS) else attributes(found)
+
+
+def _levels(entries: Any, name: str, depth: int = 0) -> Iterator[tuple[Any, str, dict[Any, Any]]]:
+    """Yield attributes or items, what they are called and what each is; those inside come first."""
     if len(entries) > LONGEST:
         return
-    for value in remembered(entries).values():
-        if isinstance(value, Tensor):
-            yield value
-        elif depth > 0 and isinstance(value, CONTAINERS):
-            yield from _tensors_in(value, depth - 1)
-        elif depth > 0 and is_plain_object(value):
-            yield from _tensors_in(attributes(value), depth - 1)
+    values = remembered(entries)
+    for key, value in values.items():
+        if type(value) in NUMBERS_AND_TEXTS or is_content(value):
+            continue
+        inside = isinstance(value, CONTAINERS) and depth < _DEEPEST
+        if inside or (depth < _DEEPEST_OBJECTS and is_plain_object(value)):
+            yield from _levels(_entries_of(value), f"{name}.{key}", depth + 1)
+    yield entries, name, values
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, product
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Spans", "repeats", "share_memory", "span"]
+__all__ = ["Spans", "is_plain", "repeats", "share_memory", "span"]
 
 _Dimensions = tuple[tuple[int, int], ...]
 """Strides in bytes, rising, and sizes: a tensor's elements by where they lie after the first."""
@@ -42,6 +43,15 @@ class Spans:
             if share_memory(tensor, self._tensors[before]):
                 return True
         return False
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is strided and of no subclass, so that its bytes can be told.
+
+    Args:
+        tensor: Any.
+    """
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:

@@ -18,7 +18,7 @@ __all__ = ["by_double_backward"]
 def by_double_backward(
     loss: Tensor | None, kl: Tensor, objective: Objective
 ) -> tuple[Tensor | None, Callable[[Tensor], Tensor]] | str:
-    """Return the gradient of the loss and v ↦ Fv, or why torch refuses them.
+    """Return the gradient of the loss and v ↦ Fv, or why they cannot be made.
 
     Args:
         loss: The closure's first value, with its graph; None where its gradient is not wanted.
@@ -26,22 +26,15 @@ def by_double_backward(
         objective: The closure.
 
     Returns:
-        The gradient, shape (n,), or None, and the product; or the refusal.
-
-    Raises:
-        OutOfMemoryError: If there is no memory left.
+        The gradient, shape (n,), or None, and the product; or the reason. What torch refuses, it
+        raises as a RuntimeError.
     """
     vector = objective.vector
-    try:
-        gradient = None if loss is None else gradient_of(loss, objective, retain_graph=True)
-        with torch.enable_grad():
-            slopes = vector.joined(
-                torch.autograd.grad(kl, vector.parameters, allow_unused=True, create_graph=True)
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return str(error)
+    gradient = None if loss is None else gradient_of(loss, objective, retain_graph=True)
+    with torch.enable_grad():
+        slopes = vector.joined(
+            torch.autograd.grad(kl, vector.parameters, allow_unused=True, create_graph=True)
+        )
     if not have_second_derivatives(slopes):
         return "compiled modules have no second derivatives"
     curved = {i: get_gradient_edge(each) for i, each in enumerate(slopes) if each.requires_grad}

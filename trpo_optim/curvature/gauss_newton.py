@@ -34,41 +34,33 @@ def gauss_newton(
 
     Returns:
         The gradient, if wanted, and v ↦ Fv, for vectors of shape (n,); or why the third value does
-        not serve.
-
-    Raises:
-        OutOfMemoryError: If there is no memory left.
+        not serve. What torch refuses, it raises as a RuntimeError.
     """
     parameters = vector.parameters
     cut = find_cut(kl, third, parameters)
     if isinstance(cut, str):
         return cut
     inner = [each.inner for each in cut]
-    try:
-        outputs = output_fisher(kl, cut)
-        if isinstance(outputs, str):
-            return outputs
-        slopes: Sequence[Tensor | None] = [None] * len(cut)
-        whole: Sequence[Tensor | None] | None = None
-        # Where inner edges are shared, the slope at one of them would count another's, too.
-        if loss is not None and (share_inner_edges(cut) or passes_by(loss, inner, parameters)):
-            whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        elif loss is not None:
-            slopes = torch.autograd.grad(loss, outputs.edges, retain_graph=True, allow_unused=True)
-        cotangents = [
-            (torch.zeros_like(like) if slope is None else slope.detach()).requires_grad_()
-            for slope, like in zip(slopes, outputs.templates, strict=True)
-        ]
-        with torch.enable_grad():
-            pulled = vector.joined(
-                torch.autograd.grad(
-                    outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
-                )
+    outputs = output_fisher(kl, cut)
+    if isinstance(outputs, str):
+        return outputs
+    slopes: Sequence[Tensor | None] = [None] * len(cut)
+    whole: Sequence[Tensor | None] | None = None
+    # Where inner edges are shared, the slope at one of them would count another's, too.
+    if loss is not None and (share_inner_edges(cut) or passes_by(loss, inner, parameters)):
+        whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    elif loss is not None:
+        slopes = torch.autograd.grad(loss, outputs.edges, retain_graph=True, allow_unused=True)
+    cotangents = [
+        (torch.zeros_like(like) if slope is None else slope.detach()).requires_grad_()
+        for slope, like in zip(slopes, outputs.templates, strict=True)
+    ]
+    with torch.enable_grad():
+        pulled = vector.joined(
+            torch.autograd.grad(
+                outputs.edges, parameters, cotangents, create_graph=True, allow_unused=True
             )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return str(error)
+        )
     if not have_second_derivatives(pulled):
         return "compiled modules have no second derivatives"
     linear = {

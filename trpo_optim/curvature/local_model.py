@@ -34,6 +34,7 @@ __all__ = [
     "RefusedProductError",
     "checked",
     "first_order",
+    "look_behind",
     "model_of",
     "require_kl_behind",
     "slope",
@@ -93,7 +94,7 @@ def first_order(objective: Objective, *, curved: bool = False) -> LocalModel:
     objective.kl_dtype = computed_in(values.kl)
     gradient = gradient_of(values.loss, objective, retain_graph=hides)
     if behind is not None:
-        _require_kl_behind_everywhere(gradient, behind, values.kl, objective)
+        require_kl_behind(gradient, behind, values.kl, objective)
     return model_of(objective, values, gradient, _no_product, "autograd")
 
 
@@ -101,6 +102,8 @@ def require_kl_behind(
     gradient: Tensor | None, behind: GraphSummary, kl: Tensor, objective: Objective
 ) -> None:
     """Check that the KL depends on every parameter along which the loss has a slope.
+
+    All ranks that evaluate together learn of it, before another closure runs.
 
     Args:
         gradient: That of the loss, shape (n,), or None.
@@ -111,13 +114,25 @@ def require_kl_behind(
     Raises:
         TrustRegionError: If it does not.
     """
-    leaves = objective.vector.leaves
-    if gradient is None or behind.leaves.issuperset(map(id, leaves)):
-        return
-    reached = behind.leaves
-    if behind.calls_python:
-        reached |= reached_by_backward(kl, objective)
-    require_kl_reaches(objective.vector.split(gradient), reached, leaves)
+    leaves, reached = objective.vector.leaves, behind.leaves
+    with told(objective.lockstep):
+        if gradient is None or reached.issuperset(map(id, leaves)):
+            return
+        if behind.calls_python:
+            reached |= reached_by_backward(kl, objective)
+        require_kl_reaches(objective.vector.split(gradient), reached, leaves)
+
+
+def look_behind(kl: Tensor, objective: Objective) -> GraphSummary:
+    """Return what lies behind a KL, and note what that means for products of its closure.
+
+    Args:
+        kl: With its graph.
+        objective: The closure that made it.
+    """
+    behind = summary(kl)
+    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(kl)
+    return behind
 
 
 def slope(objective: Objective, *, loss: bool) -> tuple[float, Tensor]:
@@ -159,14 +174,6 @@ def _attached(objective: Objective) -> Values:
     return objective.with_graph(check)
 
 
-def _require_kl_behind_everywhere(
-    gradient: Tensor | None, behind: GraphSummary, kl: Tensor, objective: Objective
-) -> None:
-    """Check what ``require_kl_behind`` does: before another closure runs, all ranks know."""
-    with told(objective.lockstep):
-        require_kl_behind(gradient, behind, kl, objective)
-
-
 def without_products(objective: Objective, reason: str, *, gradient: bool) -> LocalModel:
     """Return a model for finite differences; one evaluation of the closure.
 
@@ -176,12 +183,11 @@ def without_products(objective: Objective, reason: str, *, gradient: bool) -> Lo
         gradient: Whether the gradient of the loss is wanted too.
     """
     values = _attached(objective)
-    behind = summary(values.kl)
-    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
+    behind = look_behind(values.kl, objective)
     slopes = None
     if gradient:
         slopes = gradient_of(values.loss, objective, retain_graph=behind.calls_python)
-    _require_kl_behind_everywhere(slopes, behind, values.kl, objective)
+    require_kl_behind(slopes, behind, values.kl, objective)
     return model_of(objective, values, slopes, _no_product, "finite differences", reason)
 
 

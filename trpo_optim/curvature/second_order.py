@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
+from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import now, require_attached, summary
+from trpo_optim.curvature.autograd_graph import now, require_attached
 from trpo_optim.curvature.double_backward import by_double_backward
 from trpo_optim.curvature.engine_choice import (
     EngineChoice,
@@ -22,12 +24,12 @@ from trpo_optim.curvature.engine_choice import (
 )
 from trpo_optim.curvature.first_derivatives import require_differentiable
 from trpo_optim.curvature.gauss_newton import gauss_newton
-from trpo_optim.curvature.kl_precision import computed_in
 from trpo_optim.curvature.local_model import (
     LocalModel,
     Product,
     RefusedProductError,
     checked,
+    look_behind,
     model_of,
     require_kl_behind,
     without_products,
@@ -89,7 +91,6 @@ def second_order(
     *,
     engine: EngineName = "auto",
     gradient: bool = True,
-    trial: bool = True,
 ) -> LocalModel:
     """Return the local model; one evaluation of the closure, unless an engine is refused.
 
@@ -103,7 +104,6 @@ def second_order(
         choice: What earlier steps have learned; updated. None: nothing.
         engine: What is to make the products.
         gradient: Whether the gradient of the loss is wanted too.
-        trial: Whether to try a product, should nothing be known of the closure.
 
     Returns:
         The model, with the engine that made it.
@@ -123,7 +123,7 @@ def second_order(
     if engine == "auto" and choice["flaw"]:
         return without_products(objective, choice["flaw"], gradient=gradient)
     model = _second_order(objective, choice, engine, gradient=gradient)
-    if trial and not (choice["proven"] or model.engine == "finite differences"):
+    if not (choice["proven"] or model.engine == "finite differences"):  # try one
         try:
             model.product(torch.ones_like(objective.vector.current()))
         except RefusedProductError as error:
@@ -150,11 +150,7 @@ def product_again(objective: Objective, engine: Engine) -> Product:
     vector = objective.vector
     # with_graph, because compiled modules have no second derivatives
     values = objective.with_graph(lambda again: require_differentiable(again.kl, vector))
-    with objective.kernels():
-        if engine == "Gauss-Newton":
-            made = gauss_newton(None, values.kl, values.third, vector)
-        else:
-            made = by_double_backward(None, values.kl, objective)
+    made = _made(engine, None, values, objective)
     if isinstance(made, str):
         raise TrustRegionError(f"{engine} served the closure, and does not serve it again: {made}.")
     return checked(made[1], objective, engine)
@@ -185,8 +181,7 @@ def _second_order(
             return model_of(objective, *found, "torch.func", reason)
     started = now()
     values = objective.with_graph()
-    behind = summary(values.kl)
-    objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
+    behind = look_behind(values.kl, objective)
     # Learned only now: where this evaluation fails as well, it is not torch.func that refuses.
     learn(choice, objective, third=values.third is not None, refusal=refusal)
     if engine == "auto" and not (first or hindered or refusal or objective.third):
@@ -207,8 +202,7 @@ def _second_order(
         )
         fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
     elif engine != "double backward":
-        with objective.kernels():
-            made = gauss_newton(loss, values.kl, values.third, vector)
+        made = _made("Gauss-Newton", loss, values, objective)
         if not isinstance(made, str):
             require_kl_behind(made[0], behind, values.kl, objective)
             return model_of(objective, values, *made, "Gauss-Newton", named(engine))
@@ -218,14 +212,28 @@ def _second_order(
     if behind.once_differentiable:
         made = f"the backward of {behind.once_differentiable} is marked once_differentiable"
     else:
-        with objective.kernels():
-            made = by_double_backward(loss, values.kl, objective)
+        made = _made("double backward", loss, values, objective)
     if isinstance(made, str):
         flaw = f"torch cannot differentiate the closure twice: {made}"
         return _flawed(objective, choice, engine, flaw, gradient=gradient)
     require_kl_behind(made[0], behind, values.kl, objective)
     reason = named(engine) or fallback
     return model_of(objective, values, *made, "double backward", reason)
+
+
+def _made(
+    engine: Engine, loss: Tensor | None, values: Values, objective: Objective
+) -> tuple[Tensor | None, Product] | str:
+    """Return the gradient of the loss and v ↦ Fv by an engine, or why it does not serve."""
+    try:
+        with objective.kernels():
+            if engine == "Gauss-Newton":
+                return gauss_newton(loss, values.kl, values.third, objective.vector)
+            return by_double_backward(loss, values.kl, objective)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error)
 
 
 def _flawed(

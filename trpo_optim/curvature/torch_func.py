@@ -12,13 +12,8 @@ from trpo_optim.closure.checks import DETACHED, Values
 from trpo_optim.closure.dtensor import is_sharded
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import (
-    now,
-    reaches,
-    require_kl_reaches,
-    summary,
-)
-from trpo_optim.curvature.kl_precision import computed_in
+from trpo_optim.curvature.autograd_graph import now, reaches, require_kl_reaches
+from trpo_optim.curvature.local_model import look_behind
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import transforms_undone
 
@@ -73,8 +68,7 @@ def by_torch_func(
         in_closure = False
         if values.third is not None and not without_third:
             raise ThirdValueError
-        behind = summary(values.kl)
-        objective.dear, objective.kl_dtype = objective.dear or behind.dear, computed_in(values.kl)
+        behind = look_behind(values.kl, objective)
         if behind.once_differentiable:
             raise RefusedError(f"{behind.once_differentiable} is marked once_differentiable")
         attached = values.kl.requires_grad and (values.loss.requires_grad or not gradient)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +14,11 @@ from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.errors import RankError, TrustRegionError
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.long_vectors import in_parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["RanksInStep", "require_closures", "require_fine", "require_served", "sums_over_parts"]
+__all__ = ["RanksInStep", "require_closures", "require_fine", "require_served"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _COARSE = torch.finfo(torch.float16).eps
@@ -94,19 +92,6 @@ class RanksInStep:
                 "closures of the other ranks. Run them equally often on every rank, since FSDP "
                 "gathers the parameters from all ranks each time."
             )
-
-
-def sums_over_parts(vector: ParameterVector, reduction: Reduction) -> AbstractContextManager[None]:
-    """Have the vectors of each rank stand for its own parts of whole vectors.
-
-    Args:
-        vector: The parameters.
-        reduction: The collectives.
-
-    Returns:
-        What is to be entered for the time of a step.
-    """
-    return in_parts(reduction.add_up, reduction.each, vector.whole_length)
 
 
 def require_closures(

@@ -19,8 +19,9 @@ from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributed.collectives import Reduction
 from trpo_optim.distributed.consistency import Ready, agreed, checksum, fingerprint, odd_ones
-from trpo_optim.distributed.fsdp import RanksInStep, require_fine, sums_over_parts
+from trpo_optim.distributed.fsdp import RanksInStep, require_fine
 from trpo_optim.errors import RankError
+from trpo_optim.long_vectors import in_parts
 from trpo_optim.report import Engine, StepReport
 
 if TYPE_CHECKING:
@@ -93,8 +94,10 @@ class SharedBatch:
 
     def sums(self) -> AbstractContextManager[None]:
         """Return what sums over vectors need for the time of a step."""
-        whole = self._vector.fsdp is None
-        return nullcontext() if whole else sums_over_parts(self._vector, self._reduction)
+        if self._vector.fsdp is None:
+            return nullcontext()
+        reduction = self._reduction  # of vectors of which each rank has its own part
+        return in_parts(reduction.add_up, reduction.each, self._vector.whole_length)
 
     def values(self) -> Numbers:
         """Return the loss and the KL where the parameters now are, without a graph."""

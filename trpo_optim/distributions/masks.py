@@ -15,8 +15,10 @@ Per = Literal["token", "sequence"]
 """What a mean is taken over: elements of the batch, or sequences along its first dimension."""
 
 
-def checked_mask(mask: Tensor) -> Tensor:
-    """Return a mask as one of bools, after checking that something in it is true."""
+def checked_mask(mask: Tensor | None) -> Tensor | None:
+    """Return a mask as one of bools, after checking that something in it is true; None stays."""
+    if mask is None:
+        return None
     if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise TrustRegionError(
             f"The mask is {mask.dtype} with values other than 0 and 1. Pass a boolean mask."

@@ -71,7 +71,7 @@ def mean_kl(
         tensor(1.)
     """
     require_per(per)
-    counted = None if mask is None else checked_mask(mask)
+    counted = checked_mask(mask)
     kl = masked_mean(_kl_of_batch(old, new, counted), counted, per)
     if not kl.isfinite():  # the new policy's numbers are for the step to judge
         for part in leaves(old):
@@ -109,7 +109,7 @@ def joint_kl(
         tensor([0., 1., 4.])
     """
     require_per(per)
-    counted = None if mask is None else checked_mask(mask)
+    counted = checked_mask(mask)
     kl = _kl_of_batch(old, new, counted)
     if per == "sequence":
         return of_sequences(kl, counted)
@@ -200,9 +200,9 @@ def entropy(dist: PolicyT, mask: Tensor | None = None) -> Tensor:
 
 def _where(mask: Tensor | None, compute: Callable[[int | None], Tensor]) -> Tensor:
     """Return one number per element of the batch, given its dimensions; 0 where a mask is false."""
-    if mask is None:
-        return compute(None)
     counted = checked_mask(mask)
+    if counted is None:
+        return compute(None)
     values = compute(counted.dim())
     require_fit(counted, values)
     return values.masked_fill(~counted, 0)

@@ -74,7 +74,7 @@ def sampled_kl(
             "The old log-probabilities require grad. Compute them under no_grad before the step, "
             "and pass them first, the new ones second."
         )
-    counted = None if mask is None else checked_mask(mask)
+    counted = checked_mask(mask)
     old_log_prob, new_log_prob = (
         widened(each, torch.float32) for each in (old_log_prob, new_log_prob)
     )

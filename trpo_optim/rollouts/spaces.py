@@ -132,9 +132,7 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
             "environment. Return a distribution over actions from the policy, not logits or means."
         )
     values = values.reshape(-1, *shape)
-    if isinstance(space, gym.spaces.Discrete):
-        return values + space.start
-    if isinstance(space, gym.spaces.MultiDiscrete):
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         return values + space.start
     if isinstance(space, gym.spaces.Box):
         return values.clip(space.low, space.high).astype(space.dtype, copy=False)

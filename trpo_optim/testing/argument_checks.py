@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from trpo_optim.distributions.parts import leaves, made_of, name_of
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed
 from trpo_optim.testing.subject import Subject
 
 __all__ = ["check_arguments"]
@@ -62,7 +62,7 @@ def check_arguments(subject: Subject) -> Finding:
         if not cause:
             cause, remedy = _beyond_bounds(subject, index, each)
         if cause:
-            return Finding(name, Verdict.FAILED, {"arguments": float(seen)}, cause, remedy)
+            return failed(name, {"arguments": float(seen)}, cause, remedy)
     return Finding(name, Verdict.PASSED, {"arguments": float(seen)})
 
 
@@ -177,9 +177,7 @@ def _beyond(node: Any) -> Tensor:
         beyond: Tensor = excess > 0 if first else excess < 0
         return beyond
     low, high = (
-        getattr(node, f"_saved_{side}", None)
-        if hasattr(node, f"_saved_{side}")
-        else getattr(node, f"_saved_{side}_val", None)
+        getattr(node, f"_saved_{side}", getattr(node, f"_saved_{side}_val", None))
         for side in ("min", "max")
     )
     outside = torch.zeros_like(value, dtype=torch.bool)
@@ -219,8 +217,8 @@ def _most_beyond(subject: Subject, index: int, bound: Any, sign: float) -> float
     Returns:
         A number clearly beyond it, or None if there is none.
     """
-    vector, gap = subject.vector, _gap(subject, index, bound, sign)
-    slope = vector.gather(torch.autograd.grad(gap, vector.parameters, allow_unused=True))
+    gap = _gap(subject, index, bound, sign)
+    slope = subject.gradient(gap)
     far, square = float(gap.detach()), float(slope.square().sum())
     if not square > 0:
         return None

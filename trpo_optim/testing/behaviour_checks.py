@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trpo_optim.curvature.autograd_graph import graph_leaves
 from trpo_optim.distributions.parts import leaves
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.observations import are_rows, select
 from trpo_optim.testing.subject import Subject
 
@@ -30,9 +30,8 @@ def check_determinism(subject: Subject) -> Finding:
     gap = _gap(first, second)
     if gap <= _tolerance(first):
         return Finding(name, Verdict.PASSED, {"gap": gap})
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         {"gap": gap},
         f"Two evaluations at the same observations differ by {gap:.3g} nats in log_prob: the "
         "policy draws random numbers (dropout, noise) or moves its own state.",
@@ -46,13 +45,12 @@ def check_rows(subject: Subject) -> Finding:
     name = "rows"
     if not are_rows(subject.observations):
         kind = "The observations are an object, which the kit does not cut into rows."
-        return Finding(name, Verdict.UNDECIDED, {}, kind)
+        return undecided(name, kind)
     whole = subject.old_log_prob
     places = torch.arange(subject.rows, device="cpu")
     if _is_stale(subject):
-        return Finding(
+        return failed(
             name,
-            Verdict.FAILED,
             {},
             "The policy gives the same distributions for the rows of the batch in another order: "
             "it caches features of other observations, or does not look at these.",
@@ -70,9 +68,8 @@ def check_rows(subject: Subject) -> Finding:
             break
     if gap <= _tolerance(whole):
         return Finding(name, Verdict.PASSED, {"gap": gap})
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         {"gap": gap},
         f"log_prob of a row changes by {gap:.3g} nats with the other rows of the batch: something "
         "goes across the batch (batch normalisation in training mode, a mean or softmax over the "
@@ -107,18 +104,16 @@ def check_parameters(subject: Subject) -> Finding:
     unused = [names[id(each)] for each in left if names[id(each)] not in detached]
     strangers = _strangers(subject)
     if strangers:
-        return Finding(
+        return failed(
             name,
-            Verdict.FAILED,
             figures,
             f"The policy depends on {strangers} tensors that require gradients and are not among "
             "its parameters: the optimizer would never move them.",
             "Keep layers in nn.ModuleList, not in a list, and tensors as nn.Parameter.",
         )
     if detached:
-        return Finding(
+        return failed(
             name,
-            Verdict.FAILED,
             figures,
             f"The policy depends on {', '.join(detached[:4])}, and autograd does not reach it: it "
             "is detached on the way.",
@@ -126,9 +121,8 @@ def check_parameters(subject: Subject) -> Finding:
             "distribution.",
         )
     if not reached:
-        return Finding(
+        return failed(
             name,
-            Verdict.FAILED,
             figures,
             "Autograd reaches no parameter from log_prob.",
             "Compute the distribution from the module's parameters, with gradients enabled.",

@@ -26,7 +26,15 @@ from trpo_optim.errors import TrustRegionError, blaming
 from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.testing.closure_subject import ClosureSubject
-from trpo_optim.testing.findings import ClosureReport, Finding, Verdict, named, without
+from trpo_optim.testing.findings import (
+    ClosureReport,
+    Finding,
+    Verdict,
+    failed,
+    named,
+    undecided,
+    without,
+)
 from trpo_optim.testing.kl_scale import check_kl_scale
 from trpo_optim.testing.loss_check import check_loss
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
@@ -57,7 +65,7 @@ def _values(subject: ClosureSubject) -> Finding:
         if not all(map(math.isfinite, pair)):
             cause = "Loss or KL is not a number where old and new policy are one."
             remedy = "Look for zero probabilities, -inf times zero, and NaN in the batch."
-            return Finding(name, Verdict.FAILED, figures, named(each.name, cause), remedy)
+            return failed(name, figures, named(each.name, cause), remedy)
     return Finding(name, Verdict.PASSED, figures)
 
 
@@ -76,7 +84,7 @@ def _deterministic(subject: ClosureSubject) -> Finding:
                 "minibatch, or the policy has dropout, noise or moving statistics."
             )
             remedy = "Fix the batch before step(), and use policy.eval()."
-            return Finding(name, Verdict.FAILED, {"gap": gap}, named(each.name, cause), remedy)
+            return failed(name, {"gap": gap}, named(each.name, cause), remedy)
         widest = max(widest, gap)
     return Finding(name, Verdict.PASSED, {"gap": widest})
 
@@ -110,11 +118,11 @@ def _shape(subject: ClosureSubject) -> Finding:
             break
         step = step / 2
     if subject.kl(step) == here:
-        return Finding(name, Verdict.UNDECIDED, {}, "The KL does not move.")
+        return undecided(name, "The KL does not move.")
     figures, cause = flaw_at_minimum(lambda scale: subject.kl(scale * step) - here)
     if not cause:
         return Finding(name, Verdict.PASSED, figures)
-    return Finding(name, Verdict.FAILED, figures, cause, REMEDY)
+    return failed(name, figures, cause, REMEDY)
 
 
 def _second_order(subject: ClosureSubject) -> Finding:
@@ -202,13 +210,13 @@ def check_closure(
         'moving kl'
     """
     checks = without(CLOSURE_CHECKS, skip)
-    mask = None if mask is None else checked_mask(mask)
+    mask = checked_mask(mask)
     groups = TrustRegionOptimizer(params).param_groups
     vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
     try:
         closures = collected(closure, None, None, shared=False)
     except TrustRegionError as error:
-        return ClosureReport((Finding("values", Verdict.FAILED, {}, str(error)),))
+        return ClosureReport((failed("values", {}, str(error)),))
     findings = []
     with torch.no_grad():
         for name, check in checks.items():
@@ -224,7 +232,7 @@ def check_closure(
                     told = str(error)
                     if not isinstance(error, TrustRegionError):
                         told = f"{type(error).__name__}: {told}"
-                    findings.append(Finding(name, Verdict.FAILED, {}, told))
+                    findings.append(failed(name, {}, told))
     return ClosureReport(tuple(findings))
 
 

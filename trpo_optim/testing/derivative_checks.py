@@ -12,7 +12,7 @@ from trpo_optim.distributions.parts import leaves, made_of
 from trpo_optim.testing.averages import sigmas
 from trpo_optim.testing.directions import direction
 from trpo_optim.testing.distribution_checks import on_edge
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
 from trpo_optim.testing.subject import Subject
 
@@ -27,9 +27,7 @@ def check_score(subject: Subject) -> Finding:
     name = "score"
     vector = subject.vector
     worst, figures, at_worst = 0.0, dict[str, float](), torch.zeros(0, device="cpu")
-    value = (subject.log_prob(subject.dist()) * subject.advantages).mean()
-    slopes = torch.autograd.grad(value, vector.parameters, allow_unused=True)
-    gradient = vector.gather(slopes)
+    gradient = subject.gradient((subject.log_prob(subject.dist()) * subject.advantages).mean())
     width = 1e-7 if vector.dtype is torch.float64 else 2e-3
     for index, (start, end) in enumerate(_spans(subject)):
         step = torch.zeros_like(gradient)
@@ -57,9 +55,8 @@ def check_score(subject: Subject) -> Finding:
             "computes in lower precision than its parameters have (autocast, bfloat16), or it is "
             "not smooth.",
         )
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         "The gradient of log_prob by autograd is not its slope: part of log_prob is detached, or a "
         "backward is wrong, so that the step raises something else than the probabilities of good "
@@ -110,14 +107,14 @@ def check_zero_kl(subject: Subject) -> Finding:
         cause = f"KL(old || old) is {here:.3g}, not zero."
     if not cause:
         return Finding(name, Verdict.PASSED, figures)
-    return Finding(name, Verdict.FAILED, figures, cause, REMEDY)
+    return failed(name, figures, cause, REMEDY)
 
 
 def check_second_order(subject: Subject) -> Finding:
     """The KL can be differentiated twice, or by finite differences of its gradient."""
     name = "second order"
     if subject.refusal:
-        return Finding(name, Verdict.FAILED, {}, subject.refusal)
+        return failed(name, {}, subject.refusal)
     with subject.model(third=True) as model:
         differences = model.engine == "finite differences"
     note = f"By finite differences: {model.fallback}." if differences else ""
@@ -128,9 +125,9 @@ def check_fisher(subject: Subject) -> Finding:
     """Fisher-vector products are symmetric, the KL's curvature, and the scores' spread."""
     name = "fisher"
     if subject.refusal:
-        return Finding(name, Verdict.UNDECIDED, {}, "There are no Fisher-vector products.")
+        return undecided(name, "There are no Fisher-vector products.")
     if subject.lost > 1e-3:
-        return Finding(name, Verdict.UNDECIDED, {}, on_edge(subject.lost))
+        return undecided(name, on_edge(subject.lost))
     one, two = direction(subject, 2), direction(subject, 3)
     bend, spread, noise = _curvatures(subject, one)
     figures = {"by differences": bend, "by scores": spread}
@@ -150,9 +147,8 @@ def check_fisher(subject: Subject) -> Finding:
         elif abs(stated - spread) > 2 * _CLOSE * spread + sigmas(1) * noise:
             cause = f"the mean square of the scores along v is {spread:.4g}"
         if cause:
-            return Finding(
+            return failed(
                 name,
-                Verdict.FAILED,
                 figures,
                 f"v'Fv is {stated:.4g} by {model.engine}, and {cause}: Fisher-vector products are "
                 "not those of this policy.",
@@ -171,9 +167,7 @@ def _curvatures(subject: Subject, step: Tensor) -> tuple[float, float, float]:
     for sign in (scale, -scale):
         with subject.at(sign * step):
             dist = subject.dist()
-            kl = subject.kl(dist)
-            slopes = torch.autograd.grad(kl, subject.vector.parameters, allow_unused=True)
-            bends.append(float(step.dot(subject.vector.gather(slopes))))
+            bends.append(float(step.dot(subject.gradient(subject.kl(dist)))))
             with torch.no_grad():
                 logs.append(subject.joint_log_prob(dist))
     score = (logs[0] - logs[1]) / (2 * scale)

@@ -21,9 +21,7 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
     weights = torch.randn(subject.old_log_prob.shape, generator=generator, device="cpu").to(
         subject.old_log_prob
     )
-    value = (subject.log_prob(subject.dist()) * weights).mean()
-    slopes = torch.autograd.grad(value, subject.vector.parameters, allow_unused=True)
-    gradient = subject.vector.gather(slopes)
+    gradient = subject.gradient((subject.log_prob(subject.dist()) * weights).mean())
     # Noise by the measure of each parameter's own slope: what moves the policy little by its
     # slope would have to move so far that nothing is quadratic any more.
     pieces = [

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Distribution
 from trpo_optim.distributions.parts import leaves
 from trpo_optim.testing.averages import average, sigmas
 from trpo_optim.testing.directions import direction
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.reference import Reference, rows_of
 from trpo_optim.testing.subject import Subject
 
@@ -41,14 +41,14 @@ def check_shapes(subject: Subject) -> Finding:
     for leaf, shape in zip(found, shapes, strict=True):
         family = type(leaf).__name__
         if not shape or shape[0] != subject.rows:
-            return _failed(
+            return failed(
                 name,
                 figures,
                 f"{family} has batch shape {shape}, and there are {subject.rows} observations.",
                 "Return one distribution per observation, the batch first.",
             )
         if not leaf.event_shape and len(shape) > 1 and not _is_joint(leaf, found_in):
-            return _failed(
+            return failed(
                 name,
                 figures,
                 f"{family} has batch shape {shape} and no event shape, so that log_prob gives "
@@ -58,7 +58,7 @@ def check_shapes(subject: Subject) -> Finding:
             )
     value = subject.log_prob(subject.old)
     if value.shape != (subject.rows,):
-        return _failed(
+        return failed(
             name,
             figures,
             f"log_prob of one action per observation has shape {tuple(value.shape)}.",
@@ -87,18 +87,18 @@ def check_density(subject: Subject) -> Finding:
     figures = dict[str, float]()
     for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
         if each.lost > _LOST:
-            return _undecided(name, on_edge(each.lost))
+            return undecided(name, on_edge(each.lost))
         if not each.decided:
-            return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
+            return undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         core, core_noise = _mass(each.weights * each.inside)
         total, noise = _mass(each.weights)
         figures = {"integral": total, "noise": noise}
         if core > 1 + sigmas(2) * core_noise + _SLACK:
             figures["integral"], noise = core, core_noise  # of a part already
         elif not (noise <= 0.05 and each.serves):
-            return _undecided(name, _NO_PROPOSAL)
+            return undecided(name, _NO_PROPOSAL)
         if abs(figures["integral"] - 1) > sigmas(2) * noise + _SLACK:
-            return _failed(
+            return failed(
                 name,
                 figures,
                 f"exp(log_prob) of {type(leaf).__name__} integrates to {figures['integral']:.4g}, "
@@ -123,16 +123,16 @@ def check_sampler(subject: Subject) -> Finding:
     for leaf, each in zip(subject.joint_leaves(subject.old), subject.references, strict=True):
         if leaf.sample((_LOOKED_AT,)).isnan().any():
             cause = f"{type(leaf).__name__}.sample() draws NaN."
-            return _failed(name, {}, cause, "Draw numbers of the support.")
+            return failed(name, {}, cause, "Draw numbers of the support.")
         if each.lost > _LOST:
-            return _undecided(name, on_edge(each.lost))
+            return undecided(name, on_edge(each.lost))
         if not each.decided:
-            return _undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
+            return undecided(name, f"{type(leaf).__name__} has no density on all of its support.")
         if not each.serves:
-            return _undecided(name, _NO_PROPOSAL)
+            return undecided(name, _NO_PROPOSAL)
         worst = max(worst, _distance(each))
         if worst > 1:
-            return _failed(
+            return failed(
                 name,
                 {"distance over limit": worst},
                 f"Averages over actions that {type(leaf).__name__}.sample() draws differ from "
@@ -167,11 +167,11 @@ def check_entropy(subject: Subject) -> Finding:
         except NotImplementedError:
             continue
         if not each.serves:
-            return _undecided(name, _NO_PROPOSAL)
+            return undecided(name, _NO_PROPOSAL)
         mean, error = average(-rows_of(leaf, each.actions), each.weights)
         figures = {"entropy": stated, "mean of -log_prob": mean, "noise": error}
         if not abs(stated - mean) <= sigmas(1) * error + _SLACK * max(1.0, abs(mean)):
-            return _failed(
+            return failed(
                 name,
                 figures,
                 f"entropy() of {type(leaf).__name__} is {stated:.4g}, and the mean of -log_prob "
@@ -179,14 +179,14 @@ def check_entropy(subject: Subject) -> Finding:
                 "Correct entropy(), or leave it out (NotImplementedError).",
             )
     if not figures:
-        return _undecided(name, "The distribution states no entropy.")
+        return undecided(name, "The distribution states no entropy.")
     return Finding(name, Verdict.PASSED, figures)
 
 
 def check_kl(subject: Subject) -> Finding:
     """The KL of two policies some way apart, either way, is the mean of ln(π_old/π_new)."""
     if subject.lost > 10 * _LOST:
-        return _undecided("kl", on_edge(subject.lost))
+        return undecided("kl", on_edge(subject.lost))
     step = direction(subject, 0, kl=0.05)
     figures = dict[str, float]()
     for way in (step, -step):  # what is wrong by a slope may agree one way, but not the other
@@ -197,9 +197,9 @@ def check_kl(subject: Subject) -> Finding:
         mean, error = subject.mean(torch.expm1(ratio) - ratio)
         figures = {"kl": stated, "mean of ln(old/new)": mean, "noise": error}
         if error > 0.05 * abs(mean) and math.isfinite(stated):
-            return _undecided("kl", "Rare actions make up the KL: its average over draws is noise.")
+            return undecided("kl", "Rare actions make up the KL: its average over draws is noise.")
         if not abs(stated - mean) <= sigmas(2) * error + 0.02 * abs(mean) + 1e-6:
-            return _failed("kl", figures, *_cause_of_wrong_kl(subject, stated, mean))
+            return failed("kl", figures, *_cause_of_wrong_kl(subject, stated, mean))
     return Finding("kl", Verdict.PASSED, figures)
 
 
@@ -233,11 +233,3 @@ def _dimensions(subject: Subject) -> int:
     """Return how many numbers make up one action."""
     sizes = [math.prod((*leaf.batch_shape[1:], *leaf.event_shape)) for leaf in leaves(subject.old)]
     return sum(sizes)
-
-
-def _failed(name: str, figures: dict[str, float], cause: str, remedy: str) -> Finding:
-    return Finding(name, Verdict.FAILED, figures, cause, remedy)
-
-
-def _undecided(name: str, cause: str) -> Finding:
-    return Finding(name, Verdict.UNDECIDED, {}, cause)

@@ -10,7 +10,17 @@ from typing import TypeVar
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["ClosureReport", "Finding", "PolicyReport", "Verdict", "left_out", "named", "without"]
+__all__ = [
+    "ClosureReport",
+    "Finding",
+    "PolicyReport",
+    "Verdict",
+    "failed",
+    "left_out",
+    "named",
+    "undecided",
+    "without",
+]
 
 
 SubjectT = TypeVar("SubjectT")
@@ -126,6 +136,16 @@ class ClosureReport(_Report):
         >>> report.passed, [finding.check for finding in report.failures]
         (False, ['values'])
     """
+
+
+def failed(check: str, figures: Mapping[str, float], cause: str, remedy: str = "") -> Finding:
+    """Return the finding of a fault."""
+    return Finding(check, Verdict.FAILED, figures, cause, remedy)
+
+
+def undecided(check: str, cause: str, remedy: str = "") -> Finding:
+    """Return the finding of a check that could not be made."""
+    return Finding(check, Verdict.UNDECIDED, {}, cause, remedy)
 
 
 def named(closure: str, cause: str) -> str:

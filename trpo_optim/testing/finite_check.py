@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.parts import leaves, made_of
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.observations import are_rows
 from trpo_optim.testing.subject import Subject
 
@@ -24,7 +24,7 @@ def check_finite(subject: Subject) -> Finding:
     name = "finite"
     if not are_rows(subject.observations):
         kind = "The observations are an object: the kit knows no corners of its range."
-        return Finding(name, Verdict.UNDECIDED, {}, kind)
+        return undecided(name, kind)
     for label, observations in _corners(subject.observations):
         cause = ""
         try:
@@ -37,17 +37,14 @@ def check_finite(subject: Subject) -> Finding:
         except ValueError as error:
             cause = textwrap.shorten(f"the distribution cannot be made: {error}", 120)
         if cause and _rules_out(subject.old):
-            return Finding(
+            return undecided(
                 name,
-                Verdict.UNDECIDED,
-                {},
                 f"At {label}: {cause}. The policy rules actions out, and these observations, which "
                 "the kit has made up, may rule out all.",
             )
         if cause:
-            return Finding(
+            return failed(
                 name,
-                Verdict.FAILED,
                 {},
                 f"At {label}: {cause}.",
                 "Bound what goes into exp, log and division: clamp log_std, softplus for scales, "

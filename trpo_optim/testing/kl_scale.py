@@ -11,7 +11,7 @@ from torch import Tensor
 from trpo_optim.distributions.joint import draws_whole_actions
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.closure_subject import ClosureSubject
-from trpo_optim.testing.findings import Finding, Verdict, named
+from trpo_optim.testing.findings import Finding, Verdict, failed, named, undecided
 from trpo_optim.testing.kl_rows import (
     Measured,
     by_distributions,
@@ -42,24 +42,22 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
     if not found and subject.log_prob is not None:
         exact, found = False, measured(subject, by_log_probabilities)
     if not found:
-        return Finding(
+        return undecided(
             name,
-            Verdict.UNDECIDED,
-            {},
             "The closure makes no distribution whose KL is known.",
             "Return the new one as the third value, or pass log_prob to check the KL's scale.",
         )
     rows = sum(part[0].rows.numel() for part in found)
     if not exact and rows < _ENOUGH:
-        return Finding(name, Verdict.UNDECIDED, {}, "The actions are too few to estimate the KL.")
+        return undecided(name, "The actions are too few to estimate the KL.")
     ratios = [each.stated / each.mean for part in found for each in part]
     figures = {"kl over mean of rows": sum(ratios) / len(ratios), "rows": float(rows)}
     for part in found:
         cause = _flaw(part) if exact else _rough_flaw(part)
         if cause:
-            return Finding(name, Verdict.FAILED, figures, named(part[0].name, cause), _REMEDY)
+            return failed(name, figures, named(part[0].name, cause), _REMEDY)
     if cause := _over_dimensions(found, subject):
-        return Finding(name, Verdict.FAILED, figures, cause, _REMEDY)
+        return failed(name, figures, cause, _REMEDY)
     if exact and (cause := _doubt(found, subject)):
         return Finding(name, Verdict.UNDECIDED, figures, cause, "Pass log_prob.")
     return Finding(name, Verdict.PASSED, figures)

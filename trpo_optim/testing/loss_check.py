@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.testing.closure_subject import ClosureSubject
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 
 __all__ = ["check_loss"]
 
@@ -19,7 +19,7 @@ def check_loss(subject: ClosureSubject) -> Finding:
     """The loss falls when good actions become more likely, and those alone that count."""
     name = "loss"
     if subject.log_prob is None or subject.advantages is None:
-        return Finding(name, Verdict.UNDECIDED, {}, "Pass log_prob and advantages to check it.")
+        return undecided(name, "Pass log_prob and advantages to check it.")
     with torch.enable_grad():
         logs, advantages, mask = _checked(subject, subject.log_prob(), subject.advantages)
         sign = 1.0 if subject.maximize else -1.0
@@ -37,10 +37,8 @@ def check_loss(subject: ClosureSubject) -> Finding:
         for weight, part in zip(subject.batch.weights, subject.batch.parts, strict=True):
             slopes["loss"] += weight * _slope(subject, part.with_graph().loss)
     if not (slopes["right"].any() or slopes["of sequences"].any()):
-        return Finding(
+        return undecided(
             name,
-            Verdict.UNDECIDED,
-            {},
             "The advantages give no direction: they are 0, or the same for all actions.",
             "Pass advantages that differ.",
         )
@@ -127,9 +125,8 @@ def _is_diluted(loss: Tensor, right: Tensor, mask: Tensor) -> bool:
 
 def _beyond_mask(name: str, figures: dict[str, float], mask: Tensor, *, diluted: bool) -> Finding:
     left_out = int((~mask).sum())
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         f"The loss is averaged over prompt or padding: {left_out} of {mask.numel()} elements that "
         "the mask leaves out "
@@ -140,9 +137,8 @@ def _beyond_mask(name: str, figures: dict[str, float], mask: Tensor, *, diluted:
 
 
 def _outside_mask(name: str, figures: dict[str, float], mask: Tensor) -> Finding:
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         f"The loss is averaged over the {int((~mask).sum())} of {mask.numel()} elements that the "
         "mask leaves out, and over none that count: one of the two masks is inverted.",
@@ -154,9 +150,8 @@ def _wrong(
     name: str, figures: dict[str, float], subject: ClosureSubject, *, turned: bool
 ) -> Finding:
     surrogate = "(ratio * advantages).mean()"
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         "The loss falls when bad actions become more likely: its sign is wrong."
         if turned

@@ -35,7 +35,7 @@ from trpo_optim.testing.distribution_checks import (
     check_shapes,
 )
 from trpo_optim.testing.evaluated import module_of
-from trpo_optim.testing.findings import Finding, PolicyReport, Verdict, without
+from trpo_optim.testing.findings import Finding, PolicyReport, failed, undecided, without
 from trpo_optim.testing.finite_check import check_finite
 from trpo_optim.testing.precision import in_double_precision
 from trpo_optim.testing.state_check import check_state
@@ -220,11 +220,8 @@ def _nothing_to_check(checks: Iterable[str], cause: str, remedy: str) -> PolicyR
     first, *rest = checks
     return PolicyReport(
         (
-            Finding(first, Verdict.FAILED, {}, cause, remedy),
-            *(
-                Finding(name, Verdict.UNDECIDED, {}, "There is no policy to check.")
-                for name in rest
-            ),
+            failed(first, {}, cause, remedy),
+            *(undecided(name, "There is no policy to check.") for name in rest),
         )
     )
 
@@ -236,7 +233,7 @@ def _findings(checks: Mapping[str, _Check], subject: Subject) -> Iterator[Findin
         finding, error = _run(name, check, subject)
         if error and error in raised:
             cause = f"It raises the same as {raised[error]!r}."
-            finding = Finding(name, Verdict.UNDECIDED, {}, cause)
+            finding = undecided(name, cause)
         raised.setdefault(error, name)
         yield finding
 
@@ -246,7 +243,7 @@ def _run(name: str, check: _Check, subject: Subject) -> tuple[Finding, str]:
     try:
         return check(subject), ""
     except Exception as error:  # whatever a policy may raise
-        return Finding(name, Verdict.FAILED, {}, _told(error)), _told(error)
+        return failed(name, {}, _told(error)), _told(error)
 
 
 def _told(error: Exception) -> str:

@@ -52,8 +52,7 @@ def _is_smooth(subject: Subject) -> bool:
     vector = subject.vector
     generator = torch.Generator("cpu").manual_seed(0)
     step = torch.randn(len(vector), generator=generator, device="cpu").to(vector.current())
-    value = (subject.log_prob(subject.dist()) * subject.advantages).mean()
-    slope = vector.gather(torch.autograd.grad(value, vector.parameters, allow_unused=True))
+    slope = subject.gradient((subject.log_prob(subject.dist()) * subject.advantages).mean())
     step *= 1e-9 * (1 + vector.current().abs()) * (slope != 0)
     changes = []
     for sign in (1.0, -1.0):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trpo_optim.testing.attributes import Attributes
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed
 from trpo_optim.testing.observations import are_rows, changed, select, tensors_of
 from trpo_optim.testing.subject import Subject
 
@@ -43,9 +43,8 @@ def check_state(subject: Subject) -> Finding:
     ]
     if not moved:
         return _plain_attributes(subject, kept, {"tensors": float(len(before))})
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         {"moved": float(len(moved))},
         f"One evaluation changes {', '.join(moved[:4])}: the policy after the rollout is not the "
         "one that acted.",
@@ -82,9 +81,8 @@ def _plain_attributes(subject: Subject, before: Attributes, figures: dict[str, f
         before.restore()
         if not _agree(*found):
             names = ", ".join(kept[:4])
-            return Finding(
+            return failed(
                 name,
-                Verdict.FAILED,
                 {**figures, "kept": float(len(kept))},
                 f"One evaluation changes {names}, kept as plain attributes, and the next one "
                 f"{what}.",

@@ -8,7 +8,7 @@ import torch
 
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import StepReport
-from trpo_optim.testing.findings import Finding, Verdict
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.subject import Subject
 
 __all__ = ["check_step"]
@@ -25,12 +25,10 @@ def check_step(subject: Subject) -> Finding:
     """A step improves, keeps the radius, and agrees with the local model as that shrinks."""
     name = "step"
     if subject.refusal:
-        return Finding(name, Verdict.UNDECIDED, {}, "There are no Fisher-vector products.")
+        return undecided(name, "There are no Fisher-vector products.")
     report = _step(subject, 1e-2)
     if not report.accepted:
-        return Finding(
-            name, Verdict.FAILED, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}"
-        )
+        return failed(name, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}")
     figures = dict[str, float]()
     resolved = 0.0 if subject.vector.dtype is torch.float64 else 1e-6
     for radius in (each for each in _RADII if each >= resolved):
@@ -43,9 +41,8 @@ def check_step(subject: Subject) -> Finding:
         ratios = [max(value, 1e-9) for label, value in figures.items() if "over" in label]
         if report.accepted and all(abs(math.log(ratio)) < math.log(_AGREED) for ratio in ratios):
             return Finding(name, Verdict.PASSED, figures)
-    return Finding(
+    return failed(
         name,
-        Verdict.FAILED,
         figures,
         "However small the radius, KL or improvement are not what the local model says: the policy "
         "that is differentiated is not the one that is tried.",

@@ -133,6 +133,11 @@ class Subject(Evaluated):
         """The parameters that the policy's log-probabilities depend on."""
         return ParameterVector(self.reached)
 
+    def gradient(self, value: Tensor) -> Tensor:
+        """Return the gradient of a scalar in the parameters, (n,)."""
+        slopes = torch.autograd.grad(value, self.vector.parameters, allow_unused=True)
+        return self.vector.gather(slopes)
+
     @functools.cached_property
     def reached(self) -> tuple[Tensor, ...]:
         """The parameters that autograd reaches from the log-probabilities or the KL."""

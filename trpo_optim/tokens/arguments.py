@@ -126,10 +126,9 @@ def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
             f"The tokens are {tokens.dtype}. They are indices into the vocabulary: pass integers, "
             "such as torch.long."
         )
-    if mask is None:
-        return None
     counted = checked_mask(mask)
-    require_fit(counted, tokens)
+    if counted is not None:
+        require_fit(counted, tokens)
     return counted
 
 

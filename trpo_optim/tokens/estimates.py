@@ -147,8 +147,7 @@ def _counted(
     """Return the mask as one of bools, after checking all arguments."""
     require_per(per)
     require_beside(new_log_prob, others, called="new log-probabilities", unit="token")
-    if mask is None:
-        return None
     counted = checked_mask(mask)
-    require_fit(counted, new_log_prob)
+    if counted is not None:
+        require_fit(counted, new_log_prob)
     return counted
