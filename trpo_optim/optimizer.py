@@ -14,7 +14,7 @@ from trpo_optim.algorithm.preconditioner import DiagonalPreconditioner
 from trpo_optim.algorithm.step import take_step
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameter_memory import begin, remember
+from trpo_optim.closure.parameter_memory import begin, to_remember
 from trpo_optim.closure.parameters import trainable
 from trpo_optim.distributed.collectives import GROUP_DESTROYED, GROUP_NOT_COPIED, require_member
 from trpo_optim.distributed.consistency import Ready
@@ -257,9 +257,10 @@ class TrustRegionOptimizer(AgreeingGroups):
                 outcome = take_step(batch, transaction, ready.settings, figures, preconditioner)
                 report = batch.concluded(StepReport(outcome, **figures))
                 if report.accepted:
-                    transaction.commit()
+                    kept: Any = ()
                     if preconditioner is not None:
-                        remember(self.state, ready.vector, preconditioner.roots)
+                        kept = to_remember(self.state, ready.vector, preconditioner.roots)
+                    transaction.commit(*kept)
                 else:
                     transaction.roll_back()
         self.last_report = report

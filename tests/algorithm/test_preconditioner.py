@@ -13,7 +13,7 @@ import pytest
 import torch
 from devices import each_device
 from micro_batches import on_rows
-from problems import PROBLEMS, Problem, categorical, gaussian
+from problems import PROBLEMS, Problem, Snapshot, categorical, gaussian
 from solves import N, right_side, spd, with_eigenvalues
 from taken import settings, taken
 from torch import Tensor
@@ -216,3 +216,21 @@ def test_the_state_stays_one_object_and_room_is_made_on_request() -> None:
     further(problem, optimizer, range(1))
     assert optimizer.state is state
     assert all(own["gradient_rms"].isfinite().all() for own in state.values())
+
+
+def test_an_interrupt_while_the_memory_is_prepared_undoes_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = gaussian()
+    optimizer = problem.optimizer(**DIAGONAL)
+    further(problem, optimizer, range(1))
+    policy, state = Snapshot.of(problem.policy), copy.deepcopy(optimizer.state_dict()["state"])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trpo_optim.optimizer.to_remember", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        further(problem, optimizer, range(1, 2))
+    assert policy.differences(Snapshot.of(problem.policy)) == []
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)

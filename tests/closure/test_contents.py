@@ -147,6 +147,22 @@ def test_a_list_that_loses_items_gets_them_back_in_their_places(
     assert seen == [list(map(id, items))] * len(seen)
 
 
+ADDED: dict[str, Callable[[Any], object]] = {
+    "at the end": lambda items: items.append(9.0),
+    "in front": lambda items: items.insert(0, 9.0),
+    "tensors": lambda items: items.extend([torch.ones(1), torch.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("kind", [list, deque])
+@pytest.mark.parametrize("name", ADDED)
+def test_a_list_that_gains_items_loses_them_again(name: str, kind: Callable[[Any], Any]) -> None:
+    items = [0.5, torch.zeros(1), None]
+    policy = Writing(lambda policy: ADDED[name](policy.items), items=kind(items))
+    _, seen = policy.step(lambda policy: list(map(id, policy.items)))
+    assert seen == [list(map(id, items))] * len(seen)
+
+
 @pytest.mark.parametrize(
     "value", [0.5, "text", np.zeros(2), torch.zeros(2), [1.0], {"a": 1.0}, object()], ids=type
 )

@@ -159,7 +159,7 @@ class DirectionSolver:
         for index, pair in enumerate(zip(blocks(image), blocks(measured), strict=True)):
             stated, found = map(float, map(norm, pair))
             if stated > 0 and found <= _SILENT * stated:
-                moves = f"parameter {index}, counted from 0, moves"
+                moves = f"parameter {self.parameters.name(index)} moves"
                 values = elsewhere(self.batch, self.parameters, index)
                 require_moving_kl(model.kl, values, model.kl_resolution, moves)
 

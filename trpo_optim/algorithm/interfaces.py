@@ -125,5 +125,8 @@ class Parameters(Protocol):
     def blocks(self, vector: Tensor) -> list[Tensor]:
         """Return the pieces of a vector, one for each parameter."""
 
+    def name(self, index: int) -> str:
+        """Return what a parameter is called, for messages."""
+
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points far from here in every parameter."""

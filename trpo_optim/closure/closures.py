@@ -46,6 +46,14 @@ class Closures:
     weights: Sequence[float] | None = None
     curvature: Closure | None = None
 
+    def __post_init__(self) -> None:
+        """Check that there is a list of closures."""
+        if callable(self.parts):
+            raise TrustRegionError(
+                f"Closures() got a {type(self.parts).__name__} as its parts. Pass a list of "
+                "closures, such as Closures([closure])."
+            )
+
     @property
     def every(self) -> list[Closure]:
         """All closures. The one for curvature is the last."""

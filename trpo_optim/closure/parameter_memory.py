@@ -11,9 +11,8 @@ from torch import Tensor
 from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.torch_private import copy_each
 
-__all__ = ["begin", "remember", "remembered", "require_shapes"]
+__all__ = ["begin", "remembered", "require_shapes", "to_remember"]
 
 _NAME = "gradient_rms"
 """The root of the mean squared gradient, in the parameter's shape and dtype; NaN: none yet."""
@@ -49,8 +48,10 @@ def begin(state: _State, parameters: Iterable[Tensor]) -> None:
             state[each][_NAME] = torch.full_like(each, torch.nan)
 
 
-def remember(state: _State, vector: ParameterVector, roots: Tensor) -> None:
-    """Keep the root of the mean squared gradient, in one call that nothing interrupts.
+def to_remember(
+    state: _State, vector: ParameterVector, roots: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return where the root of the mean squared gradient is kept, and what is to be written there.
 
     Args:
         state: The optimizer's, in which ``begin`` has made room.
@@ -58,7 +59,7 @@ def remember(state: _State, vector: ParameterVector, roots: Tensor) -> None:
         roots: Shape (n,).
     """
     targets = [local(state[each][_NAME]) for each in vector.parameters]
-    copy_each(targets, list(map(local, vector.scatter(roots))))
+    return targets, list(map(local, vector.scatter(roots)))
 
 
 def require_shapes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

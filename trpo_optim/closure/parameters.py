@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress, repeat
 from typing import Any
 
@@ -28,9 +28,11 @@ class ParameterVector:
     ranks has the whole vector. Of parameters that FSDP has sharded, every rank has its own part.
 
     Args:
-        parameters: The parameters, all on one device; those that occur twice are taken once.
+        parameters: The parameters, all on one device; those that occur twice are taken once. Or
+            what each is called, by parameter.
 
     Attributes:
+        names: What each is called in messages: its name in quotes, or its place.
         fsdp: The parameters, if FSDP has sharded them; else None.
 
     Raises:
@@ -38,8 +40,11 @@ class ParameterVector:
             old for those that are in parts, or FSDP has sharded some and not others.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor] | Mapping[Tensor, str]) -> None:
         self.parameters = tuple(dict.fromkeys(parameters))
+        places = map(str, range(len(self.parameters)))
+        names = parameters.values() if isinstance(parameters, Mapping) else places
+        self.names = tuple(names)
         if not any(parameter.numel() for parameter in self.parameters):
             raise TrustRegionError(
                 "No parameter requires a gradient, so a step has nothing to move. Call "
@@ -82,6 +87,11 @@ class ParameterVector:
     def whole_length(self) -> int:
         """The length of whole vectors. This rank may hold only a part of each."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def counting(self) -> str:
+        """How the places are counted, for a message; empty if the parameters have names."""
+        return ", counted from 0" if self.names[0][0].isdigit() else ""
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -190,11 +200,14 @@ def require_real(group: dict[str, Any]) -> None:
             )
 
 
-def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+def trainable(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
     """Return the parameters that require a gradient, each of which has memory of its own.
 
     Args:
         groups: ``param_groups``.
+
+    Returns:
+        What each is called in messages, by parameter.
 
     Raises:
         TrustRegionError: If an element in memory belongs to two parameters, or stands for several
@@ -230,7 +243,7 @@ def trainable(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
                     "(b.weight = a.weight, not b.weight.data = a.weight.data), or clone() one."
                 )
         before.append((parameter, (device, start, end)))
-    return list(names)
+    return names
 
 
 def _named(group: dict[str, Any]) -> Iterator[tuple[str | int, Tensor]]:

@@ -53,17 +53,18 @@ class Place:
         self._count = len(entries)
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
-        """Bind what was there again; numbers beside moved tensors, and in shorter lists."""
-        shrunk = not isinstance(self._entries, dict) and len(self._entries) < self._count
+        """Bind what was there again; numbers beside moved tensors, and in resized lists."""
+        listed = self._count > 0 and not isinstance(self._entries, dict)
+        resized = listed and len(self._entries) != self._count
         moves = any(key in moved for key in self._contents)
         now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
         changed = [key for key, value in self._before.items() if now.get(key, now) is not value]
         numbers = []
         for key in changed:
             value = self._before[key]
-            if type(value) in NUMBERS_AND_TEXTS and not shrunk:  # else all go back, in turn
+            if type(value) in NUMBERS_AND_TEXTS and not resized:  # else all go back, in turn
                 numbers.append(key)
-            elif shrunk or not (value is None and final):
+            elif resized or not (value is None and final):
                 self._put(key, value)
                 moves |= _carries_tensors(value)
         for key in numbers:
@@ -71,7 +72,7 @@ class Place:
                 self._put(key, self._before[key])
         if len(now) > self._count:
             new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
-            (self._make_plain if final else self._drop)(new)
+            (self._make_plain if final and not listed else self._drop)(new)
 
     def _put(self, key: Any, value: Any) -> None:
         if isinstance(self._entries, dict) or key < len(self._entries):
@@ -80,9 +81,10 @@ class Place:
             self._entries.append(value)
 
     def _drop(self, keys: list[Any]) -> None:
-        """Take away what was added to nothing or carries tensors; the last comes first."""
+        """Take away what was added to a list or to nothing, or carries tensors; the last first."""
+        kept = self._count > 0 and isinstance(self._entries, dict)
         for key in reversed(keys):
-            if not self._count or _carries_tensors(self._entries[key]):
+            if not kept or _carries_tensors(self._entries[key]):
                 del self._entries[key]
 
     def _make_plain(self, keys: list[Any]) -> None:

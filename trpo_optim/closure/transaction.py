@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable, uncompiled
 from trpo_optim.long_vectors import norm
+from trpo_optim.torch_private import copy_each
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -215,6 +216,10 @@ class Transaction:
         """Return the pieces of a vector, one for each parameter."""
         return self._vector.split(vector)
 
+    def name(self, index: int) -> str:
+        """Return what a parameter is called, for messages."""
+        return f"{self._vector.names[index]}{self._vector.counting}"
+
     def elsewhere(self) -> Iterator[Tensor]:
         """Yield moves to points where every parameter has one length and lies along no axis."""
         for length in (1.0, 1e3, 1e6):
@@ -236,9 +241,16 @@ class Transaction:
             raise
         self._settle()
 
-    def commit(self) -> None:
-        """Keep the parameters as they are now; put back everything else."""
+    def commit(self, targets: Sequence[Tensor] = (), sources: Sequence[Tensor] = ()) -> None:
+        """Keep the parameters as they are now; put back everything else.
+
+        Args:
+            targets: What else changes with the parameters, in a call that nothing interrupts.
+            sources: Its new values.
+        """
         self._settle()
+        if targets:
+            copy_each(list(targets), list(sources))
 
     def _put(self, vector: Tensor) -> None:
         """Have the parameters that any move reached take their values from a vector."""

@@ -12,6 +12,7 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from trpo_optim.closure.checks import DETACHED
+from trpo_optim.closure.parameters import ParameterVector
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import autograd_clock
 
@@ -211,7 +212,10 @@ def calls_python(value: Tensor) -> bool:
 
 
 def require_kl_reaches(
-    slopes: Sequence[Tensor | None], reached: Collection[int], parameters: Sequence[Tensor]
+    slopes: Sequence[Tensor | None],
+    reached: Collection[int],
+    leaves: Sequence[Tensor],
+    vector: ParameterVector,
 ) -> None:
     """Check that the KL depends on every parameter along which the loss has a slope.
 
@@ -221,21 +225,22 @@ def require_kl_reaches(
     Args:
         slopes: The gradient of the loss, in the parameters' order.
         reached: The ``id`` of every parameter that the KL depends on.
-        parameters: The optimizer's, as the graph knows them.
+        leaves: The parameters as the graph knows them.
+        vector: The parameters.
 
     Raises:
-        TrustRegionError: If it does not; the parameters are named by their place.
+        TrustRegionError: If it does not; the parameters are named.
     """
     missed = [
-        f"{index} (shape {tuple(each.shape)})"
-        for index, (each, slope) in enumerate(zip(parameters, slopes, strict=True))
-        if id(each) not in reached and slope is not None and bool(slope.any())
+        f"{name} (shape {tuple(leaf.shape)})"
+        for name, leaf, slope in zip(vector.names, leaves, slopes, strict=True)
+        if id(leaf) not in reached and slope is not None and bool(slope.any())
     ]
     if missed:
         more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
         raise TrustRegionError(
             "The loss depends on parameters that the KL does not depend on: "
-            f"{', '.join(missed[:5])}{more}, counted from 0. No trust region holds these. Leave "
+            f"{', '.join(missed[:5])}{more}{vector.counting}. No trust region holds these. Leave "
             "the value loss out of the closure, and train the critic with its own optimizer."
         )
 

@@ -120,7 +120,8 @@ def require_kl_behind(
             return
         if behind.calls_python:
             reached |= reached_by_backward(kl, objective)
-        require_kl_reaches(objective.vector.split(gradient), reached, leaves)
+        vector = objective.vector
+        require_kl_reaches(vector.split(gradient), reached, leaves, vector)
 
 
 def look_behind(kl: Tensor, objective: Objective) -> GraphSummary:

@@ -79,7 +79,7 @@ def by_torch_func(
                     values.loss, inputs, retain_graph=True, materialize_grads=True
                 )
                 if not behind.leaves.issuperset(map(id, inputs)):
-                    require_kl_reaches(slopes, behind.leaves, inputs)
+                    require_kl_reaches(slopes, behind.leaves, inputs, vector)
         largest = () if values.largest_kl is None else (values.largest_kl,)
         return values.kl, (slopes, (values.loss, values.kl, *largest))
 

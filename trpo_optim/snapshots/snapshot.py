@@ -79,10 +79,10 @@ def capture(env: Environment) -> Snapshot:
 
     The attributes of all wrappers and of the environment are copied if they are data. Attributes
     that only the constructor sets are not copied: spaces, specs, functions, models, networks,
-    optimizers, locks, loggers, renderers. If such an attribute has become another object, ``restore`` binds the first
-    one again, in the same environment. References back to a wrapper or the environment, such as a
-    helper's, refer to the restored environment. An object that is shared with the outside, such as
-    a list, is no longer shared after ``restore``.
+    optimizers, locks, loggers, renderers. If such an attribute has become another object,
+    ``restore`` binds the first one again, in the same environment. References back to a wrapper or
+    the environment, such as a helper's, refer to the restored environment. An object that is shared
+    with the outside, such as a list, is no longer shared after ``restore``.
 
     MuJoCo and the Arcade Learning Environment are supported. ``register_simulator`` adds other
     simulators, and ``Replayed`` needs no simulator. State outside the environment's attributes is

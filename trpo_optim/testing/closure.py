@@ -17,7 +17,7 @@ from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.checks import Numbers, checked_values
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
-from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.closure.parameters import ParameterVector, trainable
 from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.autograd_graph import now, require_attached
 from trpo_optim.curvature.averages import weighted_mean
@@ -212,7 +212,7 @@ def check_closure(
     checks = without(CLOSURE_CHECKS, skip)
     mask = checked_mask(mask)
     groups = TrustRegionOptimizer(params).param_groups
-    vector = ParameterVector(p for group in groups for p in group["params"] if p.requires_grad)
+    vector = ParameterVector(trainable(groups))
     try:
         closures = collected(closure, None, None, shared=False)
     except TrustRegionError as error:
