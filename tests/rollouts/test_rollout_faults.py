@@ -84,6 +84,10 @@ def start(**options: Any) -> Callable[[], object]:
     return lambda: single_path(vector(cartpole), coin, **options)
 
 
+def start_recurrent(policy: Callable[..., Any]) -> Callable[[], object]:
+    return lambda: single_path(vector(cartpole), policy, steps=1, state=torch.zeros(1, 3, 4))
+
+
 def with_sequences() -> SyncVectorEnv:
     space = gym.spaces.Sequence(gym.spaces.Discrete(3))
     return vector(lambda: wrappers.TransformObservation(cartpole(), lambda seen: (1, 2), space))
@@ -125,6 +129,38 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
             steps=1,
         ),
         r"actions have shape \(3, 2\)",
+    ),
+    "a value beside the distribution": (
+        lambda: single_path(vector(cartpole), lambda seen: (coin(seen), seen[:, 0]), steps=1),
+        r"returned \(Categorical, Tensor\), and Discrete\(2\) takes one distribution",
+    ),
+    "nothing beside the distribution": (
+        lambda: single_path(vector(cartpole), lambda seen: (coin(seen), None), steps=1),
+        r"returned \(\w+, NoneType\)",
+    ),
+    "actions in NumPy": (
+        lambda: single_path(vector(cartpole), lambda seen: seen[:, 0].numpy(), steps=1),
+        "returned ndarray, and",
+    ),
+    "a dict for no dict": (
+        lambda: single_path(vector(cartpole), lambda seen: {"dist": coin(seen)}, steps=1),
+        r"returned \{'dist': \w+\}, and",
+    ),
+    "parts of two shapes": (
+        lambda: single_path(
+            vector(lambda: gym.make("Swimmer-v5")),
+            lambda seen: (seen[:, 0], seen[:, :2]),
+            steps=1,
+        ),
+        "a tuple of tensors of shapes",
+    ),
+    "no state beside the distribution": (
+        start_recurrent(lambda seen, state, starts: coin(seen)),
+        r"recurrent policy returned one value.*return \(distribution, next state\)",
+    ),
+    "three values of a recurrent policy": (
+        start_recurrent(lambda seen, state, starts: (coin(seen), seen, state)),
+        "recurrent policy returned 3 values",
     ),
 }
 

@@ -17,6 +17,15 @@ from torch.distributions import Categorical, Independent, Normal
 
 from trpo_optim.rollouts import SinglePathBatch, single_path
 
+SHORT = gym.spaces.Discrete(2, dtype=np.int32), gym.spaces.MultiDiscrete([2, 3], np.int32)
+
+
+def known(space: gym.Space[Any], action: Any) -> Any:
+    """Return an action after the check that many environments begin a step with."""
+    assert space.contains(action)
+    return action
+
+
 SPACES: dict[str, tuple[gym.Space[Any], Callable[[Any], Any], Callable[[Tensor], Any]]] = {
     "MultiDiscrete": (
         gym.spaces.MultiDiscrete([2, 3], start=[0, 5]),
@@ -37,6 +46,12 @@ SPACES: dict[str, tuple[gym.Space[Any], Callable[[Any], Any], Callable[[Tensor],
         gym.spaces.Discrete(2, start=-1),
         lambda action: int(action) + 1,
         coin,
+    ),
+    "Discrete of four bytes": (SHORT[0], lambda action: int(known(SHORT[0], action)), coin),
+    "MultiDiscrete of four bytes": (
+        SHORT[1],
+        lambda action: int(known(SHORT[1], action)[0]),
+        lambda n: (coin(n), Categorical(torch.ones(len(n), 3))),
     ),
     "Dict of a Tuple": (
         gym.spaces.Dict(

@@ -1,14 +1,34 @@
-"""Checks of the numbers that are given beside log-probabilities."""
+"""Checks of counts, and of the numbers that are given beside log-probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["require_beside", "require_no_graph"]
+__all__ = ["is_count", "require_beside", "require_counts", "require_no_graph"]
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Return whether a value is a whole number, Python's or NumPy's, and large enough."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def require_counts(**values: int | None) -> None:
+    """Check that numbers are whole and at least 1.
+
+    Args:
+        values: The numbers by name; None where one is not given.
+
+    Raises:
+        TrustRegionError: If one is not; it is named.
+    """
+    for name, value in values.items():
+        if value is not None and not is_count(value):
+            raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def require_beside(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["require_counts", "require_one_a_row", "require_shares", "values_by"]
+__all__ = ["require_one_a_row", "require_shares", "values_by"]
 
 
 def require_shares(**values: float) -> None:
@@ -25,22 +24,6 @@ def require_shares(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise TrustRegionError(f"{name} is {value!r}; it must be in [0, 1].")
-
-
-def require_counts(**values: int | None) -> None:
-    """Check that numbers are whole and at least 1.
-
-    Args:
-        values: The numbers by name; None where one is not given.
-
-    Raises:
-        TrustRegionError: If one is not; it is named.
-    """
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise TrustRegionError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def require_one_a_row(log_prob: Tensor, count: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.trajectories import SinglePathBatch
+from trpo_optim.rollouts.trajectories import WITHOUT_LOG_PROB, SinglePathBatch
 
 __all__ = ["Given", "given_for", "require_alike", "require_numbers", "within"]
 
@@ -148,9 +148,7 @@ def require_alike(given: list[Given]) -> None:
         if each.index is not None and each.batch.log_prob is None:
             raise TrustRegionError(
                 f"{each.named('batch')} has no log_prob, which the ratios of a list of batches "
-                "need. Its policy returned actions without a distribution, or has no "
-                "log-probability. Compute ln π(a|s) under the policy that drew the actions, and "
-                "pass dataclasses.replace(batch, log_prob=...)."
+                f"need. {WITHOUT_LOG_PROB}"
             )
     first = given[0].batch
     for each in given[1:]:

@@ -23,6 +23,7 @@ from trpo_optim.rollouts.spaces import (
     copies_of,
     in_form_of,
     one_of,
+    require_form,
     stacked,
     tensors_of,
 )
@@ -132,11 +133,19 @@ class Path:
             return self._drawn(self.policy(seen, **said)), None
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         seen, said = mapped(lambda each: each[None], (seen, said))
-        dist, state = self.policy(seen, state, starts, **said)
+        returned = self.policy(seen, state, starts, **said)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            given = f"{len(returned)} values" if isinstance(returned, tuple) else "one value"
+            raise TrustRegionError(
+                f"The recurrent policy returned {given} ({type(returned).__name__}). With state=, "
+                "return (distribution, next state)."
+            )
+        dist, state = returned
         return mapped(lambda each: each[0], self._drawn(dist)), state
 
     def _drawn(self, dist: Any) -> Any:
         """Return actions of a distribution, or what are actions already."""
+        require_form(self.envs.single_action_space, dist)
         actions = mapped(
             lambda each: each.clone() if isinstance(each, Tensor) else sample(each), dist
         )

@@ -15,8 +15,9 @@ from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.random_state import random_state_kept
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
+from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts, require_one_a_row
+from trpo_optim.rollouts.arguments import require_one_a_row
 from trpo_optim.rollouts.batch_parts import Part, parts_of
 from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.given_batches import given_for, require_alike, require_numbers, within

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.distributions.precision import widened
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts, require_shares
+from trpo_optim.rollouts.arguments import require_shares
 
 __all__ = [
     "discounted_returns",

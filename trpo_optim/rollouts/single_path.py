@@ -10,9 +10,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import RolloutError, TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts
 from trpo_optim.rollouts.autoreset import mode_of
 from trpo_optim.rollouts.infos import names_of, updated
 from trpo_optim.rollouts.path import Path

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
@@ -20,6 +21,7 @@ __all__ = [
     "copies_of",
     "in_form_of",
     "one_of",
+    "require_form",
     "require_known",
     "stacked",
     "tensors_of",
@@ -103,6 +105,50 @@ def stacked(steps: Sequence[Any]) -> Any:
     return mapped(stack, *steps)
 
 
+def require_form(space: gym.Space[Any], made: Any) -> None:
+    """Check that a policy returned a distribution or actions for every part of a space.
+
+    Args:
+        space: The action space of one environment.
+        made: What the policy returned.
+
+    Raises:
+        TrustRegionError: If it returned something else.
+    """
+    if isinstance(made, Distribution):
+        return
+    wanted = "one distribution over actions, or a tensor of actions"
+    if isinstance(space, gym.spaces.Dict):
+        inner: dict[Any, gym.Space[Any]] = dict(space.spaces)
+        wanted = f"a dict of one distribution for each of {list(inner)}"
+    elif isinstance(space, gym.spaces.Tuple):
+        inner = dict(enumerate(space.spaces))
+        wanted = f"a tuple of {len(inner)} distributions"
+    elif isinstance(made, Tensor):
+        return
+    else:  # a tuple with a part for each element of an action
+        inner = dict.fromkeys(range(math.prod(space.shape or ())), gym.spaces.Discrete(2))
+    given = dict(enumerate(made)) if isinstance(made, tuple | list) else made
+    if not isinstance(given, Mapping) or given.keys() != inner.keys():
+        raise TrustRegionError(
+            f"The policy returned {_described(made)}, and {space} takes {wanted}. Return nothing "
+            "else beside it, and let another function return a critic's value. Only a recurrent "
+            "policy, for which you pass state=, returns (distribution, next state)."
+        )
+    for name, part in inner.items():
+        require_form(part, given[name])
+
+
+def _described(made: Any) -> str:
+    """Return of which types a value is made."""
+    if isinstance(made, Mapping):
+        inside = ", ".join(f"{name!r}: {_described(each)}" for name, each in made.items())
+        return f"{{{inside}}}"
+    if isinstance(made, tuple | list):
+        return f"({', '.join(map(_described, made))})"
+    return type(made).__name__
+
+
 def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     """Return a batch of drawn actions as vector environments of a space take them.
 
@@ -123,6 +169,11 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     if isinstance(space, gym.spaces.Dict):
         return {name: actions_for(part, actions[name]) for name, part in space.spaces.items()}
     if isinstance(actions, tuple | list):
+        if len(shapes := {tuple(each.shape) for each in actions}) > 1:
+            raise TrustRegionError(
+                f"The policy's actions for {space} are a tuple of tensors of shapes "
+                f"{sorted(shapes)}; its parts must be of one shape, (N,)."
+            )
         actions = torch.stack(list(actions), -1)
     values = array_of(actions)
     shape: tuple[int, ...] = space.shape or ()
@@ -133,7 +184,7 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
         )
     values = values.reshape(-1, *shape)
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        return values + space.start
+        values = values + space.start
     if isinstance(space, gym.spaces.Box):
         return values.clip(space.low, space.high).astype(space.dtype, copy=False)
     return values.astype(space.dtype, copy=False)

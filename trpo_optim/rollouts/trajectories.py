@@ -16,7 +16,15 @@ from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_one_a_row, values_by
 
-__all__ = ["Cursor", "SinglePathBatch"]
+__all__ = ["WITHOUT_LOG_PROB", "Cursor", "SinglePathBatch"]
+
+WITHOUT_LOG_PROB = (
+    "Its policy returned actions without a distribution, or a distribution without one "
+    "log-probability for each action. For a Box action, return Independent(Normal(mean, std), 1). "
+    "Or compute ln π(a|s) under the policy that drew the actions, and pass "
+    "dataclasses.replace(batch, log_prob=...)."
+)
+"""Why a rollout has no log-probabilities, and what to do."""
 
 _Array = np.ndarray[Any, Any]
 
@@ -166,9 +174,7 @@ class SinglePathBatch:
         """
         if self.log_prob is None:
             raise TrustRegionError(
-                "The batch has no log_prob, since its policy returned actions without a "
-                "distribution, or has no log-probability. Compute ln π(a|s) under the policy that "
-                "drew the actions, and pass dataclasses.replace(batch, log_prob=...)."
+                f"The batch has no log_prob, which log-ratios need. {WITHOUT_LOG_PROB}"
             )
         with random_state_kept([self.rewards.device]):
             if self.state is None:

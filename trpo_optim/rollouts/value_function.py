@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts, values_by
+from trpo_optim.rollouts.arguments import values_by
 from trpo_optim.rollouts.returns import explained_variance
 
 __all__ = ["ValueFit", "fit_value"]

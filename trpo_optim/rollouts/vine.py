@@ -15,9 +15,10 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import RolloutError, TrustRegionError
-from trpo_optim.rollouts.arguments import require_counts, require_shares
+from trpo_optim.rollouts.arguments import require_shares
 from trpo_optim.rollouts.branch_actions import branch_actions
 from trpo_optim.rollouts.branches import Branches, State
 from trpo_optim.rollouts.single_path import single_path

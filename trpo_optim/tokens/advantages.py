@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import is_count
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["group_advantages"]
@@ -45,7 +46,7 @@ def group_advantages(
     """
     if scale not in ("std", "none"):
         raise TrustRegionError(f"scale is {scale!r}; it must be 'std' or 'none'.")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+    if not is_count(group_size, least=2):
         raise TrustRegionError(
             f"group_size is {group_size!r}; it must be a whole number of at least 2. A completion "
             "is compared with the other completions of its prompt."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_optim.distributions.arguments import require_no_graph
+from trpo_optim.distributions.arguments import require_counts, require_no_graph
 from trpo_optim.distributions.masks import checked_mask, require_fit
 from trpo_optim.errors import TrustRegionError
 
@@ -18,12 +18,13 @@ __all__ = [
     "penalty_weight",
     "require_aligned",
     "require_batching",
-    "require_chunk",
     "require_drawn",
     "require_head",
     "require_hidden",
+    "require_log_probs",
     "require_logits_of_head",
     "require_numbers",
+    "require_possible",
     "require_sequences",
     "require_temperature",
     "require_vocabulary",
@@ -73,7 +74,7 @@ def require_hidden(hidden: Tensor, tokens: Tensor) -> None:
 def require_head(head: Any, chunk: int | None) -> None:
     """Check that a head can be called, and that a chunk is one of a head."""
     if chunk is not None:
-        require_chunk(chunk)
+        require_counts(chunk=chunk)
         if head is None:
             raise TrustRegionError(
                 f"chunk is {chunk} and head is None. Chunks are made of the head's logits: pass "
@@ -102,12 +103,6 @@ def require_logits_of_head(logits: Any, hidden: Tensor) -> None:
     )
 
 
-def require_chunk(chunk: int) -> None:
-    """Check the number of positions in a chunk."""
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise TrustRegionError(f"chunk is {chunk!r}; it must be a whole number of at least 1.")
-
-
 def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
     """Check the type of tokens and the mask over them.
 
@@ -134,12 +129,7 @@ def counted_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor | None:
 
 def require_batching(micro_batch: int | None, curvature: float) -> None:
     """Check the options that say how much is evaluated at once."""
-    if micro_batch is not None and (
-        isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1
-    ):
-        raise TrustRegionError(
-            f"micro_batch is {micro_batch!r}; it must be a whole number of at least 1, or None."
-        )
+    require_counts(micro_batch=micro_batch)
     if not isinstance(curvature, Real) or not 0 < float(curvature) <= 1:
         raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
 
@@ -190,10 +180,42 @@ def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
             f"{name} is {float(values[row, place])} at token {place} of sequence {row}; it must be "
             "a finite number where the mask is true."
         )
-    if name != "advantages" and bool(((values > _ROUNDING) & counted).any()):
+    if name != "advantages":
+        require_log_probs(name, values[counted])
+
+
+def require_log_probs(name: str, values: Tensor) -> None:
+    """Check that numbers may be logarithms of probabilities.
+
+    Args:
+        name: Where they are from, for the error.
+        values: The numbers of tokens that count, (m,).
+
+    Raises:
+        TrustRegionError: If one is above 0, beyond rounding.
+    """
+    if bool((values > _ROUNDING).any()):
         raise TrustRegionError(
-            f"{name} holds {float(values[counted].max()):g}; the logarithm of a probability is at "
-            "most 0. Pass ln π, neither π nor −ln π."
+            f"{name} holds {float(values.max()):g}; the logarithm of a probability is at most 0. "
+            "Pass ln π, neither π nor −ln π."
+        )
+
+
+def require_possible(log_prob: Tensor) -> None:
+    """Check that the present policy may have drawn the tokens that it is said to have drawn.
+
+    Args:
+        log_prob: ln π of the tokens that count, (m,).
+
+    Raises:
+        TrustRegionError: If it rules out one of them.
+    """
+    if ruled_out := int((log_prob == -math.inf).sum()):
+        raise TrustRegionError(
+            f"The present policy rules out {ruled_out} of the {len(log_prob)} tokens that count: "
+            "outputs(rows) gives them a log-probability of -inf. Compute the logits with the bans "
+            "and masks with which the tokens were drawn, or pass behaviour_log_prob=, that of what "
+            "drew them."
         )
 
 

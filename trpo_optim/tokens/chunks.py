@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trpo_optim.tokens.arguments import counted_tokens, require_chunk, require_hidden
+from trpo_optim.distributions.arguments import require_counts
+from trpo_optim.tokens.arguments import counted_tokens, require_hidden
 from trpo_optim.tokens.log_prob import spread, token_log_prob
 
 __all__ = ["chunked_log_prob", "evaluated_again"]
@@ -62,7 +63,7 @@ def chunked_log_prob(
         >>> torch.allclose(values, token_log_prob(head(hidden), tokens), atol=1e-5)
         True
     """
-    require_chunk(chunk)
+    require_counts(chunk=chunk)
     require_hidden(hidden, tokens)
     counted = counted_tokens(tokens, mask)
     rows = hidden.reshape(-1, hidden.shape[-1]) if counted is None else hidden[counted]
@@ -71,7 +72,7 @@ def chunked_log_prob(
     def of_chunk(part: Tensor, part_tokens: Tensor) -> Tensor:
         return token_log_prob(head(part), part_tokens, temperature=temperature)
 
-    pairs = zip(rows.split(chunk), picked.split(chunk), strict=True)
+    pairs = zip(rows.split(int(chunk)), picked.split(int(chunk)), strict=True)
     parts = [evaluated_again(of_chunk, *each) for each in pairs]
     values = torch.cat(parts)
     return values.view(tokens.shape) if counted is None else spread(values, counted)

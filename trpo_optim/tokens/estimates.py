@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -113,26 +115,28 @@ def reference_kl(
         reference_log_prob=reference_log_prob,
         behaviour_log_prob=behaviour_log_prob,
     )
-    return weighted_excess(
-        _log_ratio(new_log_prob, behaviour_log_prob, counted),
-        _log_ratio(reference_log_prob, new_log_prob, counted),
-        counted,
-        per,
-    )
+    return weighted_excess(new_log_prob, reference_log_prob, behaviour_log_prob, counted, per)
 
 
-def weighted_excess(log_weight: Tensor, log_ratio: Tensor, mask: Tensor | None, per: Per) -> Tensor:
-    """Return the mean of w (r − 1 − ln r).
+def weighted_excess(
+    log_p: Tensor, log_q: Tensor, log_base: Tensor, mask: Tensor | None, per: Per
+) -> Tensor:
+    """Return an estimate of KL(p ‖ q) on actions that a third policy b drew.
 
-    If w = p/b and r = q/p for actions that b drew, this estimates KL(p ‖ q).
+    It is the mean of w (r − 1 − ln r), with w = p/b and r = q/p. Where p is 0, this is q/b.
 
     Args:
-        log_weight: ln w, (N, T).
-        log_ratio: ln r, (N, T).
+        log_p: ln p, (N, T).
+        log_q: ln q, (N, T).
+        log_base: ln b, (N, T).
         mask: True where an element counts. None: all count.
         per: As for ``token_surrogate``.
     """
-    return masked_mean(log_weight.exp() * (torch.expm1(log_ratio) - log_ratio), mask, per)
+    never = log_p == -math.inf
+    log_ratio = _log_ratio(log_q, log_p, mask).masked_fill(never, 0)
+    excess = _log_ratio(log_p, log_base, mask).exp() * (torch.expm1(log_ratio) - log_ratio)
+    rest = _log_ratio(log_q, log_base, mask).masked_fill(~never, -math.inf).exp()
+    return masked_mean(excess + rest, mask, per)
 
 
 def _log_ratio(above: Tensor, below: Tensor, counted: Tensor | None) -> Tensor:

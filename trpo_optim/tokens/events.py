@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import is_count
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["Events", "OldPolicy", "events_of", "require_mass", "require_old"]
@@ -74,12 +75,13 @@ def require_mass(old: OldPolicy, mass: float) -> None:
         )
 
 
-def require_old(old: OldPolicy) -> None:
-    """Check what is to be kept of the old policy."""
+def require_old(old: OldPolicy) -> OldPolicy:
+    """Check what is to be kept of the old policy; return it, and a number as Python's."""
     if isinstance(old, str) and old in ("log_prob", "logits"):
-        return
-    if isinstance(old, bool) or not isinstance(old, int) or old < 1:
+        return old
+    if not is_count(old):
         raise TrustRegionError(
             f"old is {old!r}; it must be 'log_prob', 'logits', or the number of likeliest tokens, "
             "at least 1."
         )
+    return int(old)

@@ -23,7 +23,9 @@ from trpo_optim.tokens.arguments import (
     require_drawn,
     require_head,
     require_hidden,
+    require_log_probs,
     require_numbers,
+    require_possible,
     require_sequences,
     require_temperature,
     require_vocabulary,
@@ -137,7 +139,7 @@ def token_closures(
         Schulman et al., "Trust Region Policy Optimization" (2015), equation 14 and appendix C.
     """
     require_per(per)
-    require_old(old)
+    old = require_old(old)
     require_temperature(temperature)
     require_batching(micro_batch, curvature)
     penalty = penalty_weight(reference_weight, reference_log_prob)
@@ -163,7 +165,7 @@ def token_closures(
             require_numbers(name, values, counted)
     whole = _Part(tokens, counted, advantages, behaviour_log_prob, old_log_prob, reference)
     require_head(head, chunk)
-    read = Outputs(temperature, None if head is None else Head(head, chunk or _CHUNK))
+    read = Outputs(temperature, None if head is None else Head(head, int(chunk or _CHUNK)))
     options = _Options(read, old, per, penalty)
 
     def closure(rows: Tensor) -> tuple[Closure, float, float]:
@@ -171,7 +173,7 @@ def token_closures(
         return _closure(lambda: outputs(place), whole.of(place), options)
 
     used = counted.any(1).nonzero().flatten()
-    pieces = used.split(micro_batch or len(used))
+    pieces = used.split(int(micro_batch or len(used)))
     parts, masses, log_probs = zip(*map(closure, pieces), strict=True)
     require_mass(old, sum(masses) / int(counted.sum()))
     if behaviour_log_prob is not None:
@@ -241,9 +243,11 @@ def _closure(
     with torch.no_grad(), random_state_kept([mask.device]):
         start = of_counted() if part.old is None else part.old[mask]
         compare = Comparison(start, part.tokens[mask], options.outputs, options.old)
+    require_log_probs("outputs(rows)", compare.log_prob)
+    if part.behaviour is None:
+        require_possible(compare.log_prob)
     old_log_prob = spread(compare.log_prob, mask)
     base = old_log_prob if part.behaviour is None else part.behaviour
-    weight = old_log_prob - base.masked_fill(~mask, 0)
 
     def closure() -> tuple[Tensor, Tensor, Tensor]:
         log_prob, kl, third = compare(of_counted())
@@ -253,7 +257,7 @@ def _closure(
             penalty = reference_kl(new, part.reference, base, mask, per=per)
             loss = loss + options.reference_weight * penalty
         if kl is None:
-            return loss, weighted_excess(weight, new - old_log_prob, mask, per), third
+            return loss, weighted_excess(old_log_prob, new, base, mask, per), third
         return loss, of_sequences(spread(kl, mask), mask) if per == "sequence" else kl, third
 
     return closure, compare.mass, float(compare.log_prob.sum())
