@@ -118,6 +118,31 @@ def summed_kl(problem: Problem) -> Callable[[], Any]:
     return closure
 
 
+def with_own_old_log_prob(problem: Problem) -> Callable[[], Any]:
+    def closure() -> Any:
+        logs = problem.policy(problem.observations).log_prob(problem.actions)
+        return -((logs - logs.detach()).exp() * problem.advantages).mean(), problem.closure()[1]
+
+    return closure
+
+
+def with_a_detached_ratio(problem: Problem) -> Callable[[], Any]:
+    def closure() -> Any:
+        logs = problem.policy(problem.observations).log_prob(problem.actions)
+        ratio = (logs - problem.old_log_prob).exp().detach()
+        return -(ratio * logs * problem.advantages).mean(), problem.closure()[1]
+
+    return closure
+
+
+def turned_kl(problem: Problem) -> Callable[[], Any]:
+    def closure() -> Any:
+        dist = problem.policy(problem.observations)
+        return problem.closure()[0], kl_divergence(dist, problem.old).mean()
+
+    return closure
+
+
 def broadcast(problem: Problem) -> Callable[[], Any]:
     advantages = problem.advantages - problem.advantages.mean()
 
@@ -199,6 +224,9 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
     "a KL summed over the batch": BrokenClosure(
         summed_kl, "kl scale", "summed over the batch of 64, not averaged.*mean_kl"
     ),
+    "KL(new || old)": BrokenClosure(
+        turned_kl, "kl scale", r"is KL\(new \|\| old\), not KL\(old \|\| new\).*mean_kl"
+    ),
     "a KL averaged over padding": BrokenClosure(
         lambda tokens: tokens.closure(tokens.of_tokens, Tensor.mean),
         "kl scale",
@@ -221,6 +249,12 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
     ),
     "a loss that broadcasts": BrokenClosure(
         broadcast, "loss", r"shapes broadcast.*\(N,\)", options=with_loss_inputs
+    ),
+    "the present log-probabilities as the old ones": BrokenClosure(
+        with_own_old_log_prob, "loss slope", "a part of it is detached.*once before step"
+    ),
+    "a detached ratio": BrokenClosure(
+        with_a_detached_ratio, "loss slope", "a part of it is detached.*line search"
     ),
     "a critic's loss": BrokenClosure(
         with_a_critic, "second order", "does not depend on.*critic with its own optimizer"

@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no closed form": (
         lambda: mean_kl(mixture(one(4, 4)), mixture(one(4, 4))),
-        r"KL of MixtureSameFamily has no closed form. Use sampled_kl",
+        r"no closed form of the KL of MixtureSameFamily. Use sampled_kl.*register_kl",
     ),
     "a learned transform": (
         lambda: mean_kl(frozen(learned_flow()), learned_flow()),

@@ -94,6 +94,11 @@ REFUSED = {
     "a column": (fitting(ROWS, TARGETS[:, None]), r"targets has shape \(512, 1\)"),
     "no rows": (fitting(ROWS[:0], TARGETS[:0]), r"targets has shape \(0,\)"),
     "NaN": (fitting(ROWS, TARGETS * math.nan), "targets holds NaN"),
+    "a graph": (fitting(ROWS, TARGETS.clone().requires_grad_()), "targets requires grad.*no_grad"),
+    "another critic's optimizer": (
+        lambda: fit_value(problem()[0], ROWS, TARGETS, adam(problem()[0])),
+        "do not depend on any parameter of the optimizer",
+    ),
     "no epochs": (fitting(ROWS, TARGETS, epochs=0), "epochs is 0"),
     "an empty minibatch": (fitting(ROWS, TARGETS, minibatch=0), "minibatch is 0"),
 }

@@ -188,13 +188,27 @@ It takes what `step` takes: one closure, a list of closures for micro-batches, o
 the closure at fault. `log_prob`, `advantages` and `mask` are of all closures together, in their
 order.
 
-The KL of the closure must be the mean over the batch, not the sum. It is compared with the KL of
-the third value. Without a third value, it is compared with the KL of the distributions that the
-closure makes. If the closure makes no distribution, it is compared with its `log_prob`, on 32
-actions or more. `sampled_kl` passes with `low_variance=True`. The plain estimator has a slope on
-any one sample.
+The KL of the closure must be the mean KL(old ‖ new) over the batch, not the sum and not
+KL(new ‖ old). It is compared with the KL of the third value. Without a third value, it is compared
+with the KL of the distributions that the closure makes. If the closure makes no distribution, it is
+compared with its `log_prob`, on 32 actions or more. `sampled_kl` passes with `low_variance=True`.
+The plain estimator has a slope on any one sample.
 
-## The checks
+| check of `check_closure` | finds |
+| --- | --- |
+| `values` | a return of another form, `backward()`, NaN; it notes what no step would move |
+| `deterministic` | a new minibatch in every call, dropout, noise |
+| `zero kl` | a KL that is not zero at the present parameters, such as one with a penalty |
+| `moving kl` | a KL that stays zero, since the old policy is made inside the closure |
+| `kl` | a KL that is not least at the present parameters, or not smooth there |
+| `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
+| `loss` | a wrong sign, shapes that broadcast, stale log-probabilities, a loss over padding |
+| `loss slope` | a loss of which a part is detached, so that its values do not follow its gradient |
+| `second order` | no Fisher-vector products; a loss on parameters that the KL does not depend on |
+
+`loss` needs `log_prob` and `advantages`.
+
+## The checks of `check_policy`
 
 | check | finds |
 | --- | --- |

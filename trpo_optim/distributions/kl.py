@@ -116,7 +116,8 @@ def _kl(old: Any, new: Any) -> Tensor:
         kl: Tensor = kl_divergence(old, new)
     except NotImplementedError as error:
         raise NoClosedFormError(
-            f"The KL of {name_of(old)} has no closed form. {_WITHOUT_CLOSED_FORM}"
+            f"torch knows no closed form of the KL of {name_of(old)}. {_WITHOUT_CLOSED_FORM} If "
+            "there is one, register it by torch.distributions.kl.register_kl."
         ) from error
     return kl
 

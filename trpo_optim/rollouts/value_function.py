@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from trpo_optim.distributions.arguments import require_counts
+from trpo_optim.distributions.arguments import require_counts, require_no_graph
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import values_by
@@ -66,8 +66,9 @@ def fit_value(
         How well it fits.
 
     Raises:
-        TrustRegionError: If lengths differ, there are no rows, a target is not finite,
-            the values have another shape, or ``epochs`` or ``minibatch`` is below 1.
+        TrustRegionError: If lengths differ, there are no rows, a target is not finite or requires
+            grad, the values have another shape or do not depend on the optimizer's parameters, or
+            ``epochs`` or ``minibatch`` is below 1.
 
     Example:
         >>> import torch
@@ -85,6 +86,7 @@ def fit_value(
     mapped(lambda each: _require_length(each, len(targets)), observations)
     if not targets.isfinite().all():
         raise TrustRegionError("targets holds NaN or infinity; every target must be a number.")
+    require_no_graph("targets", targets)
     require_counts(epochs=epochs, minibatch=minibatch)
 
     @torch.no_grad()
@@ -119,6 +121,12 @@ def _error(
     values = values_by(critic, observations, len(targets))
     loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
     loss.backward()
+    held = (each for group in optimizer.param_groups for each in group["params"])
+    if all(each.grad is None for each in held):
+        raise TrustRegionError(
+            "The critic's values do not depend on any parameter of the optimizer, so that nothing "
+            "would learn. Make the optimizer from the parameters of this critic."
+        )
     return loss
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.parameters import ParameterVector, trainable
 from trpo_optim.closure.transaction import Transaction
-from trpo_optim.curvature.autograd_graph import now, require_attached
+from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves, now, require_attached
 from trpo_optim.curvature.averages import weighted_mean
 from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError, blaming
@@ -30,6 +31,7 @@ from trpo_optim.testing.findings import (
     ClosureReport,
     Finding,
     Verdict,
+    each_of,
     failed,
     named,
     undecided,
@@ -38,6 +40,7 @@ from trpo_optim.testing.findings import (
 from trpo_optim.testing.kl_scale import check_kl_scale
 from trpo_optim.testing.loss_check import check_loss
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
+from trpo_optim.testing.slope_check import check_slope
 
 __all__ = ["CLOSURE_CHECKS", "assert_closure", "check_closure"]
 
@@ -49,6 +52,7 @@ def _values(subject: ClosureSubject) -> Finding:
     """It returns two attached scalars, calls no backward, and uses no stale graph."""
     name = "values"
     seconds, numbers = 0.0, list[tuple[float, float]]()
+    reached, hidden = dict[int, Tensor](), False
     for each in subject.every:
         started = now()
         start = time.perf_counter()
@@ -57,6 +61,9 @@ def _values(subject: ClosureSubject) -> Finding:
             require_attached((values.loss, values.kl), subject.vector.parameters, started)
         seconds += time.perf_counter() - start
         numbers.append(values.numbers()[:2])
+        for value in (values.loss, values.kl):
+            reached |= {id(leaf): leaf for leaf in graph_leaves(value)}
+            hidden |= calls_python(value)
         del values  # and so the graph
     losses, kls = zip(*numbers[: len(subject.batch.parts)], strict=True)
     means = [weighted_mean(subject.batch.weights, each) for each in (losses, kls)]
@@ -66,7 +73,30 @@ def _values(subject: ClosureSubject) -> Finding:
             cause = "Loss or KL is not a number where old and new policy are one."
             remedy = "Look for zero probabilities, -inf times zero, and NaN in the batch."
             return failed(name, figures, named(each.name, cause), remedy)
-    return Finding(name, Verdict.PASSED, figures)
+    return Finding(name, Verdict.PASSED, figures, _stays(subject.vector, reached, hidden=hidden))
+
+
+def _stays(vector: ParameterVector, reached: Mapping[int, Tensor], *, hidden: bool) -> str:
+    """Return what no step moves, for a note.
+
+    Args:
+        vector: The parameters.
+        reached: The tensors that loss and KL are made from, by ``id``.
+        hidden: Whether a Python function may hide others.
+    """
+    own = set(map(id, vector.leaves))
+    strangers = [f"{tuple(leaf.shape)}" for key, leaf in reached.items() if key not in own]
+    note = ""
+    if strangers:
+        note = (
+            "Loss or KL depends on tensors that require gradients and are not among the "
+            f"parameters, so no step moves them. Their shapes: {', '.join(strangers[:4])}. "
+        )
+    pairs = zip(vector.names, vector.leaves, strict=True)
+    unused = [label for label, leaf in pairs if id(leaf) not in reached]
+    if unused and not hidden:
+        note += f"Neither loss nor KL depends on {', '.join(unused[:4])}{vector.counting}."
+    return note.strip()
 
 
 def _deterministic(subject: ClosureSubject) -> Finding:
@@ -150,6 +180,7 @@ CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
     "kl": _shape,
     "kl scale": check_kl_scale,
     "loss": check_loss,
+    "loss slope": check_slope,
     "second order": _second_order,
 }
 """The checks of ``check_closure`` by name, in the order of causes.
@@ -217,23 +248,24 @@ def check_closure(
         closures = collected(closure, None, None, shared=False)
     except TrustRegionError as error:
         return ClosureReport((failed("values", {}, str(error)),))
-    findings = []
-    with torch.no_grad():
-        for name, check in checks.items():
-            with Transaction(vector) as transaction:
-                transaction.hold(closures.every)
-                transaction.begin()
-                try:
-                    subject = ClosureSubject(
-                        closures, vector, transaction, log_prob, advantages, mask, maximize
-                    )
-                    findings.append(check(subject))
-                except Exception as error:  # whatever a closure may raise
-                    told = str(error)
-                    if not isinstance(error, TrustRegionError):
-                        told = f"{type(error).__name__}: {told}"
-                    findings.append(failed(name, {}, told))
-    return ClosureReport(tuple(findings))
+
+    def run(check: Callable[[ClosureSubject], Finding]) -> Finding:
+        with torch.no_grad(), Transaction(vector) as transaction:
+            transaction.hold(closures.every)
+            transaction.begin()
+            subject = ClosureSubject(
+                closures, vector, transaction, log_prob, advantages, mask, maximize
+            )
+            return check(subject)
+
+    return ClosureReport(
+        tuple(each_of({name: partial(run, check) for name, check in checks.items()}, _told))
+    )
+
+
+def _told(error: Exception) -> str:
+    own = isinstance(error, TrustRegionError)
+    return str(error) if own else f"{type(error).__name__}: {error}"
 
 
 def assert_closure(

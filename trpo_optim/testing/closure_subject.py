@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trpo_optim.closure.checks import Numbers
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.parameters import ParameterVector
@@ -55,14 +56,21 @@ class ClosureSubject:
         own = [] if self.batch.curvature is None else [self.batch.curvature]
         return [*self.batch.parts, *own]
 
+    def values(self, step: Tensor | None = None) -> Numbers:
+        """Return the loss and the mean KL at a step away from the parameters, or at them."""
+        with self.at(torch.zeros_like(self.transaction.origin) if step is None else step):
+            return self.batch.values()
+
     def kl(self, step: Tensor | None = None) -> float:
         """Return the mean KL at a step away from the parameters, or at them."""
-        nowhere = torch.zeros_like(self.transaction.origin)
-        self.transaction.move(nowhere if step is None else step, 1.0)
-        try:
-            return self.batch.values().kl
-        finally:
-            self.transaction.move(nowhere, 1.0)
+        return self.values(step).kl
+
+    def loss_gradient(self) -> Tensor:
+        """Return the gradient of the loss, (n,)."""
+        gradient = torch.zeros_like(self.transaction.origin)
+        for weight, part in zip(self.batch.weights, self.batch.parts, strict=True):
+            gradient += weight * gradient_of(part.with_graph().loss, part)
+        return gradient
 
     def direction(self) -> Tensor:
         """Return a fixed move along all parameters that the loss depends on."""

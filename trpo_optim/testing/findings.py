@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ __all__ = [
     "Finding",
     "PolicyReport",
     "Verdict",
+    "each_of",
     "failed",
     "left_out",
     "named",
@@ -146,6 +147,37 @@ def failed(check: str, figures: Mapping[str, float], cause: str, remedy: str = "
 def undecided(check: str, cause: str, remedy: str = "") -> Finding:
     """Return the finding of a check that could not be made."""
     return Finding(check, Verdict.UNDECIDED, {}, cause, remedy)
+
+
+def each_of(
+    checks: Mapping[str, Callable[[], Finding]], told: Callable[[Exception], str]
+) -> Iterator[Finding]:
+    """Yield what checks find. What one raises is a finding too, and told once.
+
+    Args:
+        checks: By name.
+        told: What is to be said of an exception.
+
+    Yields:
+        A finding for each check.
+    """
+    raised = dict[str, str]()
+    for name, check in checks.items():
+        found = _run(check)
+        if not isinstance(found, Exception):
+            yield found
+        elif (cause := told(found)) in raised:
+            yield undecided(name, f"It raises the same as {raised[cause]!r}.")
+        else:
+            raised[cause] = name
+            yield failed(name, {}, cause)
+
+
+def _run(check: Callable[[], Finding]) -> Finding | Exception:
+    try:
+        return check()
+    except Exception as error:  # whatever a policy or a closure may raise
+        return error
 
 
 def named(closure: str, cause: str) -> str:

@@ -27,8 +27,9 @@ __all__ = [
     "measured",
 ]
 
-_FAR = 1e-3
-"""Nats of the mean KL at which it is looked at: above rounding, and quadratic within a few %."""
+_FAR, _FAR_AWAY = 1e-3, 0.3
+"""Nats of the mean KL at which it is looked at: above rounding, and quadratic within a few % or far
+from that."""
 
 _DIRECTIONS = 3
 """Which tell a constant factor from weights that differ between rows."""
@@ -46,68 +47,91 @@ class Measured:
         rows: What its distributions or log-probabilities say, of its batch's shape.
         mask: Which of the rows count. None: all.
         name: Which of several closures it is. Empty if there is only one.
+        turned: KL(new ‖ old) of the rows. None: not known.
     """
 
     stated: float
     rows: Tensor
     mask: Tensor | None
     name: str = ""
+    turned: Tensor | None = None
 
     @property
     def mean(self) -> float:
         """The mean over the rows that count."""
-        rows, mask = self.rows, self.mask
+        return self._over_counted(self.rows)
+
+    @property
+    def mean_turned(self) -> float:
+        """The same of KL(new ‖ old), NaN where it is not known."""
+        return math.nan if self.turned is None else self._over_counted(self.turned)
+
+    def _over_counted(self, rows: Tensor) -> float:
+        mask = self.mask
         return float(rows.mean() if mask is None else (rows * mask).sum() / mask.sum())
 
 
 def measured(
-    subject: ClosureSubject, reader: Callable[[ClosureSubject], _Read]
+    subject: ClosureSubject, reader: Callable[[ClosureSubject], _Read], *, far: bool = False
 ) -> list[list[Measured]]:
     """Return the KL of each closure in several directions; nothing where there is none to be read.
 
     Args:
         subject: The closures.
         reader: Keeps the old policy, the parameters being where they were.
+        far: Whether to look far away, at one side, where KL(new ‖ old) is another number.
     """
     read = reader(subject)
     here = [each.stated for each in read()]  # which another check has found to be zero, or not
+    look, wanted = (_one_way, _FAR_AWAY) if far else (_both_ways, 2 * _FAR)
     found = []
     for seed in range(_DIRECTIONS):
         generator = torch.Generator("cpu").manual_seed(seed)
         step = subject.direction()
         step = step * torch.randn(len(step), generator=generator, device="cpu").to(step)
         for _ in range(20):
-            parts = _both_ways(subject, read, step, here)
+            parts = look(subject, read, step, here)
             mean = math.inf
             if parts is not None:
-                mean = sum(each.mean for each in parts) / len(parts) / 2
-                if _FAR / 4 <= mean <= 2 * _FAR:
+                mean = sum(each.mean for each in parts) / len(parts)
+                if wanted / 4 <= mean <= 2 * wanted:
                     found.append(parts)
                     break
-            step = step * min(max(math.sqrt(_FAR / mean), 1 / 8), 8) if mean > 0 else step
+            step = step * min(max(math.sqrt(wanted / mean), 1 / 8), 8) if mean > 0 else step
     return [list(each) for each in zip(*found, strict=True)] if len(found) == _DIRECTIONS else []
+
+
+def _one_way(
+    subject: ClosureSubject, read: _Read, step: Tensor, here: list[float]
+) -> list[Measured] | None:
+    """Return the KLs at a step, or None where they are not numbers."""
+    with subject.at(step):
+        try:
+            parts = read()
+        except TrustRegionError:
+            raise
+        except ValueError:  # too far for the distribution's arguments
+            return None
+    if not all(math.isfinite(each.stated) and each.rows.isfinite().all() for each in parts):
+        return None
+    return [
+        replace(each, stated=each.stated - zero) for each, zero in zip(parts, here, strict=True)
+    ]
 
 
 def _both_ways(
     subject: ClosureSubject, read: _Read, step: Tensor, here: list[float]
 ) -> list[Measured] | None:
     """Return the KLs' sums over a step and its opposite, in which no third derivative is left."""
-    ways = []
-    for way in (step, -step):
-        with subject.at(way):
-            try:
-                parts = read()
-            except TrustRegionError:
-                raise
-            except ValueError:  # too far for the distribution's arguments
-                return None
-        if not all(math.isfinite(each.stated) and each.rows.isfinite().all() for each in parts):
-            return None
-        ways.append(parts)
-    return [
-        replace(one, stated=one.stated + other.stated - 2 * zero, rows=one.rows + other.rows)
-        for one, other, zero in zip(*ways, here, strict=True)
-    ]
+    ways = [_one_way(subject, read, way, here) for way in (step, -step)]
+    return (
+        [
+            replace(one, stated=one.stated + other.stated, rows=one.rows + other.rows)
+            for one, other in zip(*ways, strict=True)
+        ]
+        if None not in ways
+        else None
+    )
 
 
 def by_distributions(subject: ClosureSubject) -> _Read:
@@ -127,17 +151,24 @@ def by_distributions(subject: ClosureSubject) -> _Read:
         old.append([frozen(each) for each in before])
 
     def read() -> list[Measured]:
-        stated, kls, wholes = [], [], []
+        stated, kls, turned, wholes = [], [], [], []
         for part, before in zip(parts, old, strict=True):
             kl, new, whole = evaluated(part)
             stated.append(kl)
             kls.append([kl_of_family(*pair, "") for pair in zip(before, new, strict=True)])
+            turned.append([kl_of_family(*pair, "") for pair in zip(new, before, strict=True)])
             wholes.append(whole)
         masks = _masks(subject.cpu_mask, [each[0] for each in kls])
         return [
-            Measured(kl, _joint(each, mask, repeated=not whole).detach().double().cpu(), mask, name)
-            for kl, each, mask, whole, name in zip(
-                stated, kls, masks, wholes, [part.name for part in parts], strict=True
+            Measured(
+                kl,
+                _joint(to_new, mask, repeated=not whole),
+                mask,
+                part.name,
+                _joint(to_old, mask, repeated=not whole),
+            )
+            for kl, to_new, to_old, mask, whole, part in zip(
+                stated, kls, turned, masks, wholes, parts, strict=True
             )
         ]
 
@@ -208,7 +239,7 @@ def _distributions_in(third: Any) -> list[Distribution]:
 
 
 def _joint(kls: list[Tensor], mask: Tensor | None, *, repeated: bool) -> Tensor:
-    """Return the sum over the parts of an action, of the batch's shape.
+    """Return the sum over the parts of an action, of the batch's shape, in double precision.
 
     Args:
         kls: Of every distribution.
@@ -227,7 +258,7 @@ def _joint(kls: list[Tensor], mask: Tensor | None, *, repeated: bool) -> Tensor:
     shapes = {tuple(part.shape) for part in [*parts, *([] if mask is None else [mask])]}
     if len(shapes) > 1:
         raise TrustRegionError(f"The closure's distributions are of the batches {shapes}.")
-    return torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0).detach().double().cpu()
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

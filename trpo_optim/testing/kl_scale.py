@@ -58,6 +58,9 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
             return failed(name, figures, named(part[0].name, cause), _REMEDY)
     if cause := _over_dimensions(found, subject):
         return failed(name, figures, cause, _REMEDY)
+    if exact and _is_turned(subject):
+        cause = "The closure's KL is KL(new || old), not KL(old || new)."
+        return failed(name, figures, cause, _REMEDY)
     if exact and (cause := _doubt(found, subject)):
         return Finding(name, Verdict.UNDECIDED, figures, cause, "Pass log_prob.")
     return Finding(name, Verdict.PASSED, figures)
@@ -80,6 +83,16 @@ def _flaw(found: list[Measured]) -> str:
             "than the batch's."
         )
     return ""
+
+
+def _is_turned(subject: ClosureSubject) -> bool:
+    """Return whether the closure's KL is that of the policies in the other order."""
+    found = [each for part in measured(subject, by_distributions, far=True) for each in part]
+    return bool(found) and all(
+        math.isclose(each.stated, each.mean_turned, rel_tol=0.01)
+        and not math.isclose(each.stated, each.mean, rel_tol=_SAME)
+        for each in found
+    )
 
 
 def _over_dimensions(found: list[list[Measured]], subject: ClosureSubject) -> str:

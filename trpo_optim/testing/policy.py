@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,14 @@ from trpo_optim.testing.distribution_checks import (
     check_shapes,
 )
 from trpo_optim.testing.evaluated import module_of
-from trpo_optim.testing.findings import Finding, PolicyReport, failed, undecided, without
+from trpo_optim.testing.findings import (
+    Finding,
+    PolicyReport,
+    each_of,
+    failed,
+    undecided,
+    without,
+)
 from trpo_optim.testing.finite_check import check_finite
 from trpo_optim.testing.precision import in_double_precision
 from trpo_optim.testing.state_check import check_state
@@ -161,7 +169,8 @@ def check_policy(
             cause, remedy = _why_not(subject)
         if cause and checks:
             return _nothing_to_check(checks, cause, remedy)
-        return PolicyReport(tuple(_findings(checks, subject)))
+        runs = {name: partial(check, subject) for name, check in checks.items()}
+        return PolicyReport(tuple(each_of(runs, _told)))
 
 
 def assert_policy(policy: Callable[[Any], Any], observations: Any, **options: Any) -> None:
@@ -224,26 +233,6 @@ def _nothing_to_check(checks: Iterable[str], cause: str, remedy: str) -> PolicyR
             *(undecided(name, "There is no policy to check.") for name in rest),
         )
     )
-
-
-def _findings(checks: Mapping[str, _Check], subject: Subject) -> Iterator[Finding]:
-    """Yield what the checks find, an exception that several of them raise once."""
-    raised = dict[str, str]()
-    for name, check in checks.items():
-        finding, error = _run(name, check, subject)
-        if error and error in raised:
-            cause = f"It raises the same as {raised[error]!r}."
-            finding = undecided(name, cause)
-        raised.setdefault(error, name)
-        yield finding
-
-
-def _run(name: str, check: _Check, subject: Subject) -> tuple[Finding, str]:
-    """Run a check; what it raises is a finding, too, and returned beside it."""
-    try:
-        return check(subject), ""
-    except Exception as error:  # whatever a policy may raise
-        return failed(name, {}, _told(error)), _told(error)
 
 
 def _told(error: Exception) -> str:

@@ -53,7 +53,7 @@ class Subject(Evaluated):
         """Return the mean KL of the policy as it was and another one."""
         if self._kl is not None:
             stated: Tensor = self._kl(self.old, new)
-            return stated
+            return stated.mean()  # closures may return that of every row, too
         if self._closed_form:
             return mean_kl(per_row(self.old), per_row(new), every_row(new))
         logs = self.joint_log_prob(new)

@@ -1,0 +1,67 @@
+"""The check of a closure's loss against its own gradient, at small steps both ways."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from trpo_optim.testing.closure_subject import ClosureSubject
+from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
+
+__all__ = ["check_slope"]
+
+_NATS = (1e-3, 1e-4, 1e-5)
+"""KLs of the steps at which the loss is looked at."""
+
+_CLOSE = 0.1
+"""By how much the loss's rise may differ from what its gradient foretells, relative."""
+
+_REMEDY = (
+    "Compute the old log-probabilities once before step(), and no part of the loss under detach() "
+    "or no_grad(): the line search compares values of the loss."
+)
+
+
+def check_slope(subject: ClosureSubject) -> Finding:
+    """The loss rises and falls as its gradient foretells: no part of it is detached."""
+    name = "loss slope"
+    gradient = subject.loss_gradient()
+    length = float(gradient.norm())
+    if not 0 < length < math.inf:
+        return undecided(name, "The gradient of the loss is zero.")
+    ratios = []
+    step = gradient / length
+    for nats in _NATS:
+        found = _of_kl(subject, step, nats)
+        if found is None:
+            continue
+        step = found
+        ahead, behind = (subject.values(sign * step).loss for sign in (1.0, -1.0))
+        ratios.append((ahead - behind) / 2 / (length * float(step.norm())))
+    if not ratios:
+        return undecided(name, "The KL does not move along the gradient of the loss.")
+    best = min(ratios, key=lambda each: abs(each - 1))
+    figures = {"rise over gradient": best}
+    if abs(best - 1) <= _CLOSE:
+        return Finding(name, Verdict.PASSED, figures)
+    if max(ratios) - min(ratios) > _CLOSE * max(1.0, abs(best)):
+        cause = "The loss has kinks, or rounding hides how it rises."
+        return Finding(name, Verdict.UNDECIDED, figures, cause)
+    cause = (
+        f"Along its gradient, the loss changes by {best:.3g} times what the gradient foretells: a "
+        "part of it is detached."
+    )
+    return failed(name, figures, cause, _REMEDY)
+
+
+def _of_kl(subject: ClosureSubject, step: Tensor, nats: float) -> Tensor | None:
+    """Return a multiple of a step that makes about a KL, or None if there is none."""
+    here = subject.kl()
+    for _ in range(20):
+        made = subject.kl(step) - here
+        if nats / 3 <= made <= 3 * nats:
+            return step
+        factor = math.sqrt(nats / made) if made > 0 else 1 / 8 if math.isnan(made) else 8.0
+        step = step * min(max(factor, 1 / 8), 8)
+    return None
