@@ -126,7 +126,7 @@ class TrustRegionOptimizer(AgreeingGroups):
         ...     ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
         ...     return -(ratio * advantages).mean(), mean_kl(old, new), new
         >>> print(optimizer.step(closure))
-        accepted: KL 0.0097 of 0.01, loss -0.14, 1 trial, 1 product, Gauss-Newton
+        accepted: KL 0.0097 of 0.01, loss change -0.14, 1 trial, 1 product, Gauss-Newton
 
     Source:
         Schulman et al., "Trust Region Policy Optimization", ICML 2015 (arXiv 1502.05477), appendix

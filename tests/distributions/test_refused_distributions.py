@@ -46,6 +46,16 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mean_kl(td.Normal(one(4), 1.0), td.Normal(one(5), 1.0)),
         r"batch shape \(4,\) and event shape \(\), the new one \(5,\)",
     ),
+    "other actions": (
+        lambda: mean_kl(td.Categorical(logits=one(4, 3)), td.Categorical(logits=one(4, 1))),
+        "old Categorical has 3 actions and the new one 1",
+    ),
+    "other actions of a part": (
+        lambda: mean_kl(
+            {"a": td.Categorical(logits=one(4, 3))}, {"a": td.Categorical(logits=one(4, 2))}
+        ),
+        r"Categorical\['a'\] has 3 actions and the new one 2",
+    ),
     "an old policy with a graph": (
         lambda: mean_kl(
             td.Categorical(logits=torch.zeros(4, 3, requires_grad=True)), frozen(plain)

@@ -219,6 +219,10 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean() -> None
 GOOD = torch.zeros(4, 2)
 ENDS = torch.zeros(4, 2, dtype=torch.bool)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "an array": (
+        lambda: discounted_returns(GOOD.numpy(), GOOD, ENDS, gamma=0.9),  # type: ignore[arg-type]
+        r"rewards is a ndarray.*torch.as_tensor\(rewards\)",
+    ),
     "lengths": (
         lambda: gae(GOOD, GOOD[:3], GOOD, ENDS, gamma=0.9, gae_lambda=0.9),
         r"shapes differ.*'values': \(3, 2\)",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from small_environments import Env, cartpole, coin, each_mode, vector
+from small_environments import Env, cartpole, coin, collected, each_mode, vector
 from tabular import table, tabular
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -225,3 +225,10 @@ def test_actions_that_a_policy_writes_to_the_same_memory_are_kept_as_they_were()
     batch = single_path(envs, policy, steps=20, seed=0)
     assert torch.equal(batch.actions, torch.stack(taken))
     assert len(batch.actions.unique()) == 2
+
+
+def test_a_batch_is_shown_in_one_line() -> None:
+    batch = collected()
+    assert repr(batch) == (
+        "SinglePathBatch(2 steps of 3 environments, 6 valid rows, 0 episodes ended)"
+    )

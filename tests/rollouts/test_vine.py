@@ -280,3 +280,8 @@ def test_an_entropy_bonus_counts_in_the_loss() -> None:
     )
     nats = float(policy(batch.observations).entropy().mean().detach())
     assert with_bonus == pytest.approx(plain - 2.0 * nats, abs=1e-5)
+
+
+def test_a_batch_is_shown_in_one_line() -> None:
+    batch = vine(lakes(4), Table(), steps=5, states=5, horizon=5, gamma=GAMMA, seed=0)
+    assert repr(batch) == f"VineBatch(5 states, 4 actions of each, {batch.steps} steps)"

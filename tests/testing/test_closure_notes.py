@@ -50,7 +50,7 @@ def test_a_light_entropy_bonus_is_not_noted() -> None:
 @pytest.mark.parametrize("named", [False, True])
 def test_what_no_step_moves_is_noted(named: bool) -> None:
     problem = gaussian()
-    given = list(problem.policy.named_parameters())
+    given: list[tuple[str, Any]] = list(problem.policy.named_parameters())
     left_out, unused = given.pop(), ("unused", torch.zeros(5, requires_grad=True))
     given.append(unused)
     parameters: Any = given if named else [each for _, each in given]

@@ -157,6 +157,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: TabularMDP(GOOD.transitions, GOOD.rewards, GOOD.start, 1.0),
         r"gamma is 1\.0; it must be in \[0, 1\)",
     ),
+    "a policy in NumPy": (
+        lambda: GOOD.state_values(UNIFORM.numpy()),  # type: ignore[arg-type]
+        "policy is a ndarray.*as_tensor",
+    ),
     "a policy of another shape": (lambda: GOOD.state_values(UNIFORM.T), r"shape \(3, 2\)"),
     "a policy that is none": (lambda: GOOD.visitation(-UNIFORM), "policy holds no probabilities"),
     "a new policy that is none": (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["is_count", "require_beside", "require_counts", "require_no_graph"]
+__all__ = ["is_count", "require_beside", "require_counts", "require_no_graph", "require_tensor"]
 
 
 def is_count(value: object, least: int = 1) -> bool:
@@ -52,6 +53,15 @@ def require_beside(
                 f"{tuple(log_prob.shape)}. Pass one number per {unit} in both."
             )
         require_no_graph(name, value)
+
+
+def require_tensor(name: str, value: Any) -> None:
+    """Check that an argument is a tensor, and no array or list."""
+    if not isinstance(value, Tensor):
+        raise TrustRegionError(
+            f"{name} is a {type(value).__name__}; it must be a tensor. Pass "
+            f"torch.as_tensor({name})."
+        )
 
 
 def require_no_graph(name: str, value: Tensor) -> None:

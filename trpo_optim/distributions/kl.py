@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,6 +83,13 @@ def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
             f"shape {tuple(old.event_shape)}, the new one {tuple(new.batch_shape)} and "
             f"{tuple(new.event_shape)}. Evaluate both on the same observations."
         )
+    if isinstance(old, Categorical):
+        before, after = (each.param_shape[-1] for each in (old, cast("Categorical", new)))
+        if before != after:
+            raise TrustRegionError(
+                f"The old {name_of(old)}{place} has {before} actions and the new one {after}. "
+                "Return as many logits from both."
+            )
     return _kl(old, new)
 
 

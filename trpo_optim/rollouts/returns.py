@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trpo_optim.distributions.arguments import require_counts
+from trpo_optim.distributions.arguments import require_counts, require_tensor
 from trpo_optim.distributions.precision import widened
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_shares
@@ -272,6 +272,8 @@ def _require_rows(**values: Tensor) -> None:
 
 
 def _require_one_shape(**values: Tensor) -> None:
+    for name, value in values.items():
+        require_tensor(name, value)
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if len(set(shapes.values())) > 1:
         raise TrustRegionError(f"The shapes differ: {shapes}. All must be the same.")

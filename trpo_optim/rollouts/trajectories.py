@@ -64,7 +64,7 @@ class Cursor:
     info: dict[str, Any] | None = field(default=None, kw_only=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SinglePathBatch:
     """T steps of N environments, time first. A row is one step of one environment.
 
@@ -116,6 +116,14 @@ class SinglePathBatch:
     end: Cursor
     info: dict[str, Any] = field(default_factory=dict)
     log_prob: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Return the sizes, and not the numbers, in one line."""
+        steps, count = self.valid.shape
+        return (
+            f"SinglePathBatch({steps} steps of {count} environments, {int(self.valid.sum())} valid "
+            f"rows, {len(self.episode_returns)} episodes ended)"
+        )
 
     @property
     def ends(self) -> Tensor:

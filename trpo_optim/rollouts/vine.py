@@ -33,7 +33,7 @@ Rule = Callable[[int, Cursor], "np.ndarray[Any, Any]"]
 (N,)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VineBatch:
     """S states of the trunk, K actions tried from each.
 
@@ -67,6 +67,11 @@ class VineBatch:
     sampling_log_prob: Tensor | None
     steps: int
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the sizes, and not the numbers, in one line."""
+        states, actions = self.q.shape
+        return f"VineBatch({states} states, {actions} actions of each, {self.steps} steps)"
 
 
 @torch.no_grad()

@@ -175,6 +175,10 @@ def require_probabilities(name: str, value: Tensor) -> None:
     Raises:
         TrustRegionError: If it is not.
     """
+    if not isinstance(value, Tensor):
+        raise TrustRegionError(
+            f"{name} is a {type(value).__name__}; it must be a tensor. Pass torch.as_tensor of it."
+        )
     sums = value.sum(-1)
     if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > 1e-6:
         raise TrustRegionError(
