@@ -103,7 +103,7 @@ def test_as_dict_leaves_out_what_is_not_finite() -> None:
     [
         (
             {},
-            r"accepted: KL 0\.009\d of 0\.01, loss change -0\.\d+, \d trials, 10 prod.*, torch\.func",
+            r"accepted: KL 0\.009\d of 0\.01, loss change -0\.\d+, \d trials, 10 .*, torch\.func",
         ),
         (
             {"mode": "vanilla", "lr": 1e-3},
