@@ -14,7 +14,7 @@ from torch import Tensor
 from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.closure.interception import RefusedError
-from trpo_optim.curvature.autograd_graph import now, require_attached
+from trpo_optim.curvature.autograd_graph import GraphSummary, now, require_attached
 from trpo_optim.curvature.double_backward import by_double_backward
 from trpo_optim.curvature.engine_choice import (
     EngineChoice,
@@ -159,26 +159,17 @@ def product_again(objective: Objective, engine: Engine) -> Product:
 def _second_order(
     objective: Objective, choice: EngineChoice, engine: EngineName, *, gradient: bool
 ) -> LocalModel:
-    vector = objective.vector
-    hindered = obstacle(vector.parameters)
-    refusal = choice["refusal"]
+    parameters = objective.vector.parameters
+    hindered, refusal = obstacle(parameters), choice["refusal"]
     wanted = engine == "torch.func"
     if wanted and hindered:
         refuse(engine, hindered)
     first = not hindered and (wanted or (engine == "auto" and torch_func_first(choice, objective)))
     if first:
-        try:
-            found = by_torch_func(objective, gradient=gradient, without_third=wanted)
-        except ThirdValueError:
-            pass
-        except RefusedError as error:
-            if wanted:
-                refuse(engine, str(error))
-            refusal = str(error)
-        else:
-            learn(choice, objective, third=False, refusal="")
-            reason = named(engine) or NO_THIRD_VALUE
-            return model_of(objective, *found, "torch.func", reason)
+        found = _of_torch_func(objective, choice, engine, gradient=gradient)
+        if isinstance(found, LocalModel):
+            return found
+        refusal = found or refusal
     started = now()
     values = objective.with_graph()
     behind = look_behind(values.kl, objective)
@@ -187,38 +178,66 @@ def _second_order(
     if engine == "auto" and not (first or hindered or refusal or objective.third):
         return _second_order(objective, choice, engine, gradient=gradient)  # three were expected
     loss = values.loss if gradient else None
-    wanted_values = [values.kl] if loss is None else [loss, values.kl]
-    if not require_attached(wanted_values, vector.parameters, started):
+    if not require_attached(
+        [values.kl] if loss is None else [loss, values.kl], parameters, started
+    ):
         flaw = (
             "the graph shows none of the parameters: an autograd.Function hides them, as a "
             "checkpoint with use_reentrant=True does"
         )
         return _flawed(objective, choice, engine, flaw, gradient=gradient)
-    if values.third is None:
-        if engine == "Gauss-Newton":
-            refuse(engine, "it returns no third value")
-        refusal = (
-            hindered or refusal or "the closure returns a third value at some evaluations only"
-        )
-        fallback = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
-    elif engine != "double backward":
-        made = _made("Gauss-Newton", loss, values, objective)
-        if not isinstance(made, str):
-            require_kl_behind(made[0], behind, values.kl, objective)
-            return model_of(objective, values, *made, "Gauss-Newton", named(engine))
-        if engine == "Gauss-Newton":
-            refuse(engine, made)
-        fallback = made
-    if behind.once_differentiable:
-        made = f"the backward of {behind.once_differentiable} is marked once_differentiable"
-    else:
-        made = _made("double backward", loss, values, objective)
+    made = _of_graph(objective, engine, loss, values, behind, hindered or refusal)
     if isinstance(made, str):
         flaw = f"torch cannot differentiate the closure twice: {made}"
         return _flawed(objective, choice, engine, flaw, gradient=gradient)
-    require_kl_behind(made[0], behind, values.kl, objective)
-    reason = named(engine) or fallback
-    return model_of(objective, values, *made, "double backward", reason)
+    by, reason, slopes, product = made
+    require_kl_behind(slopes, behind, values.kl, objective)
+    return model_of(objective, values, slopes, product, by, named(engine) or reason)
+
+
+def _of_torch_func(
+    objective: Objective, choice: EngineChoice, engine: EngineName, *, gradient: bool
+) -> LocalModel | str:
+    """Return the model by torch.func, or why it refuses; empty if the closure has a third value."""
+    wanted = engine == "torch.func"
+    try:
+        found = by_torch_func(objective, gradient=gradient, without_third=wanted)
+    except ThirdValueError:
+        return ""
+    except RefusedError as error:
+        if wanted:
+            refuse(engine, str(error))
+        return str(error)
+    learn(choice, objective, third=False, refusal="")
+    return model_of(objective, *found, "torch.func", named(engine) or NO_THIRD_VALUE)
+
+
+def _of_graph(
+    objective: Objective,
+    engine: EngineName,
+    loss: Tensor | None,
+    values: Values,
+    behind: GraphSummary,
+    refusal: str,
+) -> tuple[Engine, str, Tensor | None, Product] | str:
+    """Return which engine serves a graph, why not another, and what it made; or why none does."""
+    reason = ""
+    if values.third is None:
+        if engine == "Gauss-Newton":
+            refuse(engine, "it returns no third value")
+        refusal = refusal or "the closure returns a third value at some evaluations only"
+        reason = f"torch.func does not serve: {refusal}; {NO_THIRD_VALUE}"
+    elif engine != "double backward":
+        made = _made("Gauss-Newton", loss, values, objective)
+        if not isinstance(made, str):
+            return "Gauss-Newton", "", *made
+        if engine == "Gauss-Newton":
+            refuse(engine, made)
+        reason = made
+    if behind.once_differentiable:
+        return f"the backward of {behind.once_differentiable} is marked once_differentiable"
+    made = _made("double backward", loss, values, objective)
+    return made if isinstance(made, str) else ("double backward", reason, *made)
 
 
 def _made(
