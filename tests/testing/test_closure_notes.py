@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from problems import Problem, gaussian
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Categorical
 
-from trpo_optim import joint_kl
+from trpo_optim import frozen, joint_kl, mean_kl
 from trpo_optim.testing import Verdict, check_closure, check_policy
 
 
@@ -83,3 +84,36 @@ def test_a_policys_kl_may_be_one_number_for_every_row() -> None:
     )
     assert rows.passed
     assert rows["kl"].figures == mean["kl"].figures
+
+
+class SharedHead(nn.Module):
+    """A policy whose last layer also gives the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def both(self, observations: Tensor) -> tuple[Categorical, Tensor]:
+        logits, value = self.head(self.body(observations).tanh()).split([2, 1], -1)
+        return Categorical(logits=logits), value[:, 0]
+
+
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_value_loss_through_rows_of_a_shared_layer_is_noted(share: float, third: bool) -> None:
+    agent, observations = SharedHead(), torch.randn(64, 4)
+    with torch.no_grad():
+        old = frozen(agent.both(observations)[0])
+        actions = old.sample()
+    advantages = torch.randn(64)
+
+    def closure() -> Any:
+        new, value = agent.both(observations)
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        loss = share * (value - 1).square().mean() - (ratio * advantages).mean()
+        return (loss, mean_kl(old, new), new) if third else (loss, mean_kl(old, new))
+
+    finding = check_closure(closure, agent.named_parameters())["second order"]
+    assert finding.verdict is (Verdict.UNDECIDED if share else Verdict.PASSED)
+    assert ("elements of 'head.weight', 'head.bias'," in finding.cause) == bool(share)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trpo_optim.algorithm.direction import DirectionSolver
 from trpo_optim.algorithm.kl_checks import require_moving_kl, require_zero_kl
-from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.checks import Numbers, checked_values
 from trpo_optim.closure.closures import Closures, collected
 from trpo_optim.closure.evaluation import Closure
@@ -24,7 +22,6 @@ from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves, now,
 from trpo_optim.curvature.averages import weighted_mean
 from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError, blaming
-from trpo_optim.hyperparameters import Hyperparameters
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.findings import (
@@ -40,6 +37,7 @@ from trpo_optim.testing.findings import (
 from trpo_optim.testing.kl_scale import check_kl_scale
 from trpo_optim.testing.loss_check import check_loss
 from trpo_optim.testing.minimum import REMEDY, flaw_at_minimum
+from trpo_optim.testing.second_order_check import check_second_order
 from trpo_optim.testing.slope_check import check_slope
 
 __all__ = ["CLOSURE_CHECKS", "assert_closure", "check_closure"]
@@ -155,23 +153,6 @@ def _shape(subject: ClosureSubject) -> Finding:
     return failed(name, figures, cause, REMEDY)
 
 
-def _second_order(subject: ClosureSubject) -> Finding:
-    """The KL's Fisher-vector products are those of its first derivatives."""
-    settings = Hyperparameters(cg_iterations=1)
-    with torch.no_grad():
-        batch = subject.batch
-        model = batch.second_order()
-        length = model.gradient.norm()
-        uphill = model.gradient / length if length > 0 else torch.ones_like(model.gradient)
-        solver = DirectionSolver(
-            batch, subject.transaction, uphill / uphill.norm(), MODES["trpo"], settings
-        )
-        if not solver.prove(solver.solve(model), model.released()).settled:
-            model = batch.second_order()
-    note = model.fallback and f"{model.engine}: {model.fallback}."
-    return Finding("second order", Verdict.PASSED, {}, note)
-
-
 CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
     "values": _values,
     "deterministic": _deterministic,
@@ -181,7 +162,7 @@ CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {
     "kl scale": check_kl_scale,
     "loss": check_loss,
     "loss slope": check_slope,
-    "second order": _second_order,
+    "second order": check_second_order,
 }
 """The checks of ``check_closure`` by name, in the order of causes.
 
