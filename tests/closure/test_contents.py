@@ -156,9 +156,23 @@ ADDED: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("kind", [list, deque])
 @pytest.mark.parametrize("name", ADDED)
-def test_a_list_that_gains_items_loses_them_again(name: str, kind: Callable[[Any], Any]) -> None:
+def test_what_a_list_gains_is_gone_before_the_next_evaluation(
+    name: str, kind: Callable[[Any], Any]
+) -> None:
     items = [0.5, torch.zeros(1), None]
     policy = Writing(lambda policy: ADDED[name](policy.items), items=kind(items))
+    _, seen = policy.step(lambda policy: list(map(id, policy.items)))
+    assert seen[:-1] == [list(map(id, items))] * (len(seen) - 1)
+    assert seen[-1][:3] == list(map(id, items))
+    assert len(seen[-1]) == (5 if name == "tensors" else 4)  # of the last evaluation
+
+
+@pytest.mark.parametrize("items", [[1.0, 2.0, 3.0], [torch.zeros(1), 2.0, torch.ones(1)]])
+def test_a_full_deque_is_put_back(items: list[Any]) -> None:
+    def write(policy: Writing) -> None:
+        policy.items.append(9.0)
+
+    policy = Writing(write, items=deque(items, maxlen=3))
     _, seen = policy.step(lambda policy: list(map(id, policy.items)))
     assert seen == [list(map(id, items))] * len(seen)
 

@@ -154,6 +154,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "a tuple of tensors of shapes",
     ),
+    "actions that are not whole": (
+        lambda: single_path(
+            vector(cartpole), lambda seen: Normal(seen[:, 0] * 0 + 0.6, 0.01), steps=1
+        ),
+        r"such as 0\.\d+, and Discrete\(2\) takes whole numbers.*Categorical",
+    ),
     "no state beside the distribution": (
         start_recurrent(lambda seen, state, starts: coin(seen)),
         r"recurrent policy returned one value.*return \(distribution, next state\)",

@@ -42,6 +42,11 @@ SPACES: dict[str, tuple[gym.Space[Any], Callable[[Any], Any], Callable[[Tensor],
         lambda action: int(action[0, 1] > 0),
         lambda n: Independent(Normal(torch.zeros(len(n), 4), torch.ones(4)), 1),
     ),
+    "Box by rows": (
+        gym.spaces.Box(-0.1, 0.1, (2, 2), np.float32),
+        lambda action: int(action[0, 1] > 0),
+        lambda n: [Independent(Normal(torch.zeros(len(n), 2), torch.ones(2)), 1)] * 2,
+    ),
     "Discrete from -1 on": (
         gym.spaces.Discrete(2, start=-1),
         lambda action: int(action) + 1,

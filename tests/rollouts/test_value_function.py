@@ -99,6 +99,12 @@ REFUSED = {
         lambda: fit_value(problem()[0], ROWS, TARGETS, adam(problem()[0])),
         "do not depend on any parameter of the optimizer",
     ),
+    "a critic without gradients": (
+        lambda: fit_value(
+            lambda seen: problem()[0](seen).detach(), ROWS, TARGETS, adam(problem()[0])
+        ),
+        "do not depend on any parameter.*require gradients",
+    ),
     "no epochs": (fitting(ROWS, TARGETS, epochs=0), "epochs is 0"),
     "an empty minibatch": (fitting(ROWS, TARGETS, minibatch=0), "minibatch is 0"),
 }

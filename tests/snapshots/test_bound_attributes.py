@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import logging
+import math
+import operator
 import pickle
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -235,6 +241,13 @@ HELD: dict[str, Callable[[], Any]] = {
         lambda network: [network, torch.optim.SGD(network.parameters(), lr=0.1)]
     )(torch.nn.Linear(2, 2)),
     "a function and a lock": lambda: [rock, threading.Lock()],
+    "functions of every kind": lambda: [
+        *(rock, math.sin, np.sin, operator.itemgetter(0), functools.cache(rock)),
+        *(functools.partial(rock), functools.partial),
+    ],
+    "a space and a pattern": lambda: (gym.spaces.Discrete(2), re.compile("a")),
+    "a logger and its handler": lambda: (logging.getLogger("a"), logging.NullHandler()),
+    "a function and a file": lambda: (rock, io.StringIO()),
 }
 
 

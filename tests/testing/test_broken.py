@@ -204,7 +204,7 @@ The plain estimator has a slope on any one sample.
 | `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
 | `loss` | a wrong sign, shapes that broadcast, stale log-probabilities, a loss over padding |
 | `loss slope` | a loss of which a part is detached, so that its values do not follow its gradient |
-| `second order` | no Fisher-vector products; a loss on parameters, or rows of one, that the KL does not see |
+| `second order` | a loss on parameters, or rows of a weight, on which the KL does not depend |
 
 `loss` needs `log_prob` and `advantages`.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from problems import Problem, gaussian
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, kl_divergence
 
-from trpo_optim import frozen, joint_kl, mean_kl
+from trpo_optim import Closures, frozen, joint_kl, mean_kl
 from trpo_optim.testing import Verdict, check_closure, check_policy
 
 
@@ -99,21 +100,89 @@ class SharedHead(nn.Module):
         return Categorical(logits=logits), value[:, 0]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("third", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_value_loss_through_rows_of_a_shared_layer_is_noted(share: float, third: bool) -> None:
+def test_a_value_loss_through_rows_of_a_shared_layer_is_noted(
+    share: float, third: bool, parts: int
+) -> None:
     agent, observations = SharedHead(), torch.randn(64, 4)
     with torch.no_grad():
         old = frozen(agent.both(observations)[0])
-        actions = old.sample()
-    advantages = torch.randn(64)
+        actions, old_logits = old.sample(), old.logits
+    old_log_prob, advantages = old.log_prob(actions), torch.randn(64)
 
-    def closure() -> Any:
-        new, value = agent.both(observations)
-        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
-        loss = share * (value - 1).square().mean() - (ratio * advantages).mean()
-        return (loss, mean_kl(old, new), new) if third else (loss, mean_kl(old, new))
+    def closure(rows: slice) -> Any:
+        new, value = agent.both(observations[rows])
+        ratio = (new.log_prob(actions[rows]) - old_log_prob[rows]).exp()
+        loss = share * (value - 1).square().mean() - (ratio * advantages[rows]).mean()
+        kl = mean_kl(Categorical(logits=old_logits[rows]), new)
+        return (loss, kl, new) if third else (loss, kl)
 
-    finding = check_closure(closure, agent.named_parameters())["second order"]
+    size = 64 // parts
+    closures = [partial(closure, slice(n * size, (n + 1) * size)) for n in range(parts)]
+    finding = check_closure(closures, agent.named_parameters())["second order"]
     assert finding.verdict is (Verdict.UNDECIDED if share else Verdict.PASSED)
     assert ("elements of 'head.weight', 'head.bias'," in finding.cause) == bool(share)
+
+
+def test_curvature_on_rows_that_do_not_see_all_parameters_is_not_noted() -> None:
+    torch.manual_seed(0)
+    table, states, advantages = nn.Embedding(40, 3), torch.arange(40), torch.randn(40)
+    old = frozen(Categorical(logits=table(states)))
+    actions = old.sample()
+
+    def closure(rows: slice) -> Any:
+        new = Categorical(logits=table(states[rows]))
+        ratio = (new.log_prob(actions[rows]) - old.log_prob(actions)[rows]).exp()
+        kl = mean_kl(Categorical(logits=old.logits[rows]), new)
+        return -(ratio * advantages[rows]).mean(), kl, new
+
+    closures = Closures([partial(closure, slice(0, 40))], curvature=partial(closure, slice(0, 9)))
+    assert check_closure(closures, table.parameters())["second order"].verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-10, 1e10, 1e25])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_size_of_the_loss_hides_nothing(factor: float, wrong: bool) -> None:
+    problem = gaussian(dtype=torch.float32)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logs = problem.policy(problem.observations).log_prob(problem.actions)
+        old = logs.detach() if wrong else problem.old_log_prob
+        return -factor * ((logs - old).exp() * problem.advantages).mean(), problem.closure()[1]
+
+    finding = check_closure(closure, problem.parameters())["loss slope"]
+    assert finding.verdict is (Verdict.FAILED if wrong else Verdict.PASSED)
+
+
+def test_a_loss_whose_rise_is_rounded_away_is_undecided() -> None:
+    problem = gaussian(dtype=torch.float32)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss, kl = problem.closure()
+        return loss + 1e6, kl
+
+    finding = check_closure(closure, problem.parameters())["loss slope"]
+    assert (finding.verdict, "Rounding" in finding.cause) == (Verdict.UNDECIDED, True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_kl_of_the_other_order_is_found_for_every_policy(seed: int, turned: bool) -> None:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 5))
+    observations, advantages = torch.randn(64, 4), torch.randn(64)
+    with torch.no_grad():
+        old = frozen(Categorical(logits=network(observations)))
+        actions = old.sample()
+
+    def closure() -> Any:
+        new = Categorical(logits=network(observations))
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        kl = kl_divergence(new, old) if turned else kl_divergence(old, new)
+        return -(ratio * advantages).mean(), kl.mean(), new
+
+    assert check_closure(closure, network.parameters())["kl scale"].verdict is (
+        Verdict.FAILED if turned else Verdict.PASSED
+    )

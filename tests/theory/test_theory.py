@@ -213,3 +213,11 @@ def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(TrustRegionError, match=message):
         call()
+
+
+def test_policies_of_many_actions_in_single_precision_are_probabilities() -> None:
+    old, new = (3 * torch.randn(2, 500, 5000)).softmax(-1)
+    exact = kl_by_state(
+        *((each.double() / each.double().sum(-1, keepdim=True)) for each in (old, new))
+    )
+    torch.testing.assert_close(kl_by_state(old, new).double(), exact, rtol=1e-4, atol=1e-4)

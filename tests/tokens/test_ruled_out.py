@@ -76,15 +76,24 @@ def test_a_drawn_token_that_the_present_policy_rules_out_is_an_error() -> None:
         Banning().closures()
 
 
-def test_negative_log_likelihoods_are_refused() -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_negative_log_likelihoods_are_refused(given: bool) -> None:
     rollout = Rollout()
+    old = token_log_prob(rollout.logits(), rollout.tokens).detach() if given else None
     with pytest.raises(TrustRegionError, match=r"outputs\(rows\) holds .*at most 0"):
         token_closures(
             lambda rows: -token_log_prob(rollout.logits(rows), rollout.tokens[rows]),
             rollout.tokens,
             rollout.mask,
             rollout.advantages,
-        )
+            old_log_prob=old,
+        )()
+
+
+def test_given_log_probabilities_of_tokens_that_the_policy_rules_out_are_an_error() -> None:
+    rollout = Banning()
+    with pytest.raises(TrustRegionError, match=r"rules out 1 of the \d+ tokens"):
+        rollout.closures(old_log_prob=rollout.behaviour)()
 
 
 def test_counts_may_be_numpys() -> None:

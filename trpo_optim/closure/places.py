@@ -53,18 +53,22 @@ class Place:
         self._count = len(entries)
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
-        """Bind what was there again; numbers beside moved tensors, and in resized lists."""
-        listed = self._count > 0 and not isinstance(self._entries, dict)
-        resized = listed and len(self._entries) != self._count
-        moves = any(key in moved for key in self._contents)
+        """Bind what was there again; numbers beside moved tensors, and in lists that have shifted.
+
+        Args:
+            moved: Keys of the tensors and arrays that were written.
+            final: Whether no evaluation follows. Then what was None, or not there, stays as it is.
+        """
         now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
         changed = [key for key, value in self._before.items() if now.get(key, now) is not value]
+        shifted = bool(changed) and self._may_shift()
+        moves = any(key in moved for key in self._contents)
         numbers = []
         for key in changed:
             value = self._before[key]
-            if type(value) in NUMBERS_AND_TEXTS and not resized:  # else all go back, in turn
+            if type(value) in NUMBERS_AND_TEXTS and not shifted:  # else all go back, in turn
                 numbers.append(key)
-            elif resized or not (value is None and final):
+            elif shifted or not (value is None and final):
                 self._put(key, value)
                 moves |= _carries_tensors(value)
         for key in numbers:
@@ -72,7 +76,14 @@ class Place:
                 self._put(key, self._before[key])
         if len(now) > self._count:
             new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
-            (self._make_plain if final and not listed else self._drop)(new)
+            (self._make_plain if final else self._drop)(new)
+
+    def _may_shift(self) -> bool:
+        """Return whether items that differ may be others in their places, of a list or deque."""
+        if isinstance(self._entries, dict):
+            return False
+        full = getattr(self._entries, "maxlen", None) == len(self._entries)
+        return full or len(self._entries) != self._count
 
     def _put(self, key: Any, value: Any) -> None:
         if isinstance(self._entries, dict) or key < len(self._entries):
@@ -81,7 +92,7 @@ class Place:
             self._entries.append(value)
 
     def _drop(self, keys: list[Any]) -> None:
-        """Take away what was added to a list or to nothing, or carries tensors; the last first."""
+        """Remove new entries: all of a list or of what was empty, else those that carry tensors."""
         kept = self._count > 0 and isinstance(self._entries, dict)
         for key in reversed(keys):
             if not kept or _carries_tensors(self._entries[key]):

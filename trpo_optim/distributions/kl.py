@@ -84,7 +84,10 @@ def kl_of_family(old: Distribution, new: Distribution, place: str) -> Tensor:
             f"{tuple(new.event_shape)}. Evaluate both on the same observations."
         )
     if isinstance(old, Categorical):
-        before, after = (each.param_shape[-1] for each in (old, cast("Categorical", new)))
+        before, after = (
+            (each.probs if given_by_probabilities(each) else each.logits).shape[-1]
+            for each in (old, cast("Categorical", new))
+        )
         if before != after:
             raise TrustRegionError(
                 f"The old {name_of(old)}{place} has {before} actions and the new one {after}. "

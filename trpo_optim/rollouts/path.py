@@ -134,8 +134,9 @@ class Path:
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         seen, said = mapped(lambda each: each[None], (seen, said))
         returned = self.policy(seen, state, starts, **said)
-        if not (isinstance(returned, tuple) and len(returned) == 2):
-            given = f"{len(returned)} values" if isinstance(returned, tuple) else "one value"
+        if not (isinstance(returned, tuple | list) and len(returned) == 2):
+            several = isinstance(returned, tuple | list)
+            given = f"{len(returned)} values" if several else "one value"
             raise TrustRegionError(
                 f"The recurrent policy returned {given} ({type(returned).__name__}). With state=, "
                 "return (distribution, next state)."

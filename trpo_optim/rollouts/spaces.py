@@ -126,10 +126,12 @@ def require_form(space: gym.Space[Any], made: Any) -> None:
         wanted = f"a tuple of {len(inner)} distributions"
     elif isinstance(made, Tensor):
         return
-    else:  # a tuple with a part for each element of an action
-        inner = dict.fromkeys(range(math.prod(space.shape or ())), gym.spaces.Discrete(2))
+    else:  # a tuple with a part for each element of an action, or for as many elements
+        count = len(made) if isinstance(made, tuple | list) else 0
+        fits = count and math.prod(space.shape or ()) % count == 0
+        inner = dict.fromkeys(range(count) if fits else [None], gym.spaces.Discrete(2))
     given = dict(enumerate(made)) if isinstance(made, tuple | list) else made
-    if not isinstance(given, Mapping) or given.keys() != inner.keys():
+    if not isinstance(given, Mapping) or set(given) != set(inner):
         raise TrustRegionError(
             f"The policy returned {_described(made)}, and {space} takes {wanted}. Return nothing "
             "else beside it, and let another function return a critic's value. Only a recurrent "
@@ -172,7 +174,8 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
         if len(shapes := {tuple(each.shape) for each in actions}) > 1:
             raise TrustRegionError(
                 f"The policy's actions for {space} are a tuple of tensors of shapes "
-                f"{sorted(shapes)}; its parts must be of one shape, (N,)."
+                f"{sorted(shapes)}; its parts must be of one shape. If one of them is a critic's "
+                "value, let another function return it."
             )
         actions = torch.stack(list(actions), -1)
     values = array_of(actions)
@@ -183,6 +186,11 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
             "environment. Return a distribution over actions from the policy, not logits or means."
         )
     values = values.reshape(-1, *shape)
+    if not isinstance(space, gym.spaces.Box) and (values != np.trunc(values)).any():
+        raise TrustRegionError(
+            f"The policy's actions are such as {values.ravel()[0]}, and {space} takes whole "
+            "numbers. Return a discrete distribution, such as Categorical."
+        )
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         values = values + space.start
     if isinstance(space, gym.spaces.Box):

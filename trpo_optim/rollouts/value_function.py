@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves
 from trpo_optim.distributions.arguments import require_counts, require_no_graph
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
@@ -120,14 +121,20 @@ def _error(
     optimizer.zero_grad()
     values = values_by(critic, observations, len(targets))
     loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
+    _require_learning(loss, optimizer)
     loss.backward()
-    held = (each for group in optimizer.param_groups for each in group["params"])
-    if all(each.grad is None for each in held):
+    return loss
+
+
+def _require_learning(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an error depends on a parameter of the optimizer."""
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    if held.isdisjoint(map(id, graph_leaves(loss))) and not calls_python(loss):
         raise TrustRegionError(
             "The critic's values do not depend on any parameter of the optimizer, so that nothing "
-            "would learn. Make the optimizer from the parameters of this critic."
+            "would learn. Make the optimizer from the parameters of this critic, and let them "
+            "require gradients."
         )
-    return loss
 
 
 def _require_length(observations: Tensor, count: int) -> None:

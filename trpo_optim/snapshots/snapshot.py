@@ -13,9 +13,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.snapshots.made_once import made_once
 from trpo_optim.snapshots.replay import Replayed
 from trpo_optim.snapshots.simulators import Simulator, simulator_of
-from trpo_optim.snapshots.state_data import Memo, copied, is_environments, is_state, made_once
+from trpo_optim.snapshots.state_data import Memo, copied, is_environments, is_state
 
 __all__ = ["Environment", "Snapshot", "capture", "restorable", "restore"]
 
@@ -79,10 +80,10 @@ def capture(env: Environment) -> Snapshot:
 
     The attributes of all wrappers and of the environment are copied if they are data. Attributes
     that only the constructor sets are not copied: spaces, specs, functions, models, networks,
-    optimizers, locks, loggers, renderers. If such an attribute has become another object,
-    ``restore`` binds the first one again, in the same environment. References back to a wrapper or
-    the environment, such as a helper's, refer to the restored environment. An object that is shared
-    with the outside, such as a list, is no longer shared after ``restore``.
+    optimizers, locks, loggers, open files, renderers. If such an attribute has become another
+    object, ``restore`` binds the first one again, in the same environment. References back to a
+    wrapper or the environment, such as a helper's, refer to the restored environment. An object
+    that is shared with the outside, such as a list, is no longer shared after ``restore``.
 
     MuJoCo and the Arcade Learning Environment are supported. ``register_simulator`` adds other
     simulators, and ``Replayed`` needs no simulator. State outside the environment's attributes is

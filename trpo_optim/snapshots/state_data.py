@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import random
-import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -16,40 +14,22 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.snapshots.made_once import MADE_ONCE, made_once
 from trpo_optim.snapshots.simulators import Array, type_name
 from trpo_optim.snapshots.views import Storages, TensorView, View, is_plain, other_form
 
-__all__ = ["Memo", "copied", "is_environments", "is_state", "made_once"]
+__all__ = ["Memo", "copied", "is_environments", "is_state"]
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes}
-
-_MADE_ONCE = (
-    gym.Env,
-    VectorEnv,
-    gym.Space,
-    torch.nn.Module,
-    torch.optim.Optimizer,
-    logging.Logger,
-    EnvSpec,
-    ModuleType,
-    FunctionType,
-    BuiltinFunctionType,
-    MethodType,
-    functools.partial,
-    type,
-    type(threading.Lock()),
-    type(threading.RLock()),
-)
 
 _UNCHANGING = (
     np.generic,
@@ -64,7 +44,7 @@ _UNCHANGING = (
     time,
     timedelta,
     PurePath,
-    *_MADE_ONCE,
+    *MADE_ONCE,
 )
 
 _ARGUMENTS = {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "_cached_spec"}
@@ -83,8 +63,8 @@ def is_state(layer: object, name: str, value: object) -> bool:
 
     Returns:
         False for what the constructor makes and no step changes: spaces, models, networks,
-        optimizers, functions, locks, loggers, renderers, inner environments, the transition
-        tables of toy text.
+        optimizers, functions, locks, loggers, open files, renderers, inner environments, the
+        transition tables of toy text.
     """
     if name in _ARGUMENTS:
         return False
@@ -97,13 +77,6 @@ def is_state(layer: object, name: str, value: object) -> bool:
         or type_name(type(value)).startswith(_MODELS_AND_SCREENS)
         or (name == "P" and type(layer).__module__.startswith("gymnasium.envs.toy_text"))
     )
-
-
-def made_once(value: object) -> bool:
-    """Return whether a value is of what is made once, or a list of nothing else."""
-    if not (isinstance(value, list | tuple) and value):
-        return isinstance(value, _MADE_ONCE)
-    return all(isinstance(each, _MADE_ONCE) for each in value)
 
 
 class Memo(dict[int, Any]):
@@ -163,7 +136,7 @@ def copied(value: Any, memo: Memo, place: str) -> Any:
     if isinstance(value, gym.Env | VectorEnv):
         raise TrustRegionError(
             f"The environment cannot be captured: {place} is another environment. Hold "
-            "environments as attributes, or in a list that is an attribute."
+            "environments as attributes, or in a list of environments alone that is an attribute."
         )
     if isinstance(value, np.void) and (value.base is None or value.base.size == 1):
         return value.copy()

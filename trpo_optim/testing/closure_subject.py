@@ -19,7 +19,7 @@ from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.curvature.first_derivatives import gradient_of
 
-__all__ = ["ClosureSubject"]
+__all__ = ["ClosureSubject", "unit_of"]
 
 
 @dataclass
@@ -97,3 +97,12 @@ class ClosureSubject:
             yield
         finally:
             self.transaction.move(torch.zeros_like(step), 1.0)
+
+
+def unit_of(gradient: Tensor) -> Tensor:
+    """Return the unit vector along a gradient, or along all parameters where it gives none."""
+    scaled = gradient / gradient.abs().max()  # whose squares neither vanish nor overflow
+    if not scaled.isfinite().all():
+        scaled = torch.ones_like(gradient)
+    unit: Tensor = scaled / scaled.norm()
+    return unit

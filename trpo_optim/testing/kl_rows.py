@@ -46,28 +46,20 @@ class Measured:
         stated: What a closure says.
         rows: What its distributions or log-probabilities say, of its batch's shape.
         mask: Which of the rows count. None: all.
+        turned: The same as the rows, of KL(new ‖ old) where distributions say it.
         name: Which of several closures it is. Empty if there is only one.
-        turned: KL(new ‖ old) of the rows. None: not known.
     """
 
     stated: float
     rows: Tensor
     mask: Tensor | None
+    turned: Tensor
     name: str = ""
-    turned: Tensor | None = None
 
     @property
     def mean(self) -> float:
         """The mean over the rows that count."""
-        return self._over_counted(self.rows)
-
-    @property
-    def mean_turned(self) -> float:
-        """The same of KL(new ‖ old), NaN where it is not known."""
-        return math.nan if self.turned is None else self._over_counted(self.turned)
-
-    def _over_counted(self, rows: Tensor) -> float:
-        mask = self.mask
+        rows, mask = self.rows, self.mask
         return float(rows.mean() if mask is None else (rows * mask).sum() / mask.sum())
 
 
@@ -164,8 +156,8 @@ def by_distributions(subject: ClosureSubject) -> _Read:
                 kl,
                 _joint(to_new, mask, repeated=not whole),
                 mask,
-                part.name,
                 _joint(to_old, mask, repeated=not whole),
+                part.name,
             )
             for kl, to_new, to_old, mask, whole, part in zip(
                 stated, kls, turned, masks, wholes, parts, strict=True
@@ -205,7 +197,9 @@ def by_log_probabilities(subject: ClosureSubject) -> _Read:
     def read() -> list[Measured]:
         stated = subject.batch.values().kl
         change = log_prob().detach().double() - before
-        return [Measured(stated, (torch.expm1(change) - change).cpu(), subject.cpu_mask)]
+        rows = (torch.expm1(change) - change).cpu()  # the other KL, on actions of the old policy:
+        other = (change.exp() * (torch.expm1(-change) + change)).cpu()
+        return [Measured(stated, rows, subject.cpu_mask, other)]
 
     return read
 

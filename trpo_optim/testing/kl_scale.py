@@ -87,12 +87,14 @@ def _flaw(found: list[Measured]) -> str:
 
 def _is_turned(subject: ClosureSubject) -> bool:
     """Return whether the closure's KL is that of the policies in the other order."""
-    found = [each for part in measured(subject, by_distributions, far=True) for each in part]
-    return bool(found) and all(
-        math.isclose(each.stated, each.mean_turned, rel_tol=0.01)
-        and not math.isclose(each.stated, each.mean, rel_tol=_SAME)
-        for each in found
-    )
+    for part in measured(subject, by_distributions, far=True):
+        right = [_averages(each.rows, each.mask)[0] for each in part]
+        turned = [_averages(each.turned, each.mask)[0] for each in part]
+        for name in right[0]:
+            theirs, ours = ([each[name] for each in table] for table in (turned, right))
+            if _is(part, theirs, within=0.01) and not _is(part, ours):
+                return True
+    return False
 
 
 def _over_dimensions(found: list[list[Measured]], subject: ClosureSubject) -> str:
@@ -174,10 +176,10 @@ def _actions_per_sequence(rows: Tensor, mask: Tensor | None) -> float:
     return float(counted.sum() / counted.flatten(1).any(1).sum())
 
 
-def _is(found: list[Measured], values: list[Tensor]) -> bool:
+def _is(found: list[Measured], values: list[Tensor], within: float = _SAME) -> bool:
     """Return whether the closure's KL is a certain average in every direction."""
     pairs = zip(found, values, strict=True)
-    return all(math.isclose(each.stated, float(value), rel_tol=_SAME) for each, value in pairs)
+    return all(math.isclose(each.stated, float(value), rel_tol=within) for each, value in pairs)
 
 
 def _averages(

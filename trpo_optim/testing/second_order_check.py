@@ -8,8 +8,9 @@ from torch import Tensor
 from trpo_optim.algorithm.direction import DirectionSolver
 from trpo_optim.algorithm.modes import MODES
 from trpo_optim.closure.parameters import ParameterVector
+from trpo_optim.curvature.first_derivatives import gradient_of
 from trpo_optim.hyperparameters import Hyperparameters
-from trpo_optim.testing.closure_subject import ClosureSubject
+from trpo_optim.testing.closure_subject import ClosureSubject, unit_of
 from trpo_optim.testing.findings import Finding, Verdict, undecided
 
 __all__ = ["check_second_order"]
@@ -22,35 +23,38 @@ def check_second_order(subject: ClosureSubject) -> Finding:
     batch = subject.batch
     model = batch.second_order()
     gradient = model.gradient.clone()
-    uphill = gradient if gradient.any() else torch.ones_like(gradient)
-    solver = DirectionSolver(
-        batch, subject.transaction, uphill / uphill.norm(), MODES["trpo"], settings
-    )
+    solver = DirectionSolver(batch, subject.transaction, unit_of(gradient), MODES["trpo"], settings)
     if not solver.prove(solver.solve(model), model.released()).settled:
         model = batch.second_order()
-    if model.engine != "finite differences":  # which have no products of their own
-        model = batch.second_order()
-        generator = torch.Generator("cpu").manual_seed(0)
-        probe = torch.randn(len(gradient), generator=generator, device="cpu").to(gradient)
-        if flat := _flat(subject.vector, gradient, model.product(probe)):
-            return undecided(
-                name,
-                f"The loss has a slope along elements of {flat}, along which the KL has no "
-                "curvature: no trust region holds these.",
-                "Give the critic layers of its own, and leave its loss out of the closure.",
-            )
+    if flat := _flat(subject.vector, gradient, _kl_slope_elsewhere(subject)):
+        return undecided(
+            name,
+            f"The loss has a slope along elements of {flat}, on which the KL does not depend: no "
+            "trust region holds these.",
+            "If they give a critic's values, give the critic layers of its own, and leave its loss "
+            "out of the closure. A weight penalty also moves units that are dead.",
+        )
     note = model.fallback and f"{model.engine}: {model.fallback}."
     return Finding(name, Verdict.PASSED, {}, note)
 
 
-def _flat(vector: ParameterVector, gradient: Tensor, image: Tensor) -> str:
-    """Return the parameters of which some elements have a slope and no curvature.
+def _kl_slope_elsewhere(subject: ClosureSubject) -> Tensor:
+    """Return the gradient of the closures' KLs where it is zero only if it is so everywhere."""
+    slope = torch.zeros_like(subject.transaction.origin)
+    with subject.at(subject.transaction.far_away()):
+        for part in subject.batch.parts:
+            slope += gradient_of(part.with_graph().kl, part).abs()
+    return slope
+
+
+def _flat(vector: ParameterVector, gradient: Tensor, other: Tensor) -> str:
+    """Return the parameters of which the loss, and not the KL, depends on some elements.
 
     Args:
         vector: The parameters.
         gradient: That of the loss, (n,).
-        image: The product with a vector without zeros, (n,).
+        other: That of the KL elsewhere, (n,).
     """
-    pairs = zip(vector.names, vector.split(gradient), vector.split(image), strict=True)
-    flat = [label for label, slope, curved in pairs if bool(((slope != 0) & (curved == 0)).any())]
+    pairs = zip(vector.names, vector.split(gradient), vector.split(other), strict=True)
+    flat = [label for label, slope, kl in pairs if bool(((slope != 0) & (kl == 0)).any())]
     return f"{', '.join(flat[:4])}{vector.counting}" if flat else ""

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from trpo_optim.testing.closure_subject import ClosureSubject
+from trpo_optim.testing.closure_subject import ClosureSubject, unit_of
 from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 
 __all__ = ["check_slope"]
@@ -16,6 +16,9 @@ _NATS = (1e-3, 1e-4, 1e-5)
 
 _CLOSE = 0.1
 """By how much the loss's rise may differ from what its gradient foretells, relative."""
+
+_ROUNDING = 0.05
+"""The largest share of that rise that rounding may make up."""
 
 _REMEDY = (
     "Compute the old log-probabilities once before step(), and no part of the loss under detach() "
@@ -27,26 +30,35 @@ def check_slope(subject: ClosureSubject) -> Finding:
     """The loss rises and falls as its gradient foretells: no part of it is detached."""
     name = "loss slope"
     gradient = subject.loss_gradient()
-    length = float(gradient.norm())
-    if not 0 < length < math.inf:
-        return undecided(name, "The gradient of the loss is zero.")
-    ratios = []
-    step = gradient / length
+    if not gradient.any() or not gradient.isfinite().all():
+        return undecided(name, "The gradient of the loss is zero, or not finite.")
+    unit = unit_of(gradient)
+    length = float(gradient.double() @ unit.double())
+    step, ratios, hidden = unit, [], False
     for nats in _NATS:
         found = _of_kl(subject, step, nats)
         if found is None:
             continue
         step = found
         ahead, behind = (subject.values(sign * step).loss for sign in (1.0, -1.0))
-        ratios.append((ahead - behind) / 2 / (length * float(step.norm())))
+        foretold = length * float(step.norm())
+        if subject.vector.precision * max(abs(ahead), abs(behind)) > _ROUNDING * foretold:
+            hidden = True
+        else:
+            ratios.append((ahead - behind) / 2 / foretold)
     if not ratios:
-        return undecided(name, "The KL does not move along the gradient of the loss.")
+        return undecided(
+            name,
+            "Rounding of the loss hides how it rises."
+            if hidden
+            else "The KL does not rise along the gradient of the loss.",
+        )
     best = min(ratios, key=lambda each: abs(each - 1))
     figures = {"rise over gradient": best}
     if abs(best - 1) <= _CLOSE:
         return Finding(name, Verdict.PASSED, figures)
     if max(ratios) - min(ratios) > _CLOSE * max(1.0, abs(best)):
-        cause = "The loss has kinks, or rounding hides how it rises."
+        cause = "The loss has kinks, or rounding of its terms hides how it rises."
         return Finding(name, Verdict.UNDECIDED, figures, cause)
     cause = (
         f"Along its gradient, the loss changes by {best:.3g} times what the gradient foretells: a "

@@ -53,13 +53,13 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
         >>> kl_by_state(old, torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
         tensor([0.0000, 0.1438])
     """
+    require_probabilities("The old policy", old)
+    require_probabilities("The new policy", new)
     if old.shape[-1:] != new.shape[-1:]:
         raise TrustRegionError(
             f"The policies have shapes {tuple(old.shape)} and {tuple(new.shape)}; the last "
             "dimensions, of actions, must be the same."
         )
-    require_probabilities("The old policy", old)
-    require_probabilities("The new policy", new)
     kl = (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
     return kl.clamp_min(0.0)  # rounding may bring it below
 

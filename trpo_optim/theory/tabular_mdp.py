@@ -180,7 +180,8 @@ def require_probabilities(name: str, value: Tensor) -> None:
             f"{name} is a {type(value).__name__}; it must be a tensor. Pass torch.as_tensor of it."
         )
     sums = value.sum(-1)
-    if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > 1e-6:
+    rounding = 32 * torch.finfo(sums.dtype).eps if sums.is_floating_point() else 0.0
+    if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > max(1e-6, rounding):
         raise TrustRegionError(
             f"{name} holds no probabilities: its last dimension must be non-negative and sum to 1. "
             f"The sums range from {float(sums.min()):g} to {float(sums.max()):g}."
