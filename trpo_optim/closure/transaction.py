@@ -242,12 +242,7 @@ class Transaction:
         self._settle()
 
     def commit(self, targets: Sequence[Tensor] = (), sources: Sequence[Tensor] = ()) -> None:
-        """Keep the parameters as they are now; put back everything else.
-
-        Args:
-            targets: What else changes with the parameters, in a call that nothing interrupts.
-            sources: Its new values.
-        """
+        """Keep the parameters, and write sources into targets in one call; put back all else."""
         self._settle()
         if targets:
             copy_each(list(targets), list(sources))
