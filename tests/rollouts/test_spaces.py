@@ -17,7 +17,8 @@ from torch.distributions import Categorical, Independent, Normal
 
 from trpo_optim.rollouts import SinglePathBatch, single_path
 
-SHORT = gym.spaces.Discrete(2, dtype=np.int32), gym.spaces.MultiDiscrete([2, 3], np.int32)
+SHORT: tuple[Any, Any] = gym.spaces.Discrete(2), gym.spaces.MultiDiscrete([2, 3], np.int32)
+SHORT[0].dtype = np.dtype(np.int32)  # Gymnasium 1.1 takes no such argument
 
 
 def known(space: gym.Space[Any], action: Any) -> Any:
