@@ -95,16 +95,17 @@ def fit_value(
         return values_by(critic, observations, len(targets))
 
     before = explained_variance(predictions(), targets)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         if minibatch is None:
-            optimizer.step(partial(_error, critic, observations, targets, optimizer))  # type: ignore[arg-type]  # torch says float, and takes tensors
+            optimizer.step(partial(_error, critic, observations, targets, optimizer, not epoch))  # type: ignore[arg-type]  # torch says float, and takes tensors
             continue
         order = torch.randperm(len(targets), device="cpu").to(targets.device)
         shuffled, aims = mapped(itemgetter(order), observations), targets[order]
         for start in range(0, len(targets), minibatch):
             rows = slice(start, start + minibatch)
             part = mapped(itemgetter(rows), shuffled)
-            optimizer.step(partial(_error, critic, part, aims[rows], optimizer))  # type: ignore[arg-type]  # as above
+            first = not (epoch or start)
+            optimizer.step(partial(_error, critic, part, aims[rows], optimizer, first))  # type: ignore[arg-type]  # as above
     after = predictions()
     return ValueFit(
         float((after - targets).square().mean()), before, explained_variance(after, targets)
@@ -116,12 +117,14 @@ def _error(
     observations: Any,
     targets: Tensor,
     optimizer: torch.optim.Optimizer,
+    first: bool,
 ) -> Tensor:
-    """Return the mean squared error, its gradients in place."""
+    """Return the mean squared error, its gradients in place; check the first of all."""
     optimizer.zero_grad()
     values = values_by(critic, observations, len(targets))
     loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
-    _require_learning(loss, optimizer)
+    if first:
+        _require_learning(loss, optimizer)
     loss.backward()
     return loss
 
