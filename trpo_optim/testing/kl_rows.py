@@ -46,15 +46,15 @@ class Measured:
         stated: What a closure says.
         rows: What its distributions or log-probabilities say, of its batch's shape.
         mask: Which of the rows count. None: all.
-        turned: The same as the rows, of KL(new ‖ old) where distributions say it.
         name: Which of several closures it is. Empty if there is only one.
+        turned: KL(new ‖ old) by row. None: not known.
     """
 
     stated: float
     rows: Tensor
     mask: Tensor | None
-    turned: Tensor
     name: str = ""
+    turned: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -115,15 +115,13 @@ def _both_ways(
     subject: ClosureSubject, read: _Read, step: Tensor, here: list[float]
 ) -> list[Measured] | None:
     """Return the KLs' sums over a step and its opposite, in which no third derivative is left."""
-    ways = [_one_way(subject, read, way, here) for way in (step, -step)]
-    return (
-        [
-            replace(one, stated=one.stated + other.stated, rows=one.rows + other.rows)
-            for one, other in zip(*ways, strict=True)
-        ]
-        if None not in ways
-        else None
-    )
+    ahead, behind = (_one_way(subject, read, way, here) for way in (step, -step))
+    if ahead is None or behind is None:
+        return None
+    return [
+        replace(one, stated=one.stated + other.stated, rows=one.rows + other.rows)
+        for one, other in zip(ahead, behind, strict=True)
+    ]
 
 
 def by_distributions(subject: ClosureSubject) -> _Read:
@@ -156,8 +154,8 @@ def by_distributions(subject: ClosureSubject) -> _Read:
                 kl,
                 _joint(to_new, mask, repeated=not whole),
                 mask,
-                _joint(to_old, mask, repeated=not whole),
                 part.name,
+                _joint(to_old, mask, repeated=not whole),
             )
             for kl, to_new, to_old, mask, whole, part in zip(
                 stated, kls, turned, masks, wholes, parts, strict=True
@@ -197,9 +195,7 @@ def by_log_probabilities(subject: ClosureSubject) -> _Read:
     def read() -> list[Measured]:
         stated = subject.batch.values().kl
         change = log_prob().detach().double() - before
-        rows = (torch.expm1(change) - change).cpu()  # the other KL, on actions of the old policy:
-        other = (change.exp() * (torch.expm1(-change) + change)).cpu()
-        return [Measured(stated, rows, subject.cpu_mask, other)]
+        return [Measured(stated, (torch.expm1(change) - change).cpu(), subject.cpu_mask)]
 
     return read
 

@@ -89,7 +89,7 @@ def _is_turned(subject: ClosureSubject) -> bool:
     """Return whether the closure's KL is that of the policies in the other order."""
     for part in measured(subject, by_distributions, far=True):
         right = [_averages(each.rows, each.mask)[0] for each in part]
-        turned = [_averages(each.turned, each.mask)[0] for each in part]
+        turned = [_averages(e.turned, e.mask)[0] for e in part if e.turned is not None]
         for name in right[0]:
             theirs, ours = ([each[name] for each in table] for table in (turned, right))
             if _is(part, theirs, within=0.01) and not _is(part, ours):

@@ -243,24 +243,24 @@ def _closure(
     with torch.no_grad(), random_state_kept([mask.device]):
         start = of_counted() if part.old is None else part.old[mask]
         compare = Comparison(start, part.tokens[mask], options.outputs, options.old)
-    unchecked = part.old is not None  # else these are of the outputs
+    checked = part.old is None  # these are of the outputs, then
 
     def check(log_prob: Tensor) -> None:
         require_log_probs("outputs(rows)", log_prob)
         if part.behaviour is None or part.old is not None:
             require_possible(log_prob)
 
-    if not unchecked:
+    if checked:
         check(compare.log_prob)
     old_log_prob = spread(compare.log_prob, mask)
     base = old_log_prob if part.behaviour is None else part.behaviour
 
     def closure() -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal unchecked
+        nonlocal checked
         log_prob, kl, third = compare(of_counted())
-        if unchecked:
+        if not checked:
             check(log_prob.detach())
-            unchecked = False
+            checked = True
         new = spread(log_prob, mask)
         loss = token_surrogate(new, base, part.advantages, mask, per=per)
         if part.reference is not None:
