@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import CategoricalPolicy, Problem, gaussian
@@ -38,6 +40,11 @@ class Stateful(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
         self.expanded = torch.zeros(1).expand(2)
         self.generator = torch.Generator().manual_seed(3)
+        self.others: list[Any] = [
+            np.random.default_rng(3),
+            np.random.RandomState(3),
+            random.Random(3),
+        ]
         self.helper = Helper()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +65,8 @@ class Stateful(nn.Module):
             self.frozen.tolist(),
             self.expanded.tolist(),
             self.generator.get_state().tolist(),
+            self.others[0].bit_generator.state,
+            *map(str, (self.others[1].get_state(), self.others[2].getstate())),
             self.helper.mean.tolist(),
             self.training,
         ]
@@ -87,6 +96,8 @@ def only_without_gradients(layer: Stateful, x: Tensor) -> None:
 
 def drawing(layer: Stateful, x: Tensor) -> None:
     layer.plain.copy_(torch.rand(2, generator=layer.generator))
+    for each in layer.others:
+        each.random()
 
 
 def into_numpy(layer: Stateful, x: Tensor) -> None:

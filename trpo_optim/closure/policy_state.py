@@ -15,6 +15,7 @@ from trpo_optim.closure.dtensor import local
 from trpo_optim.closure.fsdp import FsdpParameters
 from trpo_optim.closure.holders import LONGEST, attributes, is_plain_object, reached
 from trpo_optim.closure.places import CONTAINERS, NUMBERS_AND_TEXTS, Place, is_content, remembered
+from trpo_optim.closure.random_state import putting_back
 from trpo_optim.closure.shared_memory import Spans
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.torch_private import is_transformed, outside_transforms
@@ -128,8 +129,8 @@ class PolicyState:
         for held in self._active.values():
             for place in held.places:
                 place.rewind(moved, final=final)
-            for generator, state in held.generators:
-                generator.set_state(state)
+            for put_back in held.generators:
+                put_back()
         if errors:
             raise errors[0]
 
@@ -187,7 +188,7 @@ class _Held:
         self.named = named
         self.contents: list[int] = []
         self.places: list[Place] = []
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.generators: list[Callable[[], object]] = []
         name = type(found).__name__
         if isinstance(found, torch.jit.ScriptModule):  # what it holds is not in its __dict__
             self._look_into([*found.buffers(), *found.parameters()], name, content_of)
@@ -218,8 +219,8 @@ class _Held:
                 if is_content(value):
                     held = content_of(value, f"{place}.{key}", buffer=buffers)
                     contents += [] if held is None else [held]
-                elif type(value) is torch.Generator:
-                    self.generators.append((value, value.get_state()))
+                elif put_back := putting_back(value):
+                    self.generators.append(put_back)
             self.contents += contents
             if not isinstance(level, tuple) and (bound or level is not entries):
                 self.places.append(Place(level, before, contents))

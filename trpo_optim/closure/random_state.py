@@ -1,15 +1,19 @@
-"""Torch's random state, on the CPU and on the devices that an evaluation may draw from."""
+"""Random state: torch's, on the CPU and on other devices, and that of single generators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 from trpo_optim.torch_private import mps_generator
 
-__all__ = ["generators", "random_state_kept"]
+__all__ = ["generators", "putting_back", "random_state_kept"]
 
 
 def generators(devices: Iterable[torch.device | str]) -> list[torch.Generator]:
@@ -32,6 +36,25 @@ def generators(devices: Iterable[torch.device | str]) -> list[torch.Generator]:
         if every := getattr(module, "default_generators", ()):
             found.append(every[module.current_device() if device.index is None else device.index])
     return list(dict.fromkeys(found))
+
+
+def putting_back(generator: Any) -> Callable[[], object] | None:
+    """Return what gives a random generator its present state again.
+
+    Args:
+        generator: Of torch, of NumPy or of Python's ``random``. None is returned for anything else.
+    """
+    numpy: Any = sys.modules.get("numpy.random")
+    if isinstance(generator, torch.Generator) or (
+        numpy and isinstance(generator, numpy.RandomState)
+    ):
+        return partial(generator.set_state, generator.get_state())
+    if numpy and isinstance(generator, numpy.Generator):
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return partial(generator.setstate, generator.getstate())
+    return None
 
 
 @contextmanager

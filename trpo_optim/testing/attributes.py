@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trpo_optim.closure.random_state import putting_back
+
 __all__ = ["Attributes"]
 
 _MODULES_OWN = frozenset(vars(nn.Module()))
@@ -58,7 +60,7 @@ class Attributes:
         """Put all back, what is inside first."""
         for held in self._held.values():
             for each, was in held:
-                if _is_generator(each) or not _is(each, was):
+                if callable(was) or not _is(each, was):
                     _put(each, was)
         for _, module, were in self._modules:
             for name in _plain(module):
@@ -85,26 +87,27 @@ def _within(value: Any) -> Iterator[Any]:
         if content is None:
             continue
         yield each
-        if isinstance(content, _CONTAINERS) and not _is_generator(each):
+        if isinstance(content, _CONTAINERS):
             stack.extend(content.values() if isinstance(content, dict) else content)
 
 
 def _content(value: Any) -> Any:
-    """Return a copy of what an object holds, or None if it holds nothing that may change."""
+    """Return a copy of what an object holds, or None if it holds nothing that may change.
+
+    Of a generator it is what puts its state back.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, _CONTAINERS) or _is_numpy(value, "ndarray"):
         return value.copy()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if _is_numpy(value, "Generator"):
-        return value.bit_generator.state
+    if put_back := putting_back(value):
+        return put_back
     return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def _is(value: Any, was: Any) -> bool:
     """Return whether an object still holds what it held; generators may be drawn from."""
-    if _is_generator(value):
+    if callable(was):
         return True
     whole = isinstance(value, (*_CONTAINERS, Tensor)) or _is_numpy(value, "ndarray")
     now = value if whole else vars(value)
@@ -132,10 +135,8 @@ def _put(value: Any, was: Any) -> None:
     """Have an object hold what it held."""
     if isinstance(value, Tensor):
         value.copy_(was)
-    elif isinstance(value, torch.Generator):
-        value.set_state(was)
-    elif _is_numpy(value, "Generator"):
-        value.bit_generator.state = was
+    elif callable(was):
+        was()
     elif isinstance(value, list):
         value[:] = was
     elif isinstance(value, deque):
@@ -147,10 +148,6 @@ def _put(value: Any, was: Any) -> None:
         held = value if isinstance(value, dict | set) else vars(value)
         held.clear()
         held.update(was)
-
-
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, torch.Generator) or _is_numpy(value, "Generator")
 
 
 def _is_numpy(value: Any, name: str) -> bool:
