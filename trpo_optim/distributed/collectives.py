@@ -34,8 +34,8 @@ so, it would wait for Python's lock, which ``destroy_process_group()`` of torch 
 waits for that thread."""
 
 GROUP_DESTROYED = (
-    "The optimizer's process_group was destroyed. Set process_group to another group, or to None "
-    "to step in this process alone."
+    "The process_group was destroyed. Set process_group to another group, or to None to go on in "
+    "this process alone."
 )
 
 GROUP_NOT_COPIED = (
@@ -46,7 +46,7 @@ GROUP_NOT_COPIED = (
 
 
 class Reduction:
-    """The collectives of a step; every result is the same on all ranks, bit for bit.
+    """The collectives of one call; every result is the same on all ranks, bit for bit.
 
     All are sums of one buffer (``all_reduce``), in which every rank has a place of its own for what
     must not be added up. There it also says whether its own part raised, so that no rank waits for
@@ -54,7 +54,8 @@ class Reduction:
 
     Args:
         group: The processes.
-        device: Where the buffers lie: that of the parameters.
+        device: Where the buffers lie: that of the parameters. None: where the group can send from.
+        call: What the ranks do together, for messages.
 
     Attributes:
         size: How many ranks there are.
@@ -64,12 +65,16 @@ class Reduction:
         TrustRegionError: If the group cannot send what lies there.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: ProcessGroup, device: torch.device | None = None, call: str = "The step"
+    ) -> None:
         try:
             backends = str(dist.get_backend_config(group))
         except Exception as error:  # whatever torch makes of a group that it does not know
             raise TrustRegionError(GROUP_DESTROYED) from error
-        if f"{device.type}:" not in backends:
+        if device is None:
+            device = torch.device("cpu" if "cpu:" in backends else backends.split(":")[0])
+        elif f"{device.type}:" not in backends:
             raise TrustRegionError(
                 f"The parameters lie on {device}, and the process_group serves {backends}. Move "
                 "the policy, or make the group with a backend for its device: gloo for the CPU, "
@@ -79,6 +84,7 @@ class Reduction:
         self.rank = dist.get_rank(group)
         self._group = group
         self._device = device
+        self._call = call
 
     def rows(self, work: Callable[[], Sequence[float]], width: int) -> list[list[float]]:
         """Return every rank's row of numbers, in double precision.
@@ -199,7 +205,7 @@ class Reduction:
             f"{self.name(rank)} raised {text}" for rank, text in enumerate(texts) if text
         )
         raise RankError(
-            f"The step failed on another rank, and no rank has moved: {whose}",
+            f"{self._call} failed on another rank, and no rank has moved: {whose}",
             lost=max(raised) == _INTERRUPTED,
         )
 
@@ -248,10 +254,10 @@ def _within_time() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            "Another rank was lost, did not arrive within the group's timeout, or took more or "
-            "fewer steps. The parameters have not moved, and the process group can no longer be "
-            "used. End this process, and start all ranks again from the last checkpoint, as "
-            "torchrun does with --max-restarts.\n"
+            "Another rank was lost, did not arrive within the group's timeout, or did not make the "
+            "same calls of step() and policy_closure(). The parameters have not moved, and the "
+            "process group can no longer be used. End this process, and start all ranks again from "
+            "the last checkpoint, as torchrun does with --max-restarts.\n"
             f"{error}",
             lost=True,
         ) from error

@@ -36,6 +36,7 @@ class Joined:
         weights: Importance weights of the states, (T, N), or None.
         sampling_log_prob: ln q(a|s) of what drew the actions, (T, N). None: the old policy did.
         batch_weights: The weight of each row's batch, (T, N). None: all are equal.
+        batches: The places of the batches in the list that was given.
         runs: How many rows (or environments with valid rows) in turn have one weight, and which.
     """
 
@@ -49,6 +50,7 @@ class Joined:
     weights: Tensor | None
     sampling_log_prob: Tensor | None
     batch_weights: Tensor | None
+    batches: tuple[int, ...]
     runs: list[tuple[int, float]]
 
 
@@ -102,6 +104,7 @@ def joined(given: Sequence[Given]) -> Joined:
         weights=optional([each.weights for each in given]),
         sampling_log_prob=optional([each.sampling_log_prob for each in given]),
         batch_weights=rows(*weights) if len(runs) > 1 else None,
+        batches=tuple(each.index or 0 for each in given),
         runs=runs,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.random_state import random_state_kept
+from trpo_optim.distributed.collectives import Reduction, require_member
 from trpo_optim.distributions import entropy, frozen, joint_kl, log_prob, sampled_kl
 from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.errors import TrustRegionError
@@ -21,8 +22,8 @@ from trpo_optim.rollouts.arguments import require_one_a_row
 from trpo_optim.rollouts.batch_parts import Part, parts_of
 from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
 from trpo_optim.rollouts.given_batches import given_for, require_alike, require_numbers, within
-from trpo_optim.rollouts.joined_batches import joined
-from trpo_optim.rollouts.standardisation import failing_together, standardised
+from trpo_optim.rollouts.joined_batches import Joined, joined
+from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
 
@@ -175,15 +176,19 @@ def policy_closure(
             "process_group is given and standardise is False. Only standardising needs the other "
             "ranks: pass standardise=True, or leave process_group out."
         )
-    with failing_together(given[0].batch.rewards.device, process_group):
+
+    def prepared() -> Joined:
         require_alike(given)
         for each in given:
             require_numbers(each)
-        given = within(policy, given, max_batch_kl)
-        data = joined(given)
+        return joined(within(policy, given, max_batch_kl))
+
+    require_member(process_group)
+    ranks = None if process_group is None else Reduction(process_group, call="policy_closure()")
+    data = prepared() if ranks is None else ranks.same(prepared)
     estimates = data.advantages
     if standardise:
-        estimates = standardised(estimates, data.valid, process_group, weights=data.batch_weights)
+        estimates = standardised(estimates, data.valid, ranks, weights=data.batch_weights)
     select = parts_of(policy, data)
 
     def closure(part: Part, *, weighed: bool = False) -> Closure:
@@ -213,7 +218,7 @@ def policy_closure(
         parts=[closure(piece) for piece, _ in pieces],
         weights=[piece.count * weight for piece, weight in pieces],
         curvature=None if chosen is None else closure(select(chosen), weighed=True),
-        batches=tuple(each.index or 0 for each in given),
+        batches=data.batches,
     )
 
 
