@@ -138,19 +138,32 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
     """Fail on rank 1; return what every rank raises, and what it finds when all is well again."""
     values, valid = rows_of(rank)
     bad, kept = values.clone(), valid.clone()
-    if rank == 1 and mistake == "nothing valid":
-        kept[:] = False
-    elif rank == 1:
-        bad[valid] = math.nan
+    share: float | None = None
+    if rank == 1:
+        match mistake:
+            case "nothing valid":
+                kept[:] = False
+            case "NaN":
+                bad[valid] = math.nan
+            case "shape":
+                bad = bad[:-1]
+            case "option":
+                share = 2.0
     with pytest.raises(TrustRegionError) as caught:
-        used(bad, kept, process_group=dist.group.WORLD)
+        used(bad, kept, process_group=dist.group.WORLD, curvature=share)
     lost = bool(getattr(caught.value, "lost", False))
     after = used(values, valid, process_group=dist.group.WORLD)
     return type(caught.value).__name__, str(caught.value), lost, after
 
 
 @pytest.mark.parametrize(
-    ("mistake", "words"), [("nothing valid", "no row is valid"), ("NaN", "is nan at")]
+    ("mistake", "words"),
+    [
+        ("nothing valid", "no row is valid"),
+        ("NaN", "is nan at"),
+        ("shape", r"advantages has shape \(5, 5\)"),
+        ("option", "curvature is 2.0"),
+    ],
 )
 @pytest.mark.ranks
 def test_what_fails_on_one_rank_is_raised_on_all_and_all_may_go_on(

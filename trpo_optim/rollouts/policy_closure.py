@@ -150,46 +150,75 @@ def policy_closure(
     Source:
         Schulman et al. (2015), equation 14 and appendix C.
     """
-    given = given_for(
-        batch,
-        advantages,
-        weights=weights,
-        sampling_log_prob=sampling_log_prob,
-        batch_weights=batch_weights,
-        max_batch_kl=max_batch_kl,
-    )
-    require_counts(micro_batch=micro_batch)
-    if not math.isfinite(entropy_bonus):
-        raise TrustRegionError(f"entropy_bonus is {entropy_bonus!r}; it must be a finite number.")
-    if sampled and sampling_log_prob is not None:
-        raise TrustRegionError(
-            "sampled=True needs actions of the old policy, but sampling_log_prob says that another "
-            "policy drew them. Leave out one of the two."
-        )
-    if sampled and given[0].index is not None:
-        raise TrustRegionError(
-            "sampled=True needs actions of the old policy, but earlier policies draw those of a "
-            "list of batches. Pass one batch that is not in a list, or leave out sampled."
-        )
     if process_group is not None and not standardise:
         raise TrustRegionError(
             "process_group is given and standardise is False. Only standardising needs the other "
             "ranks: pass standardise=True, or leave process_group out."
         )
+    require_member(process_group)
+    ranks = None if process_group is None else Reduction(process_group, call="policy_closure()")
 
     def prepared() -> Joined:
+        given = given_for(
+            batch,
+            advantages,
+            weights=weights,
+            sampling_log_prob=sampling_log_prob,
+            batch_weights=batch_weights,
+            max_batch_kl=max_batch_kl,
+        )
+        require_counts(micro_batch=micro_batch)
+        if not math.isfinite(entropy_bonus):
+            raise TrustRegionError(
+                f"entropy_bonus is {entropy_bonus!r}; it must be a finite number."
+            )
+        if sampled and sampling_log_prob is not None:
+            raise TrustRegionError(
+                "sampled=True needs actions of the old policy, but sampling_log_prob says that "
+                "another policy drew them. Leave out one of the two."
+            )
+        if sampled and given[0].index is not None:
+            raise TrustRegionError(
+                "sampled=True needs actions of the old policy, but earlier policies draw those of "
+                "a list of batches. Pass one batch that is not in a list, or leave out sampled."
+            )
         require_alike(given)
         for each in given:
             require_numbers(each)
         return joined(within(policy, given, max_batch_kl))
 
-    require_member(process_group)
-    ranks = None if process_group is None else Reduction(process_group, call="policy_closure()")
     data = prepared() if ranks is None else ranks.same(prepared)
     estimates = data.advantages
     if standardise:
         estimates = standardised(estimates, data.valid, ranks, weights=data.batch_weights)
-    select = parts_of(policy, data)
+
+    def built() -> PolicyClosures:
+        return _closures(
+            parts_of(policy, data),
+            data,
+            estimates,
+            entropy_bonus,
+            sampled=sampled,
+            curvature=curvature,
+            micro_batch=micro_batch,
+            generator=generator,
+        )
+
+    return built() if ranks is None else ranks.same(built)
+
+
+def _closures(
+    select: Callable[[Tensor], Part],
+    data: Joined,
+    advantages: Tensor,
+    entropy_bonus: float,
+    *,
+    sampled: bool,
+    curvature: CurvatureShare,
+    micro_batch: int | None,
+    generator: torch.Generator | None,
+) -> PolicyClosures:
+    """Return the closures on all rows, piece by piece, and those for products."""
 
     def closure(part: Part, *, weighed: bool = False) -> Closure:
         def numbers(values: Tensor | None) -> Tensor | None:
@@ -197,7 +226,7 @@ def policy_closure(
 
         return _closure(
             part,
-            part.numbers(estimates),
+            part.numbers(advantages),
             numbers(data.weights),
             numbers(data.sampling_log_prob),
             numbers(data.batch_weights) if weighed else None,
