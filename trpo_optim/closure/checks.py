@@ -91,10 +91,14 @@ def checked_values(returned: Any) -> Values:
                 ".item(), float() or numpy()."
             )
         if value.dim() > (name == "kl") or value.numel() == 0:
-            per_sample = ", or return a vector with one KL per sample" if name == "kl" else ""
+            wanted = (
+                "a scalar or a vector with one KL per sample. Compute it by mean_kl(old, new), or "
+                "sum over the dimensions of an action first."
+                if name == "kl"
+                else "a scalar. Reduce it over the batch, usually with .mean()."
+            )
             raise TrustRegionError(
-                f"The closure's {name} has shape {tuple(value.shape)}; it must be a scalar. "
-                f"Reduce it over the batch, usually with .mean(){per_sample}."
+                f"The closure's {name} has shape {tuple(value.shape)}; it must be {wanted}"
             )
         if value.is_meta:
             raise TrustRegionError(
