@@ -16,7 +16,7 @@ from test_reuse import taken
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from trpo_optim import TrustRegionError
+from trpo_optim import RankError, TrustRegionError
 from trpo_optim.rollouts import Cursor, SinglePathBatch, policy_closure
 
 STEPS, ENVS = 6, 5
@@ -43,11 +43,15 @@ def batch_of(valid: Tensor) -> SinglePathBatch:
     )
 
 
-def used(advantages: Tensor, valid: Tensor, **options: Any) -> Tensor:
+def used(
+    advantages: Tensor, valid: Tensor, *, error: BaseException | None = None, **options: Any
+) -> Tensor:
     """Return the advantages that a closure weights the actions of its rows by, (B,)."""
     means = nn.Parameter(torch.zeros(valid.numel(), 1, dtype=torch.float64))
 
     def policy(rows: Tensor) -> Distribution:
+        if error:
+            raise error
         return Independent(Normal(means[rows[:, 0]], 1.0), 1)
 
     built = policy_closure(policy, batch_of(valid), advantages, standardise=True, **options)
@@ -138,7 +142,7 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
     """Fail on rank 1; return what every rank raises, and what it finds when all is well again."""
     values, valid = rows_of(rank)
     bad, kept = values.clone(), valid.clone()
-    share: float | None = None
+    options: dict[str, Any] = {"curvature": None}
     if rank == 1:
         match mistake:
             case "nothing valid":
@@ -147,10 +151,16 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
                 bad[valid] = math.nan
             case "shape":
                 bad = bad[:-1]
-            case "option":
-                share = 2.0
-    with pytest.raises(TrustRegionError) as caught:
-        used(bad, kept, process_group=dist.group.WORLD, curvature=share)
+            case "share":
+                options["curvature"] = 2.0
+            case "bonus":
+                options["entropy_bonus"] = math.inf
+            case "policy":
+                options["error"] = ValueError("a broken policy")
+            case "interrupt":
+                options["error"] = KeyboardInterrupt("by hand")
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 (its kind is looked at by the test)
+        used(bad, kept, process_group=dist.group.WORLD, **options)
     lost = bool(getattr(caught.value, "lost", False))
     after = used(values, valid, process_group=dist.group.WORLD)
     return type(caught.value).__name__, str(caught.value), lost, after
@@ -162,7 +172,10 @@ def stumbling(rank: int, mistake: str) -> tuple[str, str, bool, Tensor]:
         ("nothing valid", "no row is valid"),
         ("NaN", "is nan at"),
         ("shape", r"advantages has shape \(5, 5\)"),
-        ("option", "curvature is 2.0"),
+        ("share", "curvature is 2.0"),
+        ("bonus", "entropy_bonus is inf"),
+        ("policy", "a broken policy"),
+        ("interrupt", "by hand"),
     ],
 )
 @pytest.mark.ranks
@@ -172,10 +185,11 @@ def test_what_fails_on_one_rank_is_raised_on_all_and_all_may_go_on(
     results = values_of(on_ranks(3, stumbling, mistake))
     wanted = expected(*map(rows_of, range(3)))
     for rank, (kind, text, lost, after) in enumerate(results):
-        assert kind == ("TrustRegionError" if rank == 1 else "RankError")
+        own = {"policy": "ValueError", "interrupt": "KeyboardInterrupt"}.get(mistake)
+        assert kind == ((own or "TrustRegionError") if rank == 1 else "RankError")
         told = "" if rank == 1 else r"^policy_closure\(\) failed on another .*: rank 1 raised .*"
         assert re.search(told + words, text)
-        assert not lost
+        assert lost == (mistake == "interrupt" and rank != 1)
         np.testing.assert_allclose(after.numpy(), wanted[rank], rtol=1e-9, atol=1e-9)
 
 
@@ -193,6 +207,23 @@ def test_a_rank_that_does_not_come_is_an_error_on_the_others() -> None:
     assert found.kind == "RankError"
     assert "did not make the same calls of step() and policy_closure()" in found.text
     assert gone.kind == "SystemExit"
+
+
+def mistaken(rank: int) -> str:
+    """Make a mistake on rank 0 while the other rank is gone; return the cause that is named."""
+    values, valid = rows_of(rank)
+    if rank == 1:
+        raise SystemExit
+    with pytest.raises(RankError) as caught:
+        used(values[:-1], valid, process_group=dist.group.WORLD)
+    return str(caught.value.__cause__)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_raises_while_another_is_gone_says_what_it_raised() -> None:
+    (found, gone) = on_ranks(2, mistaken, timeout=3.0)
+    assert gone.kind == "SystemExit"
+    assert "advantages has shape (5, 5)" in found
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.5, 0.25), (0.5, 0.25, 0.25)])

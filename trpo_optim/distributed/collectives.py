@@ -104,7 +104,7 @@ class Reduction:
         if own is not None:
             table[self.rank, 1:] = torch.tensor(own, dtype=torch.float64)
         table[self.rank, 0] = _status(error)
-        self.add_up(table)
+        self._add_up_with(table, error)
         found = table.tolist()
         self._raise_together(error, [row[0] for row in found])
         return [row[1:] for row in found]
@@ -160,7 +160,7 @@ class Reduction:
         if own is not None:
             buffer[:length] = own
         buffer[length + self.rank] = _status(error)
-        self.add_up(buffer)
+        self._add_up_with(buffer, error)
         self._raise_together(error, buffer[length:].tolist())
         return buffer[:length]
 
@@ -194,6 +194,15 @@ class Reduction:
         _last_sent[:] = [buffer]
         with _within_time():
             dist.all_reduce(buffer, group=self._group)
+
+    def _add_up_with(self, buffer: Tensor, error: BaseException | None) -> None:
+        """Add up; if another rank was lost, what this rank itself raised is named as the cause."""
+        try:
+            self.add_up(buffer)
+        except RankError as lost:
+            if error is None:
+                raise
+            raise lost from error
 
     def _raise_together(self, error: BaseException | None, raised: Sequence[float]) -> None:
         if not any(raised):

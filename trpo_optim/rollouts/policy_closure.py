@@ -158,7 +158,7 @@ def policy_closure(
     require_member(process_group)
     ranks = None if process_group is None else Reduction(process_group, call="policy_closure()")
 
-    def prepared() -> Joined:
+    def prepared() -> tuple[Joined, Tensor | None]:
         given = given_for(
             batch,
             advantages,
@@ -185,9 +185,12 @@ def policy_closure(
         require_alike(given)
         for each in given:
             require_numbers(each)
-        return joined(within(policy, given, max_batch_kl))
+        data = joined(within(policy, given, max_batch_kl))
+        share = None if curvature == "auto" and (sampled or data.state is not None) else curvature
+        count = sum(count for count, _ in data.runs)
+        return data, curvature_rows(share, count, generator, most=micro_batch)
 
-    data = prepared() if ranks is None else ranks.same(prepared)
+    data, chosen = prepared() if ranks is None else ranks.same(prepared)
     estimates = data.advantages
     if standardise:
         estimates = standardised(estimates, data.valid, ranks, weights=data.batch_weights)
@@ -197,11 +200,10 @@ def policy_closure(
             parts_of(policy, data),
             data,
             estimates,
+            chosen,
             entropy_bonus,
             sampled=sampled,
-            curvature=curvature,
             micro_batch=micro_batch,
-            generator=generator,
         )
 
     return built() if ranks is None else ranks.same(built)
@@ -211,14 +213,13 @@ def _closures(
     select: Callable[[Tensor], Part],
     data: Joined,
     advantages: Tensor,
+    chosen: Tensor | None,
     entropy_bonus: float,
     *,
     sampled: bool,
-    curvature: CurvatureShare,
     micro_batch: int | None,
-    generator: torch.Generator | None,
 ) -> PolicyClosures:
-    """Return the closures on all rows, piece by piece, and those for products."""
+    """Return the closures on all rows, piece by piece, and the one for products on chosen rows."""
 
     def closure(part: Part, *, weighed: bool = False) -> Closure:
         def numbers(values: Tensor | None) -> Tensor | None:
@@ -236,13 +237,10 @@ def _closures(
 
     ends = list(accumulate(count for count, _ in data.runs))
     pieces = [
-        (select(chosen), weight)
+        (select(rows), weight)
         for end, (count, weight) in zip(ends, data.runs, strict=True)
-        for chosen in torch.arange(end - count, end, device="cpu").split(micro_batch or count)
+        for rows in torch.arange(end - count, end, device="cpu").split(micro_batch or count)
     ]
-    if curvature == "auto" and (sampled or data.state is not None):
-        curvature = None
-    chosen = curvature_rows(curvature, ends[-1], generator, most=micro_batch)
     return PolicyClosures(
         parts=[closure(piece) for piece, _ in pieces],
         weights=[piece.count * weight for piece, weight in pieces],
