@@ -217,3 +217,47 @@ def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(TrustRegionError, match=message):
         call()
+
+
+class Telling(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that says the same with every step, or only so many times."""
+
+    def __init__(self, env: Env, said: Any, times: int = 1000) -> None:
+        super().__init__(env)
+        self.said, self.left = said, times
+
+    def told(self, info: dict[str, Any]) -> dict[str, Any]:
+        self.left -= 1
+        return {**info, "mask": self.said, "day": 1} if self.left >= 0 else {**info, "day": 1}
+
+    def reset(self, **options: Any) -> Any:
+        seen, info = self.env.reset(**options)
+        return seen, self.told(info)
+
+    def step(self, action: Any) -> Any:
+        *rest, info = self.env.step(action)
+        return (*rest, self.told(info))
+
+
+@pytest.mark.parametrize("said", [[1, 0], [[1, 0], [0, 1]], {"legal": [1, 0]}])
+@pytest.mark.parametrize("wrapper", [lambda envs: envs, DictInfoToList], ids=["dict", "list"])
+def test_a_list_of_numbers_is_an_array(said: Any, wrapper: Callable[[Any], Any]) -> None:
+    def policy(seen: Tensor, mask: Any) -> Categorical:
+        given = mask["legal"] if isinstance(said, dict) else mask
+        wanted = torch.tensor(said["legal"] if isinstance(said, dict) else said)
+        assert torch.equal(given, wanted.expand(3, *wanted.shape))
+        return coin(seen)
+
+    envs = wrapper(vector(lambda: Telling(cartpole(), said)))
+    batch = single_path(envs, policy, steps=3, info="mask")
+    kept = batch.info["mask"]["legal"] if isinstance(said, dict) else batch.info["mask"]
+    assert kept.shape[:2] == (3, 3)
+
+
+@pytest.mark.parametrize("wrapper", [lambda envs: envs, DictInfoToList], ids=["dict", "list"])
+def test_the_environment_whose_info_lacks_an_entry_is_named(wrapper: Callable[[Any], Any]) -> None:
+    times = iter([1000, 2])
+    envs = wrapper(vector(lambda: Telling(cartpole(), np.ones(2), next(times)), 2))
+    message = r"The info of environment 1 has no 'mask'; it has \['day'\]"
+    with pytest.raises(TrustRegionError, match=message):
+        single_path(envs, lambda seen, mask: coin(seen), steps=5, info="mask")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pendulum_batches import feedforward, pendulum
@@ -56,3 +58,9 @@ def test_a_policy_of_another_shape_is_refused() -> None:
     pendulums = feedforward()[1]
     with pytest.raises(TrustRegionError, match=r"Independent\(dist, 1\)"):
         pendulums.log_ratios(lambda seen: Normal(seen[:, :1], 1.0))
+
+
+def test_a_batch_without_valid_rows_has_ratios_of_one() -> None:
+    policy, batch, _ = feedforward()
+    empty = replace(batch, valid=torch.zeros_like(batch.valid))
+    assert torch.equal(empty.log_ratios(policy), torch.zeros_like(batch.rewards))

@@ -112,6 +112,20 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         building(advantages=[ADVANTAGES, torch.zeros(200)]),
         r"advantages\[1\] has shape \(200,\)",
     ),
+    "no advantages": (building(BATCH, None), "advantages is a NoneType; it must be a tensor"),
+    "an array of advantages": (
+        building(advantages=[ADVANTAGES, ADVANTAGES.numpy()]),
+        r"advantages\[1\] is a ndarray; it must be a tensor.*torch.as_tensor",
+    ),
+    "complex advantages": (
+        building(BATCH, ADVANTAGES + 0j),
+        "advantages is torch.complex64; it must hold real numbers",
+    ),
+    "a number for weights": (building(weights=[None, 1.0]), r"weights\[1\] is a float"),
+    "an array of log-probabilities": (
+        building(BATCH, ADVANTAGES, sampling_log_prob=BATCH.log_prob.numpy()),
+        "sampling_log_prob is a ndarray",
+    ),
     "NaN advantages": (
         building(advantages=[with_one(ADVANTAGES, math.nan), ADVANTAGES]),
         r"advantages\[0\] is nan at step 7 of environment 2",
@@ -155,6 +169,13 @@ def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
     with pytest.raises(TrustRegionError, match=message):
         call()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor, tuple])
+def test_batch_weights_may_be_any_array(array: Callable[[list[float]], Any]) -> None:
+    built = policy_closure(POLICY, BATCHES, BOTH, batch_weights=array([1.0, 0.5]))
+    rows = int(BATCH.valid.sum())
+    assert built.weights == [rows, 0.5 * rows]
 
 
 def test_states_of_another_size_are_refused() -> None:

@@ -11,7 +11,8 @@ import torch
 from gymnasium import wrappers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from small_environments import Env, cartpole, coin, collected, each_mode, vector
-from torch.distributions import Independent, Normal
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from trpo_optim import TrustRegionError
 from trpo_optim.rollouts import RolloutError, single_path
@@ -86,6 +87,23 @@ def start(**options: Any) -> Callable[[], object]:
 
 def start_recurrent(policy: Callable[..., Any]) -> Callable[[], object]:
     return lambda: single_path(vector(cartpole), policy, steps=1, state=torch.zeros(1, 3, 4))
+
+
+GOALS = gym.spaces.Discrete(4)
+
+
+def with_parts(space: gym.Space[Any]) -> SyncVectorEnv:
+    """Return as many environments as an action has parts."""
+    return vector(lambda: wrappers.TransformAction(cartpole(), lambda _: 0, space), 2)
+
+
+def pairs(seen: Tensor) -> Distribution:
+    return Independent(Categorical(logits=torch.zeros(len(seen), 2, 4)), 1)
+
+
+def in_time(seen: Tensor) -> Categorical:
+    """A coin of batch shape (T, N)."""
+    return Categorical(logits=torch.zeros(*seen.shape[:2], 2))
 
 
 def with_sequences() -> SyncVectorEnv:
@@ -167,6 +185,39 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "three values of a recurrent policy": (
         start_recurrent(lambda seen, state, starts: (coin(seen), seen, state)),
         "recurrent policy returned 3 values",
+    ),
+    "one action for all environments": (
+        lambda: single_path(vector(cartpole), lambda seen: coin(seen[:1]), steps=1),
+        r"actions have shape \(1,\), and there are 3 environments.*N = 3",
+    ),
+    "a recurrent policy without the dimension of time": (
+        start_recurrent(lambda seen, state, starts: (coin(seen[0]), state)),
+        r"actions have shape \(3,\), .*\(1, N, …\) with N = 3, since state= is given",
+    ),
+    "a recurrent policy of one environment without that of environments": (
+        lambda: single_path(
+            vector(cartpole, 1),
+            lambda seen, state, starts: (coin(seen[0]), state),
+            steps=1,
+            state=torch.zeros(1, 1, 4),
+        ),
+        r"actions have shape \(1,\), .*\(1, N, …\)",
+    ),
+    "a next state that is None": (
+        start_recurrent(lambda seen, state, starts: (in_time(seen), None)),
+        "next state holds a NoneType; it must be a tensor",
+    ),
+    "a next state that all environments share": (
+        start_recurrent(lambda seen, state, starts: (in_time(seen), state[:, :1])),
+        r"next state holds a tensor of shape \(1, 1, 4\).* the 3 environments",
+    ),
+    "one distribution for a tuple of actions": (
+        lambda: single_path(with_parts(gym.spaces.Tuple([GOALS, GOALS])), pairs, steps=1),
+        "gives actions as Tensor, and .*Return a tuple of 2 distributions",
+    ),
+    "one distribution for a dict of actions": (
+        lambda: single_path(with_parts(gym.spaces.Dict(a=GOALS, b=GOALS)), pairs, steps=1),
+        r"gives actions as Tensor, and .*a dict of one distribution for each of \['a', 'b'\]",
     ),
 }
 

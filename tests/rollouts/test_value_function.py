@@ -105,6 +105,7 @@ REFUSED = {
         ),
         "do not depend on any parameter.*require gradients",
     ),
+    "an array": (fitting(ROWS, TARGETS.numpy()), "targets is a ndarray; it must be a tensor"),  # type: ignore[arg-type]  # the mistake
     "no epochs": (fitting(ROWS, TARGETS, epochs=0), "epochs is 0"),
     "an empty minibatch": (fitting(ROWS, TARGETS, minibatch=0), "minibatch is 0"),
 }
@@ -115,6 +116,15 @@ def test_what_makes_no_sense_is_refused_by_name(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(TrustRegionError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+@pytest.mark.parametrize("minibatch", [None, 64])
+def test_targets_of_any_type_are_numbers(dtype: torch.dtype, minibatch: int | None) -> None:
+    critic, observations, targets = problem()
+    ones = (targets > 0).to(dtype)
+    fit = fit_value(critic, observations, ones, adam(critic), epochs=50, minibatch=minibatch)
+    assert fit.explained_variance > 0.5
 
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {

@@ -144,6 +144,8 @@ def test_hidden_states_that_do_not_fit_are_an_error() -> None:
         chunked_log_prob(LOGITS, head, TOKENS[:, 1:])
     with pytest.raises(TrustRegionError, match="chunk is 0"):
         chunked_log_prob(LOGITS, head, TOKENS, chunk=0)
+    with pytest.raises(TrustRegionError, match="chunk is None; it must be a whole number"):
+        chunked_log_prob(LOGITS, head, TOKENS, chunk=None)  # type: ignore[arg-type]  # the mistake
 
 
 def test_a_single_token_has_a_log_probability_in_chunks_too() -> None:
@@ -152,3 +154,10 @@ def test_a_single_token_has_a_log_probability_in_chunks_too() -> None:
     for mask in (None, torch.tensor(True)):
         found = chunked_log_prob(hidden, head, token, mask)
         torch.testing.assert_close(found, token_log_prob(head(hidden), token, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_tokens_may_have_any_integer_type(dtype: torch.dtype) -> None:
+    torch.testing.assert_close(
+        token_log_prob(LOGITS, TOKENS.to(dtype)), token_log_prob(LOGITS, TOKENS)
+    )

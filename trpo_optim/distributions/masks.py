@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_tensor
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["Per", "checked_mask", "masked_mean", "of_sequences", "require_fit", "require_per"]
@@ -19,6 +20,7 @@ def checked_mask(mask: Tensor | None) -> Tensor | None:
     """Return a mask as one of bools, after checking that something in it is true; None stays."""
     if mask is None:
         return None
+    require_tensor("mask", mask)
     if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise TrustRegionError(
             f"The mask is {mask.dtype} with values other than 0 and 1. Pass a boolean mask."

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
+from trpo_optim.rollouts.spaces import evaluated
 
 __all__ = ["require_one_a_row", "require_shares", "values_by"]
 
@@ -55,7 +56,7 @@ def values_by(critic: Callable[[Any], Tensor], observations: Any, count: int) ->
     Raises:
         TrustRegionError: If the values have another shape.
     """
-    values = critic(observations)
+    values: Tensor = evaluated(critic, observations, info={})
     if values.numel() != count or values.shape[:1] not in ((), (count,)):
         raise TrustRegionError(
             f"The critic returned values of shape {tuple(values.shape)} for {count} observations; "

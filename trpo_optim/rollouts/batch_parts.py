@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.rollouts.joined_batches import Joined
+from trpo_optim.rollouts.spaces import evaluated
 
 __all__ = ["Part", "parts_of"]
 
@@ -61,7 +62,7 @@ def _rows(policy: Callable[..., Any], joined: Joined) -> Callable[[Tensor], Part
         rows = slice(None) if len(chosen) == count else chosen.to(valid.device)
         seen, said = mapped(lambda each: each[rows], (observations, entries))
         return Part(
-            evaluate=lambda: policy(seen, **said),
+            evaluate=lambda: evaluated(policy, seen, info=said),
             actions=mapped(lambda each: each[rows], actions),
             mask=None,
             numbers=lambda values: values[valid][rows],
@@ -85,7 +86,7 @@ def _sequences(policy: Callable[..., Any], joined: Joined) -> Callable[[Tensor],
         said = of_columns(joined.info)
         starts, mask = joined.starts[:, columns], joined.valid[:, columns]
         return Part(
-            evaluate=lambda: policy(seen, state, starts, **said)[0],
+            evaluate=lambda: evaluated(policy, seen, state, starts, info=said)[0],
             actions=of_columns(joined.actions),
             mask=mask,
             numbers=lambda values: values[:, columns][mask],

@@ -18,7 +18,7 @@ from trpo_optim.distributions.nesting import mapped
 from trpo_optim.rollouts.arguments import values_by
 from trpo_optim.rollouts.branch_actions import width
 from trpo_optim.rollouts.infos import entries_of
-from trpo_optim.rollouts.spaces import actions_for, array_of, stacked, tensors_of
+from trpo_optim.rollouts.spaces import actions_for, array_of, evaluated, stacked, tensors_of
 from trpo_optim.snapshots.snapshot import Snapshot, restore
 
 __all__ = ["Branches", "State"]
@@ -100,7 +100,7 @@ class Branches:
                 seen, beside = (
                     tensors_of(stacked(each), self.device) for each in (observations, said)
                 )
-                actions = sample(self.policy(seen, **beside))
+                actions = sample(evaluated(self.policy, seen, info=beside))
             taken = actions_for(space, actions)
             for index in np.flatnonzero(alive):
                 own = mapped(lambda each: each[index], taken)  # noqa: B023 (used at once)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trpo_optim.errors import TrustRegionError
 
-__all__ = ["CurvatureShare", "curvature_rows", "enough_rows"]
+__all__ = ["CurvatureShare", "curvature_rows", "enough_rows", "require_curvature"]
 
 CurvatureShare: TypeAlias = float | Literal["auto"] | None
 """A share of the rows, as many as are enough, or all of them."""
@@ -33,6 +33,24 @@ def enough_rows(rows: int) -> int:
     """
     enough = max(round(_MOST * rows / (_MOST + rows)), rows // 10)
     return rows if enough > _WORTH_A_PART * rows else enough
+
+
+def require_curvature(curvature: CurvatureShare) -> None:
+    """Check what says on which rows Fisher-vector products are taken.
+
+    Args:
+        curvature: As ``curvature_rows`` takes it.
+
+    Raises:
+        TrustRegionError: If it is something else.
+    """
+    if curvature is None or curvature == "auto":
+        return
+    if isinstance(curvature, str) or not 0 < curvature < 1:
+        raise TrustRegionError(
+            f"curvature is {curvature!r}; it must be 'auto', a share in (0, 1), or None for all "
+            "rows."
+        )
 
 
 def curvature_rows(
@@ -60,6 +78,7 @@ def curvature_rows(
     Raises:
         TrustRegionError: If ``curvature`` is something else.
     """
+    require_curvature(curvature)
     if curvature is None:
         return None
     if curvature == "auto":
@@ -67,12 +86,8 @@ def curvature_rows(
         if taken == count or taken > (most or count):
             return None
         generator = generator or torch.Generator("cpu").manual_seed(0)
-    elif isinstance(curvature, str) or not 0 < curvature < 1:
-        raise TrustRegionError(
-            f"curvature is {curvature!r}; it must be 'auto', a share in (0, 1), or None for all "
-            "rows."
-        )
     else:
+        assert not isinstance(curvature, str)  # as required
         taken = max(1, round(curvature * count))
     device = "cpu" if generator is None else generator.device
     return torch.randperm(count, generator=generator, device=device)[:taken].sort().values

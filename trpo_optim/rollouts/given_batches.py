@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trpo_optim.distributions.arguments import require_tensor
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.trajectories import WITHOUT_LOG_PROB, SinglePathBatch
@@ -99,10 +100,10 @@ def given_for(
     count = len(batches)
     every = _as_many("advantages", advantages, count)
     state_weights = [None] * count if weights is None else _as_many("weights", weights, count)
-    shares = (
-        [1.0] * count if batch_weights is None else _as_many("batch_weights", batch_weights, count)
-    )
-    for share in shares:
+    shares: Any = [1.0] * count if batch_weights is None else batch_weights
+    if hasattr(shares, "tolist"):  # an array
+        shares = shares.tolist()
+    for share in _as_many("batch_weights", shares, count):
         if not (math.isfinite(share) and share > 0):
             raise TrustRegionError(
                 f"batch_weights holds {share!r}; each must be a finite number above 0. Leave out "
@@ -180,6 +181,7 @@ def require_numbers(given: Given) -> None:
         name = "The batch" if given.index is None else given.named("batch")
         raise TrustRegionError(f"{name} is empty: no row is valid. Collect more steps.")
     logs = "sampling_log_prob" if given.index is None else f"{given.named('batch')}.log_prob"
+    require_tensor(given.named("advantages"), given.advantages)
     by_name = {
         given.named("advantages"): given.advantages,
         given.named("weights"): given.weights,
@@ -198,6 +200,9 @@ def require_numbers(given: Given) -> None:
 
 def _require_rows(name: str, values: Tensor, valid: Tensor) -> None:
     """Check that there is a number for every valid row."""
+    require_tensor(name, values)
+    if values.is_complex():
+        raise TrustRegionError(f"{name} is {values.dtype}; it must hold real numbers.")
     if values.shape != valid.shape:
         raise TrustRegionError(
             f"{name} has shape {tuple(values.shape)} and the batch {tuple(valid.shape)}: T steps "

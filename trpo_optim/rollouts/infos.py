@@ -35,7 +35,7 @@ def entry_of(info: Any, name: str, index: int) -> Any:
     """
     if not isinstance(info, Mapping):
         value = info[index].get(name)
-        return None if value is None else mapped(array_of, value)
+        return None if value is None else mapped(array_of, _with_arrays(value))
     values, known = info.get(name), info.get(f"_{name}")
     if values is None or not (known is None or known[index]):
         return None
@@ -46,9 +46,16 @@ def entry_of(info: Any, name: str, index: int) -> Any:
             if not (part.startswith("_") and part[1:] in values)
         }
         return None if any(each is None for each in parts.values()) else parts
-    if isinstance(values, np.ndarray) and values.dtype == object and values[index] is None:
-        return None
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        return None if values[index] is None else mapped(array_of, _with_arrays(values[index]))
     return one_of(values, index)
+
+
+def _with_arrays(value: Any) -> Any:
+    """Return an entry whose lists are arrays: to a policy a list would be many entries."""
+    if isinstance(value, Mapping):
+        return {name: _with_arrays(each) for name, each in value.items()}
+    return np.array(value) if isinstance(value, list) else value
 
 
 def entries_of(
@@ -72,11 +79,15 @@ def entries_of(
     for name, entry in found.items():
         if entry is None:
             has = info if isinstance(info, Mapping) else info[index]
+            there = [
+                key
+                for key in has
+                if not key.startswith("_") and entry_of(info, key, index) is not None
+            ]
             raise TrustRegionError(
-                f"An environment's info has no {name!r}; it has "
-                f"{[key for key in has if not key.startswith('_')]}. Every reset() and every "
-                "step() must return what info= names. Correct the name, or add the entry in a "
-                "wrapper."
+                f"The info of environment {index} has no {name!r}; it has {there}. Every reset() "
+                "and every step() must return what info= names. Correct the name, or add the "
+                "entry in a wrapper."
             )
         form = mapped(_form, entry)
         expected = form if like is None else mapped(_form, like[name])

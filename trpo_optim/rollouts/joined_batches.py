@@ -35,7 +35,7 @@ class Joined:
         advantages: Shape (T, N).
         weights: Importance weights of the states, (T, N), or None.
         sampling_log_prob: ln q(a|s) of what drew the actions, (T, N). None: the old policy did.
-        batch_weights: The weight of each row's batch, (T, N). None: all are equal.
+        batch_weights: The weight of each row's batch, (T, N). None: all are 1.
         batches: The places of the batches in the list that was given.
         runs: How many rows (or environments with valid rows) in turn have one weight, and which.
     """
@@ -103,7 +103,7 @@ def joined(given: Sequence[Given]) -> Joined:
         advantages=rows(*advantages),
         weights=optional([each.weights for each in given]),
         sampling_log_prob=optional([each.sampling_log_prob for each in given]),
-        batch_weights=rows(*weights) if len(runs) > 1 else None,
+        batch_weights=None if all(weight == 1 for _, weight in runs) else rows(*weights),
         batches=tuple(each.index or 0 for each in given),
         runs=runs,
     )

@@ -21,9 +21,11 @@ from trpo_optim.rollouts.spaces import (
     actions_for,
     array_of,
     copies_of,
+    evaluated,
     in_form_of,
     one_of,
     require_form,
+    require_state,
     stacked,
     tensors_of,
 )
@@ -57,7 +59,7 @@ class Path:
 
     def __post_init__(self) -> None:
         """Note what the rollout begins with."""
-        self.state = mapped(_copied, self.cursor.state)  # which the policy may write
+        self.state = copies_of(self.cursor.state)  # the caller may write to it
         self.log_probs = KeptLogProbs(recurrent=self.state is not None)
 
     @property
@@ -130,10 +132,10 @@ class Path:
         """Return actions and the policy's next recurrent state."""
         state = self.cursor.state
         if state is None:
-            return self._drawn(self.policy(seen, **said)), None
+            return self._drawn(evaluated(self.policy, seen, info=said)), None
         starts = torch.as_tensor(self.cursor.starts, device=self.device)[None]
         seen, said = mapped(lambda each: each[None], (seen, said))
-        returned = self.policy(seen, state, starts, **said)
+        returned = evaluated(self.policy, seen, state, starts, info=said)
         if not (isinstance(returned, tuple | list) and len(returned) == 2):
             several = isinstance(returned, tuple | list)
             given = f"{len(returned)} values" if several else "one value"
@@ -142,6 +144,7 @@ class Path:
                 "return (distribution, next state)."
             )
         dist, state = returned
+        require_state(state, self.envs.num_envs, "The recurrent policy's next state")
         return mapped(lambda each: each[0], self._drawn(dist)), state
 
     def _drawn(self, dist: Any) -> Any:
@@ -150,8 +153,23 @@ class Path:
         actions = mapped(
             lambda each: each.clone() if isinstance(each, Tensor) else sample(each), dist
         )
+        mapped(self._require_rows, actions)
         self.log_probs.add(dist, actions)
         return actions
+
+    def _require_rows(self, actions: Tensor) -> None:
+        """Check that there is one action of every environment."""
+        count = self.envs.num_envs
+        rows: tuple[int, ...] = (count,)
+        called = f"(N, …) with N = {count}"
+        if self.state is not None:
+            rows = (1, count)
+            called = f"(1, N, …) with N = {count}, since state= is given"
+        if actions.shape[: len(rows)] != rows:
+            raise TrustRegionError(
+                f"The policy's actions have shape {tuple(actions.shape)}, and there are {count} "
+                f"environments. Return a distribution whose actions have shape {called}."
+            )
 
     def batch(self) -> SinglePathBatch:
         """Return what has been collected."""
@@ -189,13 +207,8 @@ class Path:
             end=replace(
                 self.cursor,
                 observations=copies_of(self.cursor.observations),
-                state=mapped(_copied, self.cursor.state),
+                state=copies_of(self.cursor.state),
             ),
             info=stacked(self.said),
             log_prob=logs,
         )
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of a tensor: a policy may write its next output to the same memory."""
-    return value.clone() if isinstance(value, Tensor) else value

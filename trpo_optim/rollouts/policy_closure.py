@@ -20,8 +20,14 @@ from trpo_optim.distributions.arguments import require_counts
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_one_a_row
 from trpo_optim.rollouts.batch_parts import Part, parts_of
-from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
-from trpo_optim.rollouts.given_batches import given_for, require_alike, require_numbers, within
+from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows, require_curvature
+from trpo_optim.rollouts.given_batches import (
+    Given,
+    given_for,
+    require_alike,
+    require_numbers,
+    within,
+)
 from trpo_optim.rollouts.joined_batches import Joined, joined
 from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
@@ -158,7 +164,7 @@ def policy_closure(
     require_member(process_group)
     ranks = None if process_group is None else Reduction(process_group, call="policy_closure()")
 
-    def prepared() -> tuple[Joined, Tensor | None]:
+    def checked() -> list[Given]:
         given = given_for(
             batch,
             advantages,
@@ -168,6 +174,7 @@ def policy_closure(
             max_batch_kl=max_batch_kl,
         )
         require_counts(micro_batch=micro_batch)
+        require_curvature(curvature)
         if not math.isfinite(entropy_bonus):
             raise TrustRegionError(
                 f"entropy_bonus is {entropy_bonus!r}; it must be a finite number."
@@ -185,6 +192,11 @@ def policy_closure(
         require_alike(given)
         for each in given:
             require_numbers(each)
+        return given
+
+    given = checked() if ranks is None else ranks.same(checked)
+
+    def prepared() -> tuple[Joined, Tensor | None]:
         data = joined(within(policy, given, max_batch_kl))
         share = None if curvature == "auto" and (sampled or data.state is not None) else curvature
         count = sum(count for count, _ in data.runs)

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
 
 from trpo_optim.distributions.arguments import require_counts
-from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import RolloutError, TrustRegionError
 from trpo_optim.rollouts.autoreset import mode_of
 from trpo_optim.rollouts.infos import names_of, updated
 from trpo_optim.rollouts.path import Path
-from trpo_optim.rollouts.spaces import require_known
+from trpo_optim.rollouts.spaces import require_known, require_state
 from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 
 __all__ = ["single_path"]
@@ -112,7 +110,8 @@ def single_path(
             f"info names {list(names)}, and after has {list(after.info or ())}. Pass the same "
             "names to every rollout."
         )
-    _require_state(state, envs.num_envs)
+    if state is not None:
+        require_state(state, envs.num_envs, "state")
     cursor = _fresh(envs, state, names, seed) if after is None else after
     path = Path(envs, policy, cursor, device, _quotas(episodes, envs.num_envs), mode)
     try:
@@ -155,25 +154,6 @@ def _fresh(
         lengths=np.zeros(count, dtype=np.int64),
         info=said,
     )
-
-
-def _require_state(state: Any, count: int) -> None:
-    """Check that a recurrent state has the environments as its second dimension."""
-
-    def check(each: Any) -> None:
-        if not isinstance(each, Tensor):
-            raise TrustRegionError(
-                f"state holds a {type(each).__name__}; it must be a tensor, or a tuple, named "
-                "tuple, list or dict of tensors. Put the state into one of these."
-            )
-        if each.dim() < 2 or each.shape[1] != count:
-            raise TrustRegionError(
-                f"state holds a tensor of shape {tuple(each.shape)}; its second dimension must be "
-                f"the {count} environments, as torch.nn's recurrences have it: (layers, N, …)."
-            )
-
-    if state is not None:
-        mapped(check, state)
 
 
 def _quotas(episodes: int | None, count: int) -> _Array | None:

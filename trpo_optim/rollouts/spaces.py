@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -19,10 +19,12 @@ __all__ = [
     "actions_for",
     "array_of",
     "copies_of",
+    "evaluated",
     "in_form_of",
     "one_of",
     "require_form",
     "require_known",
+    "require_state",
     "stacked",
     "tensors_of",
 ]
@@ -59,6 +61,33 @@ def require_known(space: gym.Space[Any], what: str) -> None:
         )
 
 
+def require_state(state: Any, count: int, called: str) -> None:
+    """Check that a recurrent state has the environments as its second dimension.
+
+    Args:
+        state: The state.
+        count: How many environments there are.
+        called: What the error calls the state.
+
+    Raises:
+        TrustRegionError: If a part of it is no tensor, or has another second dimension.
+    """
+
+    def check(each: Any) -> None:
+        if not isinstance(each, Tensor):
+            raise TrustRegionError(
+                f"{called} holds a {type(each).__name__}; it must be a tensor, or a tuple, named "
+                "tuple, list or dict of tensors. Put the state into one of these."
+            )
+        if each.dim() < 2 or each.shape[1] != count:
+            raise TrustRegionError(
+                f"{called} holds a tensor of shape {tuple(each.shape)}; its second dimension must "
+                f"be the {count} environments, as torch.nn's recurrences have it: (layers, N, …)."
+            )
+
+    mapped(check, state)
+
+
 def array_of(value: Any) -> np.ndarray[Any, Any]:
     """Return an array on the CPU that shares no memory with an array, a tensor or a number."""
     if not isinstance(value, Tensor):
@@ -68,12 +97,27 @@ def array_of(value: Any) -> np.ndarray[Any, Any]:
     return np.array(value.detach().cpu().numpy())
 
 
-def copies_of(observations: Any) -> Any:
-    """Return observations as they are, arrays or tensors, that share no memory with these."""
-    return mapped(
-        lambda each: each.detach().clone() if isinstance(each, Tensor) else np.array(each),
-        observations,
-    )
+def copies_of(values: Any) -> Any:
+    """Return arrays and tensors as they are, that share no memory with these."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    return mapped(copied, values)
+
+
+def evaluated(function: Callable[..., Any], *values: Any, info: Mapping[str, Any]) -> Any:
+    """Return what a policy or a critic makes of copies: it may write its input (``x -= mean``).
+
+    Args:
+        function: The policy or the critic.
+        values: Its arguments: observations, and with a recurrent state the state and the starts.
+        info: Its keyword arguments.
+    """
+    given, said = copies_of((values, info))
+    return function(*given, **said)
 
 
 def tensors_of(observations: Any, device: torch.device | str) -> Any:
@@ -117,21 +161,15 @@ def require_form(space: gym.Space[Any], made: Any) -> None:
     """
     if isinstance(made, Distribution):
         return
-    wanted = "one distribution over actions, or a tensor of actions"
-    if isinstance(space, gym.spaces.Dict):
-        inner: dict[Any, gym.Space[Any]] = dict(space.spaces)
-        wanted = f"a dict of one distribution for each of {list(inner)}"
-    elif isinstance(space, gym.spaces.Tuple):
-        inner = dict(enumerate(space.spaces))
-        wanted = f"a tuple of {len(inner)} distributions"
-    elif isinstance(made, Tensor):
+    inner, wanted = _parts_of(space)
+    if inner is None and isinstance(made, Tensor):
         return
-    else:  # a tuple with a part for each element of an action, or for as many elements
+    if inner is None:  # a tuple with a part for each element of an action, or for as many elements
         count = len(made) if isinstance(made, tuple | list) else 0
         fits = count and math.prod(space.shape or ()) % count == 0
         inner = dict.fromkeys(range(count) if fits else [None], gym.spaces.Discrete(2))
-    given = dict(enumerate(made)) if isinstance(made, tuple | list) else made
-    if not isinstance(given, Mapping) or set(given) != set(inner):
+    given = _by_name(made)
+    if given is None or set(given) != set(inner):
         raise TrustRegionError(
             f"The policy returned {_described(made)}, and {space} takes {wanted}. Return nothing "
             "else beside it, and let another function return a critic's value. Only a recurrent "
@@ -139,6 +177,23 @@ def require_form(space: gym.Space[Any], made: Any) -> None:
         )
     for name, part in inner.items():
         require_form(part, given[name])
+
+
+def _parts_of(space: gym.Space[Any]) -> tuple[dict[Any, gym.Space[Any]] | None, str]:
+    """Return the spaces that a Dict or Tuple has by name, and what a policy returns for a space."""
+    if isinstance(space, gym.spaces.Dict):
+        names = list(space.spaces)
+        return dict(space.spaces), f"a dict of one distribution for each of {names}"
+    if isinstance(space, gym.spaces.Tuple):
+        return dict(enumerate(space.spaces)), f"a tuple of {len(space.spaces)} distributions"
+    return None, "one distribution over actions, or a tensor of actions"
+
+
+def _by_name(values: Any) -> Mapping[Any, Any] | None:
+    """Return the parts of a dict, tuple or list by name or number; None of anything else."""
+    if isinstance(values, tuple | list):
+        return dict(enumerate(values))
+    return values if isinstance(values, Mapping) else None
 
 
 def _described(made: Any) -> str:
@@ -164,12 +219,16 @@ def actions_for(space: gym.Space[Any], actions: Any) -> Any:
     Raises:
         TrustRegionError: If the actions are not of the space's form or shape.
     """
-    if isinstance(space, gym.spaces.Tuple):
-        return tuple(
-            actions_for(part, each) for part, each in zip(space.spaces, actions, strict=True)
-        )
-    if isinstance(space, gym.spaces.Dict):
-        return {name: actions_for(part, actions[name]) for name, part in space.spaces.items()}
+    inner, wanted = _parts_of(space)
+    if inner is not None:
+        given = _by_name(actions)
+        if given is None or set(given) != set(inner):
+            raise TrustRegionError(
+                f"The policy's distribution gives actions as {_described(actions)}, and {space} "
+                f"takes them by part. Return {wanted} from the policy."
+            )
+        taken = {name: actions_for(part, given[name]) for name, part in inner.items()}
+        return taken if isinstance(space, gym.spaces.Dict) else tuple(taken.values())
     if isinstance(actions, tuple | list):
         if len(shapes := {tuple(each.shape) for each in actions}) > 1:
             raise TrustRegionError(

@@ -20,7 +20,7 @@ def standardised(
     """Bring the valid values to mean 0 and standard deviation 1.
 
     Mean and variance are computed in double precision. They are those of all ranks together, the
-    same on every rank bit for bit, and cost one all-reduce of three numbers a rank.
+    same on every rank bit for bit, and cost one all-reduce of four numbers a rank.
 
     Args:
         values: Of a floating-point type, shape (T, N).

@@ -15,6 +15,7 @@ from trpo_optim.distributions import log_prob
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import require_one_a_row, values_by
+from trpo_optim.rollouts.spaces import evaluated
 
 __all__ = ["WITHOUT_LOG_PROB", "Cursor", "SinglePathBatch"]
 
@@ -184,12 +185,15 @@ class SinglePathBatch:
             raise TrustRegionError(
                 f"The batch has no log_prob, which log-ratios need. {WITHOUT_LOG_PROB}"
             )
+        if not self.valid.any():
+            return torch.zeros_like(self.log_prob)
         with random_state_kept([self.rewards.device]):
             if self.state is None:
                 seen, actions, said = self.flat((self.observations, self.actions, self.info))
-                logs = log_prob(policy(seen, **said), actions)
+                logs = log_prob(evaluated(policy, seen, info=said), actions)
             else:
-                dist, _ = policy(self.observations, self.state, self.starts, **self.info)
+                given = self.observations, self.state, self.starts
+                dist, _ = evaluated(policy, *given, info=self.info)
                 logs = log_prob(dist, self.actions, self.valid)[self.valid]
         before = self.log_prob[self.valid]
         require_one_a_row(logs, len(before))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from trpo_optim.curvature.autograd_graph import calls_python, graph_leaves
-from trpo_optim.distributions.arguments import require_counts, require_no_graph
+from trpo_optim.distributions.arguments import require_counts, require_no_graph, require_tensor
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.arguments import values_by
@@ -80,6 +80,7 @@ def fit_value(
         >>> fit.explained_variance > 0.9
         True
     """
+    require_tensor("targets", targets)
     if targets.dim() != 1 or not len(targets):
         raise TrustRegionError(
             f"targets has shape {tuple(targets.shape)}; it must be (B,), with rows in it."
@@ -89,6 +90,7 @@ def fit_value(
         raise TrustRegionError("targets holds NaN or infinity; every target must be a number.")
     require_no_graph("targets", targets)
     require_counts(epochs=epochs, minibatch=minibatch)
+    targets = targets.to(torch.result_type(targets, 1.0))
 
     @torch.no_grad()
     def predictions() -> Tensor:

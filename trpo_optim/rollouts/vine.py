@@ -22,7 +22,7 @@ from trpo_optim.rollouts.arguments import require_shares
 from trpo_optim.rollouts.branch_actions import branch_actions
 from trpo_optim.rollouts.branches import Branches, State
 from trpo_optim.rollouts.single_path import single_path
-from trpo_optim.rollouts.spaces import one_of, stacked, tensors_of
+from trpo_optim.rollouts.spaces import evaluated, one_of, stacked, tensors_of
 from trpo_optim.rollouts.trajectories import Cursor, SinglePathBatch
 from trpo_optim.snapshots.snapshot import capture, restore
 
@@ -184,7 +184,7 @@ def vine(
     observations = tensors_of(stacked([state.observation for state in ordered]), device)
     said = tensors_of(stacked([state.info for state in ordered]), device)
     actions, allowed, sampling_log_prob = branch_actions(
-        partial(policy, observations, **said),
+        partial(evaluated, policy, observations, info=said),
         len(chosen),
         envs.single_action_space,
         branches,

@@ -16,6 +16,7 @@ from trpo_optim.distributions.nesting import mapped
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.rollouts.branch_actions import log_probs
 from trpo_optim.rollouts.curvature_rows import CurvatureShare, curvature_rows
+from trpo_optim.rollouts.spaces import evaluated
 from trpo_optim.rollouts.vine import VineBatch
 
 __all__ = ["vine_closure"]
@@ -86,7 +87,7 @@ def vine_closure(
     trunk = batch.trunk.flat((batch.trunk.observations, batch.trunk.info))
 
     def rollout_set() -> Any:
-        return policy(batch.observations, **batch.info)
+        return evaluated(policy, batch.observations, info=batch.info)
 
     with torch.no_grad(), random_state_kept([batch.q.device]):
         start = log_probs(rollout_set(), batch.actions)
@@ -118,10 +119,12 @@ def vine_closure(
 
     def closure_on(seen: Any, said: dict[str, Any]) -> Closure:
         with torch.no_grad(), random_state_kept([batch.q.device]):
-            old = frozen(policy(seen, **said))
+            old = frozen(evaluated(policy, seen, info=said))
 
         def closure() -> tuple[Tensor, Tensor, Any]:
-            new = policy(seen, **said)  # first, so that it draws the old one's dropout masks
+            new = evaluated(
+                policy, seen, info=said
+            )  # first, so that it draws the old one's dropout masks
             dist = rollout_set()
             logs = log_probs(dist, batch.actions)
             if batch.sampling_log_prob is None:

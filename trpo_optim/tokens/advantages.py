@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trpo_optim.distributions.arguments import is_count
+from trpo_optim.distributions.arguments import is_count, require_tensor
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["group_advantages"]
@@ -51,6 +51,7 @@ def group_advantages(
             f"group_size is {group_size!r}; it must be a whole number of at least 2. A completion "
             "is compared with the other completions of its prompt."
         )
+    require_tensor("rewards", rewards)
     if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
         raise TrustRegionError(
             f"The rewards have shape {tuple(rewards.shape)} and group_size is {group_size}. Pass "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trpo_optim.distributions.arguments import require_counts, require_no_graph
+from trpo_optim.distributions.arguments import require_counts, require_no_graph, require_tensor
 from trpo_optim.distributions.masks import checked_mask, require_fit
 from trpo_optim.errors import TrustRegionError
 
@@ -144,13 +144,17 @@ def require_sequences(tokens: Any) -> None:
             f"The tokens are {given}; they must be a tensor of shape (N, T). Pad the sequences to "
             "one length, and pass a mask that is false for padding."
         )
+    if tokens.numel() == 0:
+        raise TrustRegionError(
+            f"The tokens have shape {tuple(tokens.shape)}: there are none. Leave this batch out."
+        )
 
 
 def require_vocabulary(tokens: Tensor, size: float) -> None:
     """Check that tokens, all of which count, are indices into a vocabulary."""
     if tokens.numel() == 0:
         return
-    least, most = torch.stack(tokens.aminmax()).tolist()
+    least, most = torch.stack(tokens.long().aminmax()).tolist()
     if least < 0:
         raise TrustRegionError(
             f"The tokens hold {least}; a token is at least 0. If {least} marks padding, pass a "
@@ -166,6 +170,7 @@ def require_vocabulary(tokens: Tensor, size: float) -> None:
 
 def require_numbers(name: str, values: Tensor, counted: Tensor) -> None:
     """Check that there is a finite number, without a graph, for every token that counts."""
+    require_tensor(name, values)
     per_sequence = ", or one per sequence, shape (N,)" if name == "advantages" else ""
     if values.shape != counted.shape:
         raise TrustRegionError(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trpo_optim.distributions.arguments import require_counts
+from trpo_optim.distributions.arguments import is_count
+from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import counted_tokens, require_hidden
 from trpo_optim.tokens.log_prob import spread, token_log_prob
 
@@ -63,7 +64,8 @@ def chunked_log_prob(
         >>> torch.allclose(values, token_log_prob(head(hidden), tokens), atol=1e-5)
         True
     """
-    require_counts(chunk=chunk)
+    if not is_count(chunk):
+        raise TrustRegionError(f"chunk is {chunk!r}; it must be a whole number of at least 1.")
     require_hidden(hidden, tokens)
     counted = counted_tokens(tokens, mask)
     rows = hidden.reshape(-1, hidden.shape[-1]) if counted is None else hidden[counted]

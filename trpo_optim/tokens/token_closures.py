@@ -13,6 +13,7 @@ from torch import Tensor
 from trpo_optim.closure.closures import Closures
 from trpo_optim.closure.evaluation import Closure
 from trpo_optim.closure.random_state import random_state_kept
+from trpo_optim.distributions.arguments import require_tensor
 from trpo_optim.distributions.masks import Per, of_sequences, require_per
 from trpo_optim.errors import TrustRegionError
 from trpo_optim.tokens.arguments import (
@@ -147,6 +148,7 @@ def token_closures(
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
     require_vocabulary(tokens[counted], math.inf)
+    require_tensor("advantages", advantages)
     if advantages.shape == tokens.shape[:1]:
         advantages = advantages[:, None].expand(tokens.shape)
     reference = reference_log_prob if penalty else None
