@@ -55,6 +55,7 @@ __all__ = [
     "copy_each",
     "current_mode",
     "fsdp_states",
+    "held_elsewhere",
     "is_transformed",
     "kl_of_bases",
     "kl_rule",
@@ -158,6 +159,12 @@ def storage_of(tensor: Tensor) -> int:
     """
     place: int = tensor.untyped_storage()._cdata
     return place
+
+
+def held_elsewhere(tensor: Tensor) -> bool:
+    """Return whether something in C++ holds a tensor, besides its Python object."""
+    held: bool = tensor._use_count() > 1  # type: ignore[attr-defined]  # no stub
+    return held
 
 
 def compiler_is_imported() -> bool:

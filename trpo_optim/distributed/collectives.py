@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trpo_optim.closure.failures import ElsewhereError
 from trpo_optim.errors import RankError, TrustRegionError
+from trpo_optim.torch_private import held_elsewhere
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,10 +29,10 @@ _Result = TypeVar("_Result")
 
 _RAISED, _INTERRUPTED = 1, 2
 
-_last_sent: list[Tensor] = []
-"""The last buffer that was sent. Gloo's thread lets go of it a little later. Were it the last to do
-so, it would wait for Python's lock, which ``destroy_process_group()`` of torch 2.6 holds while it
-waits for that thread."""
+_sent: list[Tensor] = []
+"""The last buffer that was sent, and earlier ones that Gloo's threads still hold. A thread lets go
+of a buffer a little after its end. Were it the last to do so, it would wait for Python's lock,
+which ``destroy_process_group()`` of torch 2.6 holds while it waits for that thread."""
 
 GROUP_DESTROYED = (
     "The process_group was destroyed. Set process_group to another group, or to None to go on in "
@@ -191,7 +192,7 @@ class Reduction:
         Raises:
             RankError: If a rank was lost.
         """
-        _last_sent[:] = [buffer]
+        _sent[:] = [*(each for each in _sent if held_elsewhere(each)), buffer]
         with _within_time():
             dist.all_reduce(buffer, group=self._group)
 
