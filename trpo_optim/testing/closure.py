@@ -93,7 +93,10 @@ def _stays(vector: ParameterVector, reached: Mapping[int, Tensor], *, hidden: bo
     pairs = zip(vector.names, vector.leaves, strict=True)
     unused = [label for label, leaf in pairs if id(leaf) not in reached]
     if unused and not hidden:
-        note += f"Neither loss nor KL depends on {', '.join(unused[:4])}{vector.counting}."
+        note += (
+            "Neither loss nor KL depends on these parameters, so no step moves them: "
+            f"{', '.join(unused[:4])}{vector.counting}."
+        )
     return note.strip()
 
 

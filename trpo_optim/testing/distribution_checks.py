@@ -54,7 +54,8 @@ def check_shapes(subject: Subject) -> Finding:
                 f"{family} has batch shape {shape} and no event shape, so that log_prob gives "
                 f"{math.prod(shape[1:])} numbers per observation, which broadcast against "
                 "advantages, and a KL averaged over them is too small.",
-                "Wrap it in Independent(dist, 1), or squeeze its last dimension.",
+                "Wrap it in Independent(dist, 1)."
+                + (" Or squeeze its last dimension." if shape[1:] == (1,) else ""),
             )
     value = subject.log_prob(subject.old)
     if value.shape != (subject.rows,):

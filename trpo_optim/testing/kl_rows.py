@@ -48,6 +48,7 @@ class Measured:
         mask: Which of the rows count. None: all.
         name: Which of several closures it is. Empty if there is only one.
         turned: KL(new ‖ old) by row. None: not known.
+        actions_first: Whether the first dimension is known to count actions.
     """
 
     stated: float
@@ -55,6 +56,7 @@ class Measured:
     mask: Tensor | None
     name: str = ""
     turned: Tensor | None = None
+    actions_first: bool = False
 
     @property
     def mean(self) -> float:
@@ -139,6 +141,7 @@ def by_distributions(subject: ClosureSubject) -> _Read:
         if not before:
             raise NoClosedFormError("The closure makes no distribution.")
         old.append([frozen(each) for each in before])
+    actions = None if subject.log_prob is None else tuple(subject.log_prob().shape)
 
     def read() -> list[Measured]:
         stated, kls, turned, wholes = [], [], [], []
@@ -149,6 +152,7 @@ def by_distributions(subject: ClosureSubject) -> _Read:
             turned.append([kl_of_family(*pair, "") for pair in zip(new, before, strict=True)])
             wholes.append(whole)
         masks = _masks(subject.cpu_mask, [each[0] for each in kls])
+        count = sum(len(each[0]) for each in kls if each[0].dim())
         return [
             Measured(
                 kl,
@@ -156,6 +160,7 @@ def by_distributions(subject: ClosureSubject) -> _Read:
                 mask,
                 part.name,
                 _joint(to_old, mask, repeated=not whole),
+                actions_first=actions == (count,),
             )
             for kl, to_new, to_old, mask, whole, part in zip(
                 stated, kls, turned, masks, wholes, parts, strict=True

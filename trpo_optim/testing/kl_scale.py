@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ __all__ = ["check_kl_scale"]
 
 _SAME = 0.03
 """By how much two KLs may differ that are meant to be the same, relative."""
+
+_TIME_FIRST = "of sequences, time first"
+"""What an average is called whose sequences lie along the last dimension."""
 
 _ENOUGH = 32
 """Actions whose log-probabilities alone give the KL within a factor of three."""
@@ -62,13 +66,14 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
         cause = "The closure's KL is KL(new || old), not KL(old || new)."
         return failed(name, figures, cause, _REMEDY)
     if exact and (cause := _doubt(found, subject)):
-        return Finding(name, Verdict.UNDECIDED, figures, cause, "Pass log_prob.")
+        remedy = "Pass log_prob." if subject.log_prob is None else _REMEDY
+        return Finding(name, Verdict.UNDECIDED, figures, cause, remedy)
     return Finding(name, Verdict.PASSED, figures)
 
 
 def _flaw(found: list[Measured]) -> str:
     """Return what a closure's KL is instead of an average over the rows that count, or nothing."""
-    tables = [_averages(each.rows, each.mask) for each in found]
+    tables = [_averages(each) for each in found]
     if any(_is(found, [sound[name] for sound, _ in tables]) for name in tables[0][0]):
         return ""
     for name in tables[0][1]:
@@ -88,8 +93,12 @@ def _flaw(found: list[Measured]) -> str:
 def _is_turned(subject: ClosureSubject) -> bool:
     """Return whether the closure's KL is that of the policies in the other order."""
     for part in measured(subject, by_distributions, far=True):
-        right = [_averages(each.rows, each.mask)[0] for each in part]
-        turned = [_averages(e.turned, e.mask)[0] for e in part if e.turned is not None]
+        right = [_averages(each)[0] for each in part]
+        turned = [
+            _averages(replace(each, rows=each.turned))[0]
+            for each in part
+            if each.turned is not None
+        ]
         for name in right[0]:
             theirs, ours = ([each[name] for each in table] for table in (turned, right))
             if _is(part, theirs, within=0.01) and not _is(part, ours):
@@ -122,7 +131,7 @@ def _doubt(found: list[list[Measured]], subject: ClosureSubject) -> str:
     """Return why the KL may not be that of whole actions, or nothing."""
     _, new, third = evaluated(subject.batch.parts[0])
     for part in found if third else []:  # without a third value, it may be an estimate
-        tables = [_averages(each.rows, each.mask)[0] for each in part]
+        tables = [_averages(each)[0] for each in part]
         if not any(_is(part, [sound[name] for sound in tables]) for name in tables[0]):
             ratios = sorted(each.stated / each.mean for each in part)
             return (
@@ -132,13 +141,22 @@ def _doubt(found: list[list[Measured]], subject: ClosureSubject) -> str:
     rows = found[0][0].rows
     if subject.log_prob is not None or subject.mask is not None or rows.dim() < 2:
         return ""
-    whole = any(map(draws_whole_actions, new))
-    if whole or not _is(found[0], [each.rows.mean() for each in found[0]]):
+    if any(map(draws_whole_actions, new)):
         return ""
-    return (
-        f"The closure's KL is averaged over {tuple(rows.shape)} numbers. If some dimensions belong "
-        "to one action, it is too small: wrap the distribution in Independent."
-    )
+    tables = [_averages(each)[0] for each in found[0]]
+    if _is(found[0], [each["mean"] for each in tables]):
+        return (
+            f"The closure's KL is averaged over {tuple(rows.shape)} numbers. If some dimensions "
+            "belong to one action, it is too small: wrap the distribution in Independent."
+        )
+    if _is(found[0], [each[_TIME_FIRST] for each in tables]) and not _is(
+        found[0], [each["of sequences"] for each in tables]
+    ):
+        return (
+            f"The closure's KL is summed over the first of {tuple(rows.shape)} numbers. If these "
+            "are the actions, it is too large: sum over the last, and average over the first."
+        )
+    return ""
 
 
 def _weights_may_explain(found: list[Measured]) -> bool:
@@ -182,10 +200,9 @@ def _is(found: list[Measured], values: list[Tensor], within: float = _SAME) -> b
     return all(math.isclose(each.stated, float(value), rel_tol=within) for each, value in pairs)
 
 
-def _averages(
-    rows: Tensor, mask: Tensor | None
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _averages(found: Measured) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Return what a KL may be, by name, and what it may not be, by what is wrong then."""
+    rows, mask = found.rows, found.mask
     count = rows.numel()
     counted = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask.bool()
     inside = rows * counted
@@ -193,7 +210,8 @@ def _averages(
     sound = {"mean": inside.sum() / counted.sum()}
     if rows.dim() > 1:  # a sequence may be one action, whichever dimension comes first
         sound["of sequences"] = inside.sum() / (per_row > 0).sum()
-        sound["of sequences, time first"] = inside.sum() / counted.flatten(1).any(0).sum()
+        if not found.actions_first:
+            sound[_TIME_FIRST] = inside.sum() / counted.flatten(1).any(0).sum()
         means = inside.flatten(1).sum(1) / per_row.clamp_min(1)
         sound["mean of sequences"] = means.sum() / (per_row > 0).sum()
     faulty = {
