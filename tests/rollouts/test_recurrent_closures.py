@@ -114,7 +114,7 @@ def test_data_of_an_earlier_policy_counts_by_its_weights() -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_entropy_bonus_sums_over_the_dimensions_of_an_action(wrapped: bool) -> None:
     _, batch, _ = recurrent()
-    batch = replace(batch, actions=batch.actions.repeat(1, 1, 3))
+    batch = replace(batch, actions=batch.actions.repeat(1, 1, 3), log_prob=None)
     log_std = nn.Parameter(torch.zeros(3))
 
     def policy(seen: Tensor, state: Any, starts: Tensor) -> Any:

@@ -99,7 +99,9 @@ def collected(
             )
         curvature, weights = closure.curvature, closure.weights
         parts: list[Any] = list(closure.parts)
-    elif isinstance(closure, Iterable) and not (callable(closure) or isinstance(closure, str)):
+    elif isinstance(closure, Iterable) and not (
+        callable(closure) or isinstance(closure, str | Tensor)
+    ):
         parts = list(closure)
         weights = [] if _is_number(weights) and not parts and weights == 0 else weights
     else:

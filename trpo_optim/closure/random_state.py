@@ -60,7 +60,7 @@ def putting_back(generator: Any) -> Callable[[], object] | None:
 @contextmanager
 def random_state_kept(
     devices: Iterable[torch.device | str], *, seed: int | None = None
-) -> Iterator[None]:
+) -> Iterator[Callable[[], bool]]:
     """Put the random state back at the end of a ``with`` block.
 
     It does what ``torch.random.fork_rng`` does, for devices of any type and of several types at
@@ -71,14 +71,15 @@ def random_state_kept(
         seed: What all of them begin with; None: with the state they have.
 
     Yields:
-        Nothing.
+        What tells whether random numbers have been drawn since.
     """
     before = [(each, each.get_state()) for each in generators(devices)]
     try:
         if seed is not None:  # torch.manual_seed would take milliseconds, and seed other devices
             for generator, _ in before:
                 generator.manual_seed(seed)
-        yield
+        start = before if seed is None else [(each, each.get_state()) for each, _ in before]
+        yield lambda: not all(torch.equal(each.get_state(), state) for each, state in start)
     finally:
         for generator, state in before:
             generator.set_state(state)

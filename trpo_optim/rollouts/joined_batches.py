@@ -35,6 +35,8 @@ class Joined:
         advantages: Shape (T, N).
         weights: Importance weights of the states, (T, N), or None.
         sampling_log_prob: ln q(a|s) of what drew the actions, (T, N). None: the old policy did.
+        drawn_log_prob: ln π(a|s) of a single batch when its actions were drawn, (T, N). None: not
+            known, or ``sampling_log_prob`` says what drew them.
         batch_weights: The weight of each row's batch, (T, N). None: all are 1.
         batches: The places of the batches in the list that was given.
         runs: How many rows (or environments with valid rows) in turn have one weight, and which.
@@ -49,6 +51,7 @@ class Joined:
     advantages: Tensor
     weights: Tensor | None
     sampling_log_prob: Tensor | None
+    drawn_log_prob: Tensor | None
     batch_weights: Tensor | None
     batches: tuple[int, ...]
     runs: list[tuple[int, float]]
@@ -103,6 +106,7 @@ def joined(given: Sequence[Given]) -> Joined:
         advantages=rows(*advantages),
         weights=optional([each.weights for each in given]),
         sampling_log_prob=optional([each.sampling_log_prob for each in given]),
+        drawn_log_prob=batches[0].log_prob if given[0].sampling_log_prob is None else None,
         batch_weights=None if all(weight == 1 for _, weight in runs) else rows(*weights),
         batches=tuple(each.index or 0 for each in given),
         runs=runs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from trpo_optim.distributions import log_prob
 from trpo_optim.distributions.nesting import mapped
 from trpo_optim.distributions.precision import widened
 
-__all__ = ["KeptLogProbs"]
+__all__ = ["KeptLogProbs", "warn_if_moved"]
 
 _PARAMETERS = {
     Beta: ("concentration1", "concentration0"),
@@ -21,6 +22,12 @@ _PARAMETERS = {
     Normal: ("loc", "scale"),
 }
 """What the log-probability of a family depends on, one row per element of the batch."""
+
+_MOVED = 3e-3
+"""Nats, a third of the KL of a usual step, and more than half precision rounds."""
+
+_ENOUGH = 32
+"""Actions that tell whether a policy has moved."""
 
 _AT_ONCE = 64
 """How many steps wait to be evaluated together. Alone, each of them takes torch 0.1 ms."""
@@ -98,6 +105,25 @@ class KeptLogProbs:
             self._known = False
         else:
             self._done.append(logs.reshape(steps, rows // steps))
+
+
+def warn_if_moved(drawn: Tensor, now: Tensor) -> None:
+    """Warn if a policy that is taken for the one that drew some actions is another by now.
+
+    Args:
+        drawn: ln π(a|s) when the actions were drawn, (B,).
+        now: The same under the present policy, (B,).
+    """
+    change = (now - drawn).cpu().double()
+    kl = float((change.expm1() - change).mean())
+    if kl > _MOVED and len(change) >= _ENOUGH:
+        warnings.warn(
+            "The policy is not the one that drew the actions of the batch: the KL between them is "
+            f"about {kl:.2g} nats. The gradient is then biased. For a further step on one batch, "
+            "pass lists, which correct for it: policy_closure(policy, [batch], [advantages]). If "
+            "the policy has not moved, look for batch normalisation in training mode.",
+            stacklevel=2,
+        )
 
 
 def _parameters(dist: Any) -> list[Tensor] | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+from torch.distributions import Distribution
 
 from trpo_optim.distributions import sample
 from trpo_optim.distributions.nesting import mapped
@@ -144,6 +145,11 @@ class Path:
                 "return (distribution, next state)."
             )
         dist, state = returned
+        if isinstance(state, Distribution):
+            raise TrustRegionError(
+                "The recurrent policy returned a distribution in second place. Return "
+                "(distribution, next state), in this order."
+            )
         require_state(state, self.envs.num_envs, "The recurrent policy's next state")
         return mapped(lambda each: each[0], self._drawn(dist)), state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from trpo_optim.rollouts.given_batches import (
     within,
 )
 from trpo_optim.rollouts.joined_batches import Joined, joined
+from trpo_optim.rollouts.kept_log_probs import warn_if_moved
 from trpo_optim.rollouts.standardisation import standardised
 from trpo_optim.rollouts.surrogate import surrogate
 from trpo_optim.rollouts.trajectories import SinglePathBatch
@@ -207,17 +209,16 @@ def policy_closure(
     if standardise:
         estimates = standardised(estimates, data.valid, ranks, weights=data.batch_weights)
 
-    def built() -> PolicyClosures:
-        return _closures(
-            parts_of(policy, data),
-            data,
-            estimates,
-            chosen,
-            entropy_bonus,
-            sampled=sampled,
-            micro_batch=micro_batch,
-        )
-
+    built = partial(
+        _closures,
+        parts_of(policy, data),
+        data,
+        estimates,
+        chosen,
+        entropy_bonus,
+        sampled=sampled,
+        micro_batch=micro_batch,
+    )
     return built() if ranks is None else ranks.same(built)
 
 
@@ -242,6 +243,7 @@ def _closures(
             part.numbers(advantages),
             numbers(data.weights),
             numbers(data.sampling_log_prob),
+            numbers(data.drawn_log_prob),
             numbers(data.batch_weights) if weighed else None,
             entropy_bonus,
             sampled=sampled,
@@ -266,6 +268,7 @@ def _closure(
     advantages: Tensor,
     weights: Tensor | None,
     sampling_log_prob: Tensor | None,
+    drawn_log_prob: Tensor | None,
     shares: Tensor | None,
     entropy_bonus: float,
     *,
@@ -275,10 +278,12 @@ def _closure(
 
     With ``shares``, which count up to a common factor, the KL's mean weighs the rows by them.
     """
-    with torch.no_grad(), random_state_kept([advantages.device]):
+    with torch.no_grad(), random_state_kept([advantages.device]) as drew:
         old = frozen(part.evaluate())
         old_log_prob = part.rows(log_prob(old, part.actions, part.mask))
         require_one_a_row(old_log_prob, len(advantages))
+        if drawn_log_prob is not None and not drew():  # not with dropout
+            warn_if_moved(drawn_log_prob, old_log_prob)
     base = old_log_prob if sampling_log_prob is None else sampling_log_prob
 
     def closure() -> tuple[Tensor, Tensor, Any]:

@@ -38,6 +38,12 @@ _FURTHEST = 0.5
 """Nats per token that the present policy may be from one that was certain of every token."""
 
 
+_OTHER_ROWS = (
+    "A function of rows must evaluate the rows that it is given, and no others, such as "
+    "model(sequences[rows])."
+)
+
+
 def require_temperature(temperature: float) -> None:
     """Check that a temperature is a finite number above 0."""
     if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
@@ -54,9 +60,13 @@ def require_aligned(logits: Tensor, tokens: Tensor) -> None:
     if logits.shape[:-1] != tokens.shape or logits.dim() == 0:
         raise TrustRegionError(
             f"The logits have shape {tuple(logits.shape)} and the tokens {tuple(tokens.shape)}. "
-            "Pass one row of logits per token, shape (*tokens.shape, V). The logits at position t "
-            "predict the token at t + 1, so a model that has read all tokens gives logits[:, :-1] "
-            "for tokens[:, 1:]."
+            "Pass one row of logits per token, shape (*tokens.shape, V). "
+            + (
+                _OTHER_ROWS
+                if logits.shape[1:-1] == tokens.shape[1:]
+                else "The logits at position t predict the token at t + 1, so a model that has "
+                "read all tokens gives logits[:, :-1] for tokens[:, 1:]."
+            )
         )
 
 
@@ -66,8 +76,12 @@ def require_hidden(hidden: Tensor, tokens: Tensor) -> None:
         raise TrustRegionError(
             f"The hidden states have shape {tuple(hidden.shape)} and the tokens "
             f"{tuple(tokens.shape)}. Pass one hidden state per token, shape (*tokens.shape, H). "
-            "The hidden state at position t predicts the token at t + 1, so pass hidden[:, :-1] "
-            "with tokens[:, 1:]."
+            + (
+                _OTHER_ROWS
+                if hidden.shape[1:-1] == tokens.shape[1:]
+                else "The hidden state at position t predicts the token at t + 1, so pass "
+                "hidden[:, :-1] with tokens[:, 1:]."
+            )
         )
 
 
@@ -134,8 +148,13 @@ def require_batching(micro_batch: int | None, curvature: float) -> None:
         raise TrustRegionError(f"curvature is {curvature!r}; it must be a share in (0, 1].")
 
 
-def require_sequences(tokens: Any) -> None:
-    """Check that tokens are sequences of one length, (N, T)."""
+def require_sequences(outputs: Any, tokens: Any) -> None:
+    """Check that tokens are sequences of one length, (N, T), and what evaluates them a function."""
+    if not callable(outputs):
+        raise TrustRegionError(
+            f"outputs is a {type(outputs).__name__}; it must be a function of rows, since it is "
+            "called again at other parameters: lambda rows: model(sequences[rows])[:, :-1]."
+        )
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         given = f"a {type(tokens).__name__}"
         if isinstance(tokens, Tensor):

@@ -144,7 +144,7 @@ def token_closures(
     require_temperature(temperature)
     require_batching(micro_batch, curvature)
     penalty = penalty_weight(reference_weight, reference_log_prob)
-    require_sequences(tokens)
+    require_sequences(outputs, tokens)
     counted = counted_tokens(tokens, torch.ones_like(tokens) if mask is None else mask)
     assert counted is not None
     require_vocabulary(tokens[counted], math.inf)
