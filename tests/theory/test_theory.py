@@ -179,6 +179,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: kl_by_state(UNIFORM, UNIFORM[:, :1] * 3),
         r"shapes \(2, 3\) and \(2, 1\).*of actions",
     ),
+    "policies of other states that do not broadcast": (
+        lambda: kl_by_state(UNIFORM.expand(4, 3, 2, 3), torch.full((2, 2, 3), 1 / 3)),
+        r"shapes \(4, 3, 2, 3\) and \(2, 2, 3\).*must broadcast.*Pass two",
+    ),
+    "policies without states": (
+        lambda: kl_by_state(UNIFORM[:0], UNIFORM[:0]),
+        r"The old policy has shape \(0, 3\); .* at least one state.*Pass",
+    ),
+    "policies without actions": (
+        lambda: max_kl_divergence(UNIFORM[:, :0], UNIFORM[:, :0]),
+        r"The old policy has shape \(2, 0\)",
+    ),
+    "a new policy without states": (
+        lambda: kl_by_state(UNIFORM[:1], UNIFORM[:0]),
+        r"The new policy has shape \(0, 3\)",
+    ),
+    "a policy that is one number": (
+        lambda: kl_by_state(torch.tensor(1.0), torch.tensor(1.0)),
+        r"The old policy has shape \(\)",
+    ),
     "a time before the start": (lambda: GOOD.state_distribution(UNIFORM, -1), "time is -1"),
     "policies of other states": (
         lambda: max_total_variation(UNIFORM, UNIFORM[:1]),

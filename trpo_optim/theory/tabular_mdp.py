@@ -179,6 +179,11 @@ def require_probabilities(name: str, value: Tensor) -> None:
         raise TrustRegionError(
             f"{name} is a {type(value).__name__}; it must be a tensor. Pass torch.as_tensor of it."
         )
+    if not value.dim() or not value.numel():
+        raise TrustRegionError(
+            f"{name} has shape {tuple(value.shape)}; it must have at least one state and one "
+            "action. Pass probabilities whose last dimension sums to 1."
+        )
     sums = value.sum(-1, dtype=torch.promote_types(value.dtype, torch.float32))
     allowed = max(1e-6, _rounding(value.dtype))
     if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > allowed:
