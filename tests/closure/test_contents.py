@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,13 @@ def test_what_was_empty_is_empty_at_the_start_of_every_evaluation(value: Any) ->
     policy = Writing(write, items=[], named={})
     _, seen = policy.step(lambda policy: (len(policy.items), len(policy.named)))
     assert seen == [(0, 0)] * (len(seen) - 1) + [(1, 1)]
+
+
+def test_a_generator_without_a_state_is_left_alone() -> None:
+    policy = Writing(lambda policy: policy.items[0].random(), items=[random.SystemRandom()])
+    before = policy.items[0]
+    _, seen = policy.step(lambda policy: policy.items)
+    assert all(items == [before] for items in seen)
 
 
 def test_a_masked_array_is_put_back() -> None:
