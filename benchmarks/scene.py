@@ -120,6 +120,7 @@ class Scene:
 def solved(
     product: Callable[[Tensor], Tensor],
     gradient: Tensor,
+    *,
     damping: float | None = None,
     iterations: int = ITERATIONS,
 ) -> Solution:

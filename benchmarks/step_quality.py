@@ -47,25 +47,25 @@ def directions(case: Case, other: Case) -> Iterator[tuple[str, Tensor]]:
         solution = torch.cholesky_solve(case.uphill.double()[:, None], factor)[:, 0]
         yield f"dense, λ = {damping:g}", solution
     for damping in FIXED:
-        yield f"10 products, λ = {damping:g}", own(damping).x
+        yield f"10 products, λ = {damping:g}", own(damping=damping).x
     default = own().damping
     for share in SHARES:
         damping = share / RELATIVE_DAMPING * default
-        yield f"10 products, {share:g} of the mean", own(damping).x
+        yield f"10 products, {share:g} of the mean", own(damping=damping).x
     for count in PRODUCTS:
-        yield f"{count} products, the default damping", own(None, count).x
+        yield f"{count} products, the default damping", own(iterations=count).x
     jacobi = (fisher.diagonal() + default).float().rsqrt()
 
     def preconditioned(vector: Tensor) -> Tensor:
         return jacobi * (case.product(jacobi * vector) + default * jacobi * vector)
 
     for count in (5, 10):
-        scaled = solved(preconditioned, jacobi * case.uphill, 0.0, count)
+        scaled = solved(preconditioned, jacobi * case.uphill, damping=0.0, iterations=count)
         yield f"{count} products, preconditioned by the exact diagonal", jacobi * scaled.x
     start = 0.95 * solved(other.product, other.uphill).x
     rest = case.uphill - case.product(start) - default * start
     for count in (1, 5, 10):
-        more = solved(case.product, rest, default, count)
+        more = solved(case.product, rest, damping=default, iterations=count)
         yield f"{count} products, from another batch's solution", start + more.x
     for library in PEERS:
         yield f"{library}'s defaults", case.taken(*peer(library, case.own, defaults=True))

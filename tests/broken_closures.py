@@ -135,6 +135,15 @@ def with_a_detached_ratio(problem: Problem) -> Callable[[], Any]:
     return closure
 
 
+def with_a_ratio_clamped_at_one(problem: Problem) -> Callable[[], Any]:
+    def closure() -> Any:
+        logs = problem.policy(problem.observations).log_prob(problem.actions)
+        ratio = (logs - problem.old_log_prob).exp().clamp(max=1.0)
+        return -(ratio * problem.advantages).mean(), problem.closure()[1]
+
+    return closure
+
+
 def turned_kl(problem: Problem) -> Callable[[], Any]:
     def closure() -> Any:
         dist = problem.policy(problem.observations)
@@ -255,6 +264,9 @@ BROKEN_CLOSURES: dict[str, BrokenClosure] = {
     ),
     "a detached ratio": BrokenClosure(
         with_a_detached_ratio, "loss slope", "a part of it is detached.*line search"
+    ),
+    "a ratio clamped at 1": BrokenClosure(
+        with_a_ratio_clamped_at_one, "loss slope", r"or has a kink.*not clamp the ratio at 1"
     ),
     "a critic's loss": BrokenClosure(
         with_a_critic, "second order", "does not depend on.*critic with its own optimizer"

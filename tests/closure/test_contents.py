@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -147,10 +148,29 @@ def test_a_list_that_loses_items_gets_them_back_in_their_places(
     assert seen == [list(map(id, items))] * len(seen)
 
 
-ADDED: dict[str, Callable[[Any], object]] = {
-    "at the end": lambda items: items.append(9.0),
-    "in front": lambda items: items.insert(0, 9.0),
-    "tensors": lambda items: items.extend([torch.ones(1), torch.ones(2)]),
+NINE, TENSOR = 9.0, torch.ones(2)
+
+
+def slide(items: Any) -> None:
+    del items[0], items[0]
+    items.extend([NINE, TENSOR])
+    items.append(None)
+
+
+def exchange_and_append(items: Any) -> None:
+    items[0] += 1.0
+    items.append(NINE)
+
+
+ADDED: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
+    "at the end": (lambda items: items.append(NINE), [NINE]),
+    "in front": (lambda items: items.insert(0, NINE), [NINE]),
+    "within": (lambda items: items.insert(2, NINE), [NINE]),
+    "tensors": (lambda items: items.extend([TENSOR, TENSOR]), [TENSOR, TENSOR]),
+    "a tensor in front": (lambda items: items.insert(0, TENSOR), [TENSOR]),
+    "what it holds already": (lambda items: items.insert(0, items[1]), ["the same"]),
+    "at the end, and loses others": (slide, [NINE, TENSOR, None]),
+    "at the end, beside a new value": (exchange_and_append, [NINE]),
 }
 
 
@@ -159,12 +179,25 @@ ADDED: dict[str, Callable[[Any], object]] = {
 def test_what_a_list_gains_is_gone_before_the_next_evaluation(
     name: str, kind: Callable[[Any], Any]
 ) -> None:
-    items = [0.5, torch.zeros(1), None]
-    policy = Writing(lambda policy: ADDED[name](policy.items), items=kind(items))
+    items = [0.5, "the same", torch.zeros(1), 2.5]
+    write, added = ADDED[name]
+    policy = Writing(lambda policy: write(policy.items), items=kind(items))
     _, seen = policy.step(lambda policy: list(map(id, policy.items)))
     assert seen[:-1] == [list(map(id, items))] * (len(seen) - 1)
-    assert seen[-1][:3] == list(map(id, items))
-    assert len(seen[-1]) == (5 if name == "tensors" else 4)  # of the last evaluation
+    assert seen[-1] == list(map(id, [*items, *added]))  # what the last evaluation adds
+
+
+def test_what_a_list_gains_in_front_has_no_graph() -> None:
+    policy = Writing(lambda policy: policy.items.insert(0, policy.linear.weight * 1), items=[1.0])
+    policy.step(lambda policy: None)
+    assert [type(each) for each in policy.items] == [float, Tensor]
+    assert not policy.items[1].requires_grad
+
+
+def test_a_deque_gains_as_much_as_there_is_room_for() -> None:
+    policy = Writing(lambda policy: policy.items.extend([8.0, 9.0]), items=deque([1.0, 2.0], 3))
+    _, seen = policy.step(lambda policy: list(policy.items))
+    assert seen == [[1.0, 2.0]] * (len(seen) - 1) + [[1.0, 2.0, 8.0]]
 
 
 @pytest.mark.parametrize("items", [[1.0, 2.0, 3.0], [torch.zeros(1), 2.0, torch.ones(1)]])
@@ -188,6 +221,13 @@ def test_what_was_empty_is_empty_at_the_start_of_every_evaluation(value: Any) ->
     policy = Writing(write, items=[], named={})
     _, seen = policy.step(lambda policy: (len(policy.items), len(policy.named)))
     assert seen == [(0, 0)] * (len(seen) - 1) + [(1, 1)]
+
+
+def test_a_generator_without_a_state_is_left_alone() -> None:
+    policy = Writing(lambda policy: policy.items[0].random(), items=[random.SystemRandom()])
+    before = policy.items[0]
+    _, seen = policy.step(lambda policy: policy.items)
+    assert all(items == [before] for items in seen)
 
 
 def test_a_masked_array_is_put_back() -> None:

@@ -19,8 +19,10 @@ from profiles import problems
 from torch.nn.modules import module as module_registry
 
 import trpo_optim
+from trpo_optim import TrustRegionOptimizer
 from trpo_optim.closure import torch_switches
 from trpo_optim.closure.torch_switches import differentiable, uncompiled, without_cudnn
+from trpo_optim.closure.transaction import Transaction
 
 pytestmark = pytest.mark.no_cover
 
@@ -140,3 +142,39 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
         assert global_hooks() == hooks, seen[-1]
     assert False in outcomes or only_new
     assert after.training == Snapshot.of(finished.policy).training
+
+
+def remembers(optimizer: TrustRegionOptimizer) -> list[bool]:
+    """Return of which parameters an optimizer keeps the mean squared gradient."""
+    found = (optimizer.state[each] for group in optimizer.param_groups for each in group["params"])
+    return [bool(each and each["gradient_rms"].isfinite().all()) for each in found]
+
+
+def test_an_interrupt_at_the_end_leaves_no_step_without_its_memory() -> None:
+    """Parameters that have moved, and the preconditioner's memory of their gradients."""
+    settings: dict[str, Any] = {"preconditioner": "diagonal", "cg_iterations": 1, "damping": 1e-3}
+    for _ in range(2):  # the first run of some lines is longer
+        gc.collect()
+        finished = small_problem()
+        optimizer = finished.proven_optimizer(**settings)
+        lines: list[tuple[str, int]] = []
+        with interrupted_at_line(-1, lines):
+            assert optimizer.step(finished.closure).accepted
+    assert all(remembers(optimizer))
+    commit = Transaction.commit.__code__
+    of_commit = {(commit.co_filename, line) for *_, line in commit.co_lines()}
+    begun = next(index for index, line in enumerate(lines) if line in of_commit)
+    outcomes = set()
+    for number in [number for number in worth_interrupting(lines) if number > begun]:
+        problem = small_problem()
+        before = problem.vector()
+        optimizer = problem.proven_optimizer(**settings)
+        seen: list[tuple[str, int]] = []
+        with pytest.raises(KeyboardInterrupt), interrupted_at_line(number, seen):
+            optimizer.step(problem.closure)
+        whole = not torch.equal(problem.vector(), before)
+        assert torch.equal(problem.vector(), finished.vector() if whole else before), seen[-1]
+        assert set(remembers(optimizer)) == {whole}, seen[-1]
+        outcomes.add(whole)
+        put_switches_back()
+    assert outcomes == {False, True}

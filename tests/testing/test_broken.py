@@ -203,7 +203,7 @@ The plain estimator has a slope on any one sample.
 | `kl` | a KL that is not least at the present parameters, or not smooth there |
 | `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
 | `loss` | a wrong sign, shapes that broadcast, stale log-probabilities, a loss over padding |
-| `loss slope` | a loss of which a part is detached, so that its values do not follow its gradient |
+| `loss slope` | a loss whose values do not follow its gradient: a part is detached, or has a kink |
 | `second order` | a loss on parameters, or rows of a weight, on which the KL does not depend |
 
 `loss` needs `log_prob` and `advantages`.

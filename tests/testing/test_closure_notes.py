@@ -10,9 +10,9 @@ import pytest
 import torch
 from problems import Problem, gaussian
 from torch import Tensor, nn
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-from trpo_optim import Closures, frozen, joint_kl, mean_kl
+from trpo_optim import Closures, frozen, joint_kl, mean_kl, sampled_kl
 from trpo_optim.testing import Verdict, check_closure, check_policy
 
 
@@ -186,3 +186,25 @@ def test_the_kl_of_the_other_order_is_found_for_every_policy(seed: int, turned: 
     assert check_closure(closure, network.parameters())["kl scale"].verdict is (
         Verdict.FAILED if turned else Verdict.PASSED
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_estimate_of_a_kl_that_both_orders_share_is_not_of_the_other_order(seed: int) -> None:
+    """It is a few per cent from both; one of them must not count as near, and the other as far."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    observations, advantages = torch.randn(2048, 4), torch.randn(2048)
+
+    def policy() -> Any:
+        return Independent(Normal(network(observations), 1.0), 1)
+
+    with torch.no_grad():
+        actions = policy().sample()
+        old = policy().log_prob(actions)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        new = policy().log_prob(actions)
+        loss = -((new - old).exp() * advantages).mean()
+        return loss, sampled_kl(old, new, low_variance=True)
+
+    assert check_closure(closure, network.parameters())["kl scale"].verdict is Verdict.PASSED

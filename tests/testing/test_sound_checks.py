@@ -5,13 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from test_once_missed import ACTIONS, Gaussian, Setting, verdict
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from trpo_optim import mean_kl
-from trpo_optim.testing import Verdict
+from trpo_optim.testing import Verdict, check_closure
+
+
+class Discrete(nn.Module):
+    """A Categorical policy of wide layers, whose last layer may also give a critic's value."""
+
+    def __init__(self, unit: type[nn.Module], seed: int, *, critic: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        outputs = ACTIONS + critic
+        layers = [nn.Linear(5, 256), unit(), nn.Linear(256, 256), unit(), nn.Linear(256, outputs)]
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Categorical:
+        return Categorical(logits=self.network(x)[:, :ACTIONS])
+
+
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("unit", [nn.ReLU, nn.ReLU6, nn.Hardtanh])
+def test_units_that_are_dead_elsewhere_are_no_critic(
+    unit: type[nn.Module], seed: int, critic: bool
+) -> None:
+    policy = Discrete(unit, seed, critic=critic)
+    setting = Setting(policy)
+
+    def closure() -> Any:
+        dist = policy(setting.seen)
+        loss = setting.loss(dist)
+        if critic:
+            loss = loss + (policy.network(setting.seen)[:, -1] - 1).square().mean()
+        return loss, mean_kl(setting.old, dist), dist
+
+    skip = ["values", "deterministic", "zero kl", "moving kl", "kl", "kl scale", "loss slope"]
+    report = check_closure(closure, policy.parameters(), skip=skip)
+    assert verdict(report, "second order") is (Verdict.UNDECIDED if critic else Verdict.PASSED)
 
 
 class Again(nn.Linear):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trpo_optim import TrustRegionError
-from trpo_optim.theory import TabularMDP, mean_kl_divergence, policy_iteration_step
+from trpo_optim.theory import TabularMDP, kl_by_state, mean_kl_divergence, policy_iteration_step
 
 DOUBLE = torch.float64
 
@@ -44,6 +44,29 @@ def test_probabilities_in_single_precision_lose_no_mass(gamma: float) -> None:
     assert mdp.expected_return(thirds) == pytest.approx(expected, rel=1e-6)
     assert float(mdp.visitation(thirds).sum()) == pytest.approx(expected, rel=1e-6)
     assert mdp.surrogate(thirds, thirds) == pytest.approx(expected, rel=1e-6)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("actions", [2, 3, 100, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_softmax_of_any_precision_gives_probabilities(dtype: torch.dtype, actions: int) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(2, 100, actions)
+    for policies in (logits.to(dtype).softmax(-1), logits.double().softmax(-1).to(dtype)):
+        assert (kl_by_state(*policies) >= 0).all()  # infinite where a probability is rounded to 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "excess"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+def test_what_no_rounding_leaves_is_no_probability(dtype: torch.dtype, excess: float) -> None:
+    even = torch.tensor([[0.5, 0.5]], dtype=dtype)
+    for sign in (1, -1):
+        with pytest.raises(TrustRegionError, match="old policy holds no probabilities"):
+            kl_by_state(even + torch.tensor([sign * excess, 0.0], dtype=dtype), even)
 
 
 def test_a_state_that_is_never_visited_adds_nothing_to_the_mean_kl() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class Place:
         self._count = len(entries)
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
-        """Bind what was there again; numbers beside moved tensors, and in lists that have shifted.
+        """Bind what was there again; numbers only beside moved tensors, and in shifted lists.
 
         Args:
             moved: Keys of the tensors and arrays that were written.
@@ -61,19 +63,21 @@ class Place:
         """
         now = self._entries if isinstance(self._entries, dict) else dict(enumerate(self._entries))
         changed = [key for key, value in self._before.items() if now.get(key, now) is not value]
-        shifted = bool(changed) and self._may_shift()
+        if changed and self._may_shift():
+            self._rebuild(final=final)
+            return
         moves = any(key in moved for key in self._contents)
         numbers = []
         for key in changed:
             value = self._before[key]
-            if type(value) in NUMBERS_AND_TEXTS and not shifted:  # else all go back, in turn
+            if type(value) in NUMBERS_AND_TEXTS:
                 numbers.append(key)
-            elif shifted or not (value is None and final):
-                self._put(key, value)
+            elif not (value is None and final):
+                self._entries[key] = value
                 moves |= _carries_tensors(value)
         for key in numbers:
             if moves or key == "training":
-                self._put(key, self._before[key])
+                self._entries[key] = self._before[key]
         if len(now) > self._count:
             new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]
             (self._make_plain if final else self._drop)(new)
@@ -85,11 +89,14 @@ class Place:
         full = getattr(self._entries, "maxlen", None) == len(self._entries)
         return full or len(self._entries) != self._count
 
-    def _put(self, key: Any, value: Any) -> None:
-        if isinstance(self._entries, dict) or key < len(self._entries):
-            self._entries[key] = value
-        else:
-            self._entries.append(value)
+    def _rebuild(self, *, final: bool) -> None:
+        """Put all items back in their places; behind them, what the last evaluation added."""
+        before, now = list(self._before.values()), list(self._entries)
+        added = _added(before, now) if final else []
+        limit = getattr(self._entries, "maxlen", None)
+        self._entries.clear()
+        self._entries.extend([*before, *added][:limit])
+        self._make_plain(range(len(before), len(self._entries)))
 
     def _drop(self, keys: list[Any]) -> None:
         """Remove new entries: all of a list or of what was empty, else those that carry tensors."""
@@ -98,12 +105,22 @@ class Place:
             if not kept or _carries_tensors(self._entries[key]):
                 del self._entries[key]
 
-    def _make_plain(self, keys: list[Any]) -> None:
+    def _make_plain(self, keys: Iterable[Any]) -> None:
         """Take the graph off what the last evaluation added, such as a view of a parameter."""
         for key in keys:
             value = self._entries[key]
             if _carries_graph(value):
                 self._entries[key] = value.detach()
+
+
+def _added(before: list[Any], now: list[Any]) -> list[Any]:
+    """Return the items that a list has gained; those in the place of a lost one are no gain."""
+    items = SequenceMatcher(None, list(map(id, before)), list(map(id, now)), autojunk=False)
+    added = []
+    for kind, start, end, first, last in items.get_opcodes():
+        if kind in ("insert", "replace"):
+            added += now[first + end - start : last]
+    return added
 
 
 def _carries_tensors(value: Any) -> bool:

@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -79,20 +78,17 @@ class Transaction:
         self._thread = threading.get_ident()
         self._ended = self._uncompiled = self.unwatched = False
         self._hooks: list[RemovableHandle] = []
+        self._memory: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def __enter__(self) -> Transaction:
         """Return the transaction itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Roll back unless the transaction has ended."""
+    def __exit__(self, *error: object) -> None:
+        """Roll back unless the transaction has ended; write what an interrupt kept from it."""
         if not self._ended:
             self.roll_back()
+        self._write_memory()
 
     def hold(self, closures: Iterable[Callable[..., Any]]) -> None:
         """Remember the policy's state; nothing is changed.
@@ -175,9 +171,8 @@ class Transaction:
         try:
             self.policy.rewind(final=final)
         finally:
-            for generator, state, drawn in zip(
-                self._generators, self._random, self._drawn, strict=True
-            ):
+            states = zip(self._generators, self._random, self._drawn, strict=True)
+            for generator, state, drawn in states:
                 if drawn:
                     generator.set_state(state)
             self.kept.unwrap()
@@ -234,6 +229,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
+        self._memory = []
         try:
             self._put(self.origin)
         except RuntimeError:  # torch does not write a parameter
@@ -242,10 +238,19 @@ class Transaction:
         self._settle()
 
     def commit(self, targets: Sequence[Tensor] = (), sources: Sequence[Tensor] = ()) -> None:
-        """Keep the parameters, and write sources into targets in one call; put back all else."""
+        """Keep the parameters, and write sources into targets in one call; put back all else.
+
+        An interrupt before all else has been put back undoes the step. After a later one, leaving
+        ``with`` writes what is not written yet.
+        """
+        self._memory = [(list(targets), list(sources))] if targets else []
         self._settle()
-        if targets:
-            copy_each(list(targets), list(sources))
+        self._write_memory()
+
+    def _write_memory(self) -> None:
+        for targets, sources in self._memory:
+            copy_each(targets, sources)  # which may be done twice
+        self._memory = []
 
     def _put(self, vector: Tensor) -> None:
         """Have the parameters that any move reached take their values from a vector."""
@@ -280,12 +285,8 @@ class Transaction:
         if all(self._moved):
             return
         origin = self._vector.scatter(self.origin)
-        written = [
-            not (moved or same_bits(local(parameter), local(before)))
-            for parameter, before, moved in zip(
-                self._vector.parameters, origin, self._moved, strict=True
-            )
-        ]
+        each = zip(self._vector.parameters, origin, self._moved, strict=True)
+        written = [not (moved or same_bits(local(now), local(old))) for now, old, moved in each]
         self._vector.write(origin, written)
 
     def _remember_replaced(self, module: nn.Module, name: str, value: Tensor | None) -> None:

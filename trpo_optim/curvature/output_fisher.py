@@ -125,7 +125,7 @@ def _smooth_term(kl: Tensor, crossings: Sequence[Crossing]) -> OutputFisher | st
     def written_out(vectors: Sequence[Tensor]) -> list[Tensor]:
         return [entry * vector for entry, vector in zip(diagonal, vectors, strict=True)]
 
-    is_diagonal = _is_of_gaussians(diagonal) or _agree(written_out, hessian, templates)
+    is_diagonal = _is_of_gaussians(diagonal) or _is_diagonal(diagonal, hessian)
     product: _Product = written_out if is_diagonal else hessian
     if not _decrement(templates, product) <= _STATIONARY:
         return "the KL is not stationary in the third value; return the distribution itself"
@@ -164,19 +164,18 @@ def _waves(templates: Sequence[Tensor]) -> list[Tensor]:
     return [piece.to(each).view_as(each) for piece, each in zip(pieces, templates, strict=True)]
 
 
-def _agree(left: _Product, right: _Product, templates: Sequence[Tensor]) -> bool:
-    """Return whether two products are the same, by one vector that lies along no axis.
+def _is_diagonal(entries: Sequence[Tensor], product: _Product) -> bool:
+    """Return whether M has only these entries, by one vector v that lies along no axis.
 
-    They are compared element by element: parts of the policy may differ by orders of magnitude. The
-    mean beside the element's own size is for what rounding leaves where the vector is near zero.
+    Every element is measured by its own entry, because parts of a policy may differ by orders of
+    magnitude. The entry beside |Mv| is for what rounding leaves where the vector is near zero.
     """
-    waves = _waves(templates)
-    pairs = list(zip(left(waves), right(waves), strict=True))
-    near = math.sqrt(torch.finfo(templates[0].dtype).eps)
+    waves = _waves(entries)
+    near = math.sqrt(torch.finfo(entries[0].dtype).eps)
     same = []
-    for ours, theirs in pairs:
-        size = theirs.abs()
-        same.append(((ours - theirs).abs() <= near * (size + size.mean())).all())
+    for entry, wave, image in zip(entries, waves, product(waves), strict=True):
+        allowed = near * (image.abs() + entry.abs())
+        same.append(((entry * wave - image).abs() <= allowed).all())
     return bool(torch.stack(same).all())
 
 

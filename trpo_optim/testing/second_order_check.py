@@ -15,6 +15,9 @@ from trpo_optim.testing.findings import Finding, Verdict, undecided
 
 __all__ = ["check_second_order"]
 
+_SCALES = (1.0, 1e-2, 1e-4)
+"""Where the KL's gradient is taken, in moves of a tenth of each parameter's length."""
+
 
 def check_second_order(subject: ClosureSubject) -> Finding:
     """The KL's products are those of its first derivatives, and it curves where the loss slopes."""
@@ -39,11 +42,18 @@ def check_second_order(subject: ClosureSubject) -> Finding:
 
 
 def _kl_slope_elsewhere(subject: ClosureSubject) -> Tensor:
-    """Return the gradient of the closures' KLs where it is zero only if it is so everywhere."""
+    """Return a sum of sizes of the KL's gradient, whose elements are zero only if they always are.
+
+    Far away, a unit that counts may be dead. Close by, the slope of a saturated policy rounds to
+    zero. A small move or its opposite leaves a unit alive.
+    """
     slope = torch.zeros_like(subject.transaction.origin)
-    with subject.at(subject.transaction.far_away()):
-        for part in subject.batch.parts:
-            slope += gradient_of(part.with_graph().kl, part).abs()
+    far = subject.transaction.far_away()
+    for scale in _SCALES:
+        for step in (scale * far, -scale * far):
+            with subject.at(step):
+                for part in subject.batch.parts:
+                    slope += gradient_of(part.with_graph().kl, part).abs()
     return slope
 
 

@@ -22,12 +22,13 @@ _ROUNDING = 0.05
 
 _REMEDY = (
     "Compute the old log-probabilities once before step(), and no part of the loss under detach() "
-    "or no_grad(): the line search compares values of the loss."
+    "or no_grad(): the line search compares values of the loss. Do not clamp the ratio at 1: "
+    "that is a kink."
 )
 
 
 def check_slope(subject: ClosureSubject) -> Finding:
-    """The loss rises and falls as its gradient foretells: no part of it is detached."""
+    """The loss rises and falls as its gradient foretells: it is not detached, and has no kink."""
     name = "loss slope"
     gradient = subject.loss_gradient()
     if not gradient.any() or not gradient.isfinite().all():
@@ -62,7 +63,7 @@ def check_slope(subject: ClosureSubject) -> Finding:
         return Finding(name, Verdict.UNDECIDED, figures, cause)
     cause = (
         f"Along its gradient, the loss changes by {best:.3g} times what the gradient foretells: a "
-        "part of it is detached."
+        "part of it is detached, or has a kink at the present policy."
     )
     return failed(name, figures, cause, _REMEDY)
 

@@ -44,7 +44,8 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
     The policies broadcast against each other, except for the last dimension.
 
     Raises:
-        TrustRegionError: If the last dimensions differ or hold no probabilities.
+        TrustRegionError: If the last dimensions differ or hold no probabilities, or the other ones
+            do not broadcast.
 
     Example:
         >>> import torch
@@ -55,10 +56,13 @@ def kl_by_state(old: Tensor, new: Tensor) -> Tensor:
     """
     require_probabilities("The old policy", old)
     require_probabilities("The new policy", new)
-    if old.shape[-1:] != new.shape[-1:]:
+    pairs = zip(reversed(old.shape[:-1]), reversed(new.shape[:-1]), strict=False)
+    broadcast = all(ours == theirs or 1 in (ours, theirs) for ours, theirs in pairs)
+    if old.shape[-1:] != new.shape[-1:] or not broadcast:
         raise TrustRegionError(
             f"The policies have shapes {tuple(old.shape)} and {tuple(new.shape)}; the last "
-            "dimensions, of actions, must be the same."
+            "dimensions, of actions, must be the same, and the other ones must broadcast. Pass two "
+            "policies of the same states, (S, A)."
         )
     kl = (torch.xlogy(old, old) - torch.xlogy(old, new)).sum(-1)
     return kl.clamp_min(0.0)  # rounding may bring it below

@@ -179,13 +179,30 @@ def require_probabilities(name: str, value: Tensor) -> None:
         raise TrustRegionError(
             f"{name} is a {type(value).__name__}; it must be a tensor. Pass torch.as_tensor of it."
         )
-    sums = value.sum(-1)
-    rounding = 32 * torch.finfo(sums.dtype).eps if sums.is_floating_point() else 0.0
-    if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > max(1e-6, rounding):
+    if not value.dim() or not value.numel():
+        raise TrustRegionError(
+            f"{name} has shape {tuple(value.shape)}; it must have at least one state and one "
+            "action. Pass probabilities whose last dimension sums to 1."
+        )
+    sums = value.sum(-1, dtype=torch.promote_types(value.dtype, torch.float32))
+    allowed = max(1e-6, _rounding(value.dtype))
+    if not bool((value >= 0).all()) or float((sums - 1).abs().max()) > allowed:
         raise TrustRegionError(
             f"{name} holds no probabilities: its last dimension must be non-negative and sum to 1. "
             f"The sums range from {float(sums.min()):g} to {float(sums.max()):g}."
         )
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return what rounding may leave of 1 where probabilities of a precision are summed.
+
+    In single precision, rounding of the many terms of a softmax counts. In half precision, that of
+    the probabilities themselves does, by at most half of eps.
+    """
+    if not dtype.is_floating_point:
+        return 0.0
+    eps = torch.finfo(dtype).eps
+    return min(32 * eps, max(1e-5, 2 * eps))
 
 
 def random_mdp(states: int, actions: int, gamma: float, seed: int) -> TabularMDP:
