@@ -84,6 +84,16 @@ def rebound(layer: Stateful, x: Tensor) -> None:
     layer.count += len(x)
 
 
+def counted_buffer(layer: Stateful, x: Tensor) -> None:
+    layer.tallied.add_(1)
+    layer.count += len(x)
+
+
+def counted_and_replaced_buffer(layer: Stateful, x: Tensor) -> None:
+    layer.bound = layer.bound + x.detach().mean()
+    layer.count += len(x)
+
+
 def rebound_item(layer: Stateful, x: Tensor) -> None:
     layer.named["mean"] = layer.named["mean"] + x.detach().mean()
 
@@ -125,6 +135,8 @@ WRITES: dict[str, Callable[[Stateful, Tensor], object]] = {
     ),
     "an attribute": lambda layer, x: layer.plain.add_(1),
     "an attribute and its count": rebound,
+    "a buffer and its count": counted_buffer,
+    "a buffer replaced and its count": counted_and_replaced_buffer,
     "an attribute of other memory": resized,
     "an attribute resized": lambda layer, x: layer.plain.resize_(5).fill_(1),
     "an item": rebound_item,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -45,14 +45,26 @@ class Place:
     Args:
         entries: A dict, or a list or deque.
         before: What ``remembered`` said of them.
-        contents: Keys of the tensors and arrays among them.
+        contents: Keys of the tensors and arrays among them, and beside them in the same object.
+        beside: Other places of the same object, which are rewound first: a module's buffers.
+
+    Attributes:
+        moves: Whether a tensor or array was written or bound anew.
     """
 
-    def __init__(self, entries: Any, before: dict[Any, Any], contents: list[int]) -> None:
+    def __init__(
+        self,
+        entries: Any,
+        before: dict[Any, Any],
+        contents: list[int],
+        beside: Sequence[Place] = (),
+    ) -> None:
         self._entries = entries
         self._before = before
         self._contents = contents
         self._count = len(entries)
+        self._beside = beside
+        self.moves = False
 
     def rewind(self, moved: set[int], *, final: bool) -> None:
         """Bind what was there again; numbers only beside moved tensors, and in shifted lists.
@@ -66,7 +78,8 @@ class Place:
         if changed and self._may_shift():
             self._rebuild(final=final)
             return
-        moves = any(key in moved for key in self._contents)
+        self.moves = any(key in moved for key in self._contents)
+        self.moves |= any(place.moves for place in self._beside)
         numbers = []
         for key in changed:
             value = self._before[key]
@@ -74,9 +87,9 @@ class Place:
                 numbers.append(key)
             elif not (value is None and final):
                 self._entries[key] = value
-                moves |= _carries_tensors(value)
+                self.moves |= _carries_tensors(value)
         for key in numbers:
-            if moves or key == "training":
+            if self.moves or key == "training":
                 self._entries[key] = self._before[key]
         if len(now) > self._count:
             new = [key for key in now if key not in self._before and key not in _OF_EVERY_MODULE]

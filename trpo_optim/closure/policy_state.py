@@ -199,7 +199,8 @@ class _Held:
                         entries, name, content_of, bound=named, buffers=key == "_buffers"
                     )
             if not type(found).__module__.startswith(_WITH_A_STATE_OF_THEIR_OWN):
-                self._look_into(vars(found), name, content_of)
+                beside = list(self.contents), list(self.places)
+                self._look_into(vars(found), name, content_of, beside=beside)
         else:
             self._look_into(_entries_of(found), name, content_of)
 
@@ -211,8 +212,12 @@ class _Held:
         *,
         bound: bool = True,
         buffers: bool = False,
+        beside: tuple[list[int], list[Place]] = ([], []),
     ) -> None:
-        """Remember attributes or items, and what is inside of these."""
+        """Remember attributes or items, and what is inside of these.
+
+        With ``beside``, the contents and places of the same object, numbers go back with these.
+        """
         for level, place, before in _levels(entries, name):
             contents: list[int] = []
             for key, value in before.items():
@@ -223,7 +228,8 @@ class _Held:
                     self.generators.append(put_back)
             self.contents += contents
             if not isinstance(level, tuple) and (bound or level is not entries):
-                self.places.append(Place(level, before, contents))
+                near, places = beside if level is entries else ([], [])
+                self.places.append(Place(level, before, [*contents, *near], places))
 
 
 def _entries_of(found: Any) -> Any:
