@@ -91,7 +91,7 @@ def policy_closure(
 
     The old policy is the policy at this call, which leaves the random state as it was: a step right
     after it sees the same dropout masks. The KL is one per sample. The third value is the
-    distribution.
+    distribution. A warning says if another policy than this one drew a single batch.
 
     Earlier batches make the step less noisy. Each ratio is taken to the policy that drew the
     action, ``batch.log_prob``. The KL is still that of the step: from the old policy, on the states
