@@ -90,7 +90,7 @@ def fit_value(
         raise TrustRegionError("targets holds NaN or infinity; every target must be a number.")
     require_no_graph("targets", targets)
     require_counts(epochs=epochs, minibatch=minibatch)
-    targets = targets.to(torch.result_type(targets, 1.0))
+    targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
 
     @torch.no_grad()
     def predictions() -> Tensor:
@@ -124,7 +124,8 @@ def _error(
     """Return the mean squared error, its gradients in place; check the first of all."""
     optimizer.zero_grad()
     values = values_by(critic, observations, len(targets))
-    loss = mse_loss(values.to(torch.promote_types(values.dtype, targets.dtype)), targets)
+    common = torch.promote_types(values.dtype, targets.dtype)  # torch 2.6 needs one for both
+    loss = mse_loss(values.to(common), targets.to(common))
     if first:
         _require_learning(loss, optimizer)
     loss.backward()
