@@ -202,7 +202,7 @@ The plain estimator has a slope on any one sample.
 | `moving kl` | a KL that stays zero, since the old policy is made inside the closure |
 | `kl` | a KL that is not least at the present parameters, or not smooth there |
 | `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
-| `loss` | a wrong sign, shapes that broadcast, a loss over padding; it notes log-probabilities that are clearly stale |
+| `loss` | a wrong sign, shapes that broadcast, a loss over padding; notes stale log-probabilities |
 | `loss slope` | a loss whose values do not follow its gradient: a part is detached, or has a kink |
 | `second order` | a loss on parameters, or rows of a weight, on which the KL does not depend |
 
