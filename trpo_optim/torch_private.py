@@ -50,6 +50,7 @@ from torch.overrides import _pop_mode as pop_mode
 __all__ = [
     "InverseTransform",
     "OpOverload",
+    "autocast_put_back",
     "autograd_clock",
     "compiler_is_imported",
     "copy_each",
@@ -141,6 +142,31 @@ def transforms_undone() -> Iterator[None]:
     finally:
         while (_maybe_current_level() or 0) > before:
             _grad_decrement_nesting()
+
+
+def autocast_put_back(device: torch.device) -> Callable[[], None]:
+    """Return what ends the autocast blocks of this thread that an interrupt has kept from ending.
+
+    Args:
+        device: Where the blocks compute.
+    """
+    depth = _autocast_depth()
+    known = torch.amp.is_autocast_available(device.type)
+    enabled = known and torch.is_autocast_enabled(device.type)
+
+    def put_back() -> None:
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        if known:
+            torch.set_autocast_enabled(device.type, enabled)
+
+    return put_back
+
+
+def _autocast_depth() -> int:
+    """Return in how many autocast blocks this thread is."""
+    # On one line, so that an interrupt leaves no increment behind.
+    return torch.autocast_decrement_nesting() if torch.autocast_increment_nesting() else 0
 
 
 def saves_by_hooks() -> bool:

@@ -66,6 +66,13 @@ def global_hooks() -> list[dict[int, Any]]:
     ]
 
 
+def autocast_depth() -> int:
+    """Return in how many autocast blocks this thread is."""
+    depth: int = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
 def put_switches_back() -> None:
     for switch in (differentiable, uncompiled, without_cudnn):
         switch._lock, switch._holders, switch._held = threading.RLock(), [], None
@@ -140,6 +147,7 @@ def test_an_interrupt_before_any_line_leaves_the_old_state_or_the_whole_step(
             assert torch.equal(problem.vector(), finished.vector()), seen[-1]
         outcomes.add(bool(changed))
         assert global_hooks() == hooks, seen[-1]
+        assert autocast_depth() == 0, seen[-1]
     assert False in outcomes or only_new
     assert after.training == Snapshot.of(finished.policy).training
 

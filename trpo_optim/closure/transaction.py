@@ -24,7 +24,7 @@ from trpo_optim.closure.policy_state import PolicyState
 from trpo_optim.closure.random_state import generators
 from trpo_optim.closure.torch_switches import differentiable, uncompiled
 from trpo_optim.long_vectors import norm
-from trpo_optim.torch_private import copy_each
+from trpo_optim.torch_private import autocast_put_back, copy_each
 
 __all__ = ["HIDDEN", "Transaction"]
 
@@ -70,13 +70,13 @@ class Transaction:
         self._generators = generators([vector.device])
         self._random = self.random_states()
         self._drawn = [False] * len(self._generators)
-        self._drew = False
         self.policy = PolicyState(vector.parameters, vector.fsdp)
         self.kept = KeptTensors()
         self._moved = [False] * len(vector.parameters)
         self._replaced: dict[tuple[int, str], _Replaced] = {}
         self._thread = threading.get_ident()
-        self._ended = self._uncompiled = self.unwatched = False
+        self._ended = self._uncompiled = self.unwatched = self._drew = False
+        self._put_autocast_back = autocast_put_back(vector.device)
         self._hooks: list[RemovableHandle] = []
         self._memory: list[tuple[list[Tensor], list[Tensor]]] = []
 
@@ -273,6 +273,7 @@ class Transaction:
                 self._remove_hooks()
                 uncompiled.release(self)
                 differentiable.release(self)
+                self._put_autocast_back()
         self._ended = True
 
     def _remove_hooks(self, keep: int = 0) -> None:
