@@ -12,8 +12,10 @@ from torch.distributions import (
     ContinuousBernoulli,
     Geometric,
     Independent,
+    MultivariateNormal,
     Normal,
     Poisson,
+    kl_divergence,
 )
 
 from trpo_optim import joint_kl
@@ -99,3 +101,41 @@ def test_the_kl_of_a_geometric_does_not_depend_on_what_was_read_before() -> None
     for each in (old, new):
         each.log_prob(torch.tensor(1.0))
     assert joint_kl(old, new) == before
+
+
+@pytest.mark.parametrize("dimensions", [3, 32, 128])
+@pytest.mark.parametrize("kl", [1e-2, 1e-4])
+@pytest.mark.parametrize("width", [1e-12, 1e-2, 1e12])
+def test_the_kl_of_a_multivariate_normal_is_right_in_single_precision(
+    dimensions: int, kl: float, width: float
+) -> None:
+    torch.manual_seed(0)
+    lower = torch.randn(16, dimensions, dimensions).tril(-1) / dimensions
+    root = width * (lower + torch.diag_embed(torch.randn(16, dimensions).exp()))
+    loc, move = 10 * width * torch.randn(16, dimensions), (kl / dimensions) ** 0.5
+    new_root = root * (1 + move * torch.randn_like(root))
+    new_loc = loc + move * (root @ torch.randn(16, dimensions, 1)).squeeze(-1)
+
+    def normal(mean: Tensor, factor: Tensor, dtype: torch.dtype) -> MultivariateNormal:
+        return MultivariateNormal(mean.to(dtype), scale_tril=factor.to(dtype))
+
+    found, exact = (
+        kl_of(normal(loc, root, dtype), normal(new_loc, new_root, dtype))
+        for kl_of, dtype in ((joint_kl, torch.float32), (kl_divergence, torch.float64))
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=0.0)
+
+
+def test_multivariate_normals_may_share_a_scale_or_be_far_apart() -> None:
+    torch.manual_seed(0)
+    one, two = (torch.eye(3) * width + torch.rand(3, 3).tril(-1) for width in (1e-4, 1e4))
+    loc, every = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    for ours, theirs in [(one, two), (two, one), (one, two.expand(2, 5, 3, 3)), (two, two.clone())]:
+        old = MultivariateNormal(loc, scale_tril=ours)
+        new = MultivariateNormal(-loc, scale_tril=theirs)
+        wide = [
+            MultivariateNormal(each.loc.double(), scale_tril=each.scale_tril.double())
+            for each in (old, new)
+        ]
+        found, exact = joint_kl(old, new, mask=every), kl_divergence(*wide).flatten()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
