@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     ContinuousBernoulli,
+    Exponential,
     Geometric,
+    Gumbel,
     Independent,
     MultivariateNormal,
     Normal,
@@ -139,3 +141,40 @@ def test_multivariate_normals_may_share_a_scale_or_be_far_apart() -> None:
         ]
         found, exact = joint_kl(old, new, mask=every), kl_divergence(*wide).flatten()
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", [1e-2, 1e-4])
+@pytest.mark.parametrize("distance", [1.0, 1e4, 1e6])
+@pytest.mark.parametrize("width", [1e-12, 1.0, 1e12])
+def test_the_kl_of_gumbels_far_from_zero(distance: float, width: float, kl: float) -> None:
+    torch.manual_seed(0)
+    scale = width * (0.5 + torch.rand(256))
+    loc = distance * width * (1 + torch.rand(256))
+    new_loc = loc + (2 * kl) ** 0.5 * scale * torch.randn(256)
+    new_scale = scale * (1 + (2 * kl) ** 0.5 * torch.randn(256))
+    found = joint_kl(Gumbel(loc, scale), Gumbel(new_loc, new_scale))
+    ratio, shift = ((a.double() / b.double()) for a, b in ((scale, new_scale), (loc, new_scale)))
+    shift -= new_loc.double() / new_scale.double()
+    euler = 0.5772156649015329
+    mean_of_exp = (torch.lgamma(1 + ratio) - shift).exp()
+    expected = shift - ratio.log() + euler * (ratio - 1) + mean_of_exp - 1
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kl", [1e-2, 1e-4])
+def test_the_kl_of_many_exponentials_is_right_in_single_precision(kl: float) -> None:
+    torch.manual_seed(0)
+    rate = 0.3 + torch.rand(400)
+    new_rate = rate * (1 + (2 * kl / 400) ** 0.5 * torch.randn(400))
+    old, new = (Independent(Exponential(each), 1) for each in (rate, new_rate))
+    exact = kl_divergence(*(Exponential(each.double()) for each in (rate, new_rate))).sum()
+    assert float(joint_kl(old, new)) == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [1e-20, 1e-4, 0.6, 1.4, 1e4, 1e20])
+def test_the_kl_of_exponentials_of_any_rates_and_its_slope(ratio: float) -> None:
+    rate = torch.tensor(ratio, requires_grad=True)
+    kl = joint_kl(Exponential(torch.tensor(1.0)), Exponential(rate))
+    (slope,) = torch.autograd.grad(kl, rate)
+    assert float(kl.detach()) == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-5)
+    assert float(slope) == pytest.approx(1 - 1 / ratio, rel=1e-5)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import (
     ContinuousBernoulli,
     Distribution,
+    Exponential,
     MultivariateNormal,
     Normal,
     Poisson,
@@ -44,6 +45,10 @@ def _multivariate_normal_kl(old: MultivariateNormal, new: MultivariateNormal) ->
     shift: Tensor = squared_distance(theirs, old.loc - new.loc)
     squares: Tensor = change.square().sum((-2, -1)) + shift
     return 0.5 * squares + _excess(ours.diagonal(0, -2, -1), theirs.diagonal(0, -2, -1)).sum(-1)
+
+
+def _exponential_kl(old: Exponential, new: Exponential) -> Tensor:
+    return _excess(new.rate, old.rate)
 
 
 def _excess(value: Tensor, base: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ def _wishart_kl(old: Wishart, new: Wishart) -> Tensor:
 
 CLOSED_FORMS: dict[type[Distribution], Callable[[Any, Any], Tensor]] = {
     ContinuousBernoulli: _continuous_bernoulli_kl,
+    Exponential: _exponential_kl,
     MultivariateNormal: _multivariate_normal_kl,
     Normal: _normal_kl,
     Poisson: _poisson_kl,

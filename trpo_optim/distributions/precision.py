@@ -13,6 +13,7 @@ from torch.distributions import (
     Dirichlet,
     Distribution,
     Gamma,
+    Gumbel,
     LowRankMultivariateNormal,
     Poisson,
     Wishart,
@@ -20,7 +21,7 @@ from torch.distributions import (
 
 __all__ = ["at_least_single", "for_kl", "given_by_probabilities", "widened"]
 
-_CANCELLING = (Beta, Dirichlet, Gamma, Poisson, LowRankMultivariateNormal, Wishart)
+_CANCELLING = (Beta, Dirichlet, Gamma, Gumbel, Poisson, LowRankMultivariateNormal, Wishart)
 """Families whose closed form is a small difference of large numbers."""
 
 _DistributionT = TypeVar("_DistributionT", bound=Distribution)
