@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
+    Cauchy,
     ContinuousBernoulli,
     Exponential,
     Geometric,
@@ -178,3 +179,37 @@ def test_the_kl_of_exponentials_of_any_rates_and_its_slope(ratio: float) -> None
     (slope,) = torch.autograd.grad(kl, rate)
     assert float(kl.detach()) == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-5)
     assert float(slope) == pytest.approx(1 - 1 / ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize("kl", [1e-2, 1e-4])
+@pytest.mark.parametrize("width", [1e-18, 1e-12, 1.0, 1e12, 1e25])
+def test_the_kl_of_cauchys_of_any_width_and_its_curvature(width: float, kl: float) -> None:
+    torch.manual_seed(0)
+    scale = 0.5 + torch.rand(400)
+    loc, move = torch.randn(400), (4 * kl / 400) ** 0.5
+    raw = torch.stack(
+        [loc + move * scale * torch.randn(400), scale * (1 + move * torch.randn(400))]
+    )
+    (loc, scale), given = width * torch.stack([loc, scale]), (width * raw)
+    double = [Cauchy(*pair.double()) for pair in (torch.stack([loc, scale]), given)]
+    old, new = (Independent(Cauchy(*pair), 1) for pair in ((loc, scale), given))
+    assert float(joint_kl(old, new)) == pytest.approx(float(_cauchy_kl(*double)), rel=1e-4)
+
+    def kl_from(free: Tensor) -> Tensor:
+        return joint_kl(Cauchy(loc[0], scale[0]), Cauchy(width * free[0], width * free[1]))
+
+    curvature = torch.autograd.functional.hessian(kl_from, torch.stack([loc, scale])[:, 0] / width)
+    expected = torch.eye(2) / (2 * (scale[0] / width) ** 2)  # the Fisher matrix
+    torch.testing.assert_close(curvature, expected, rtol=1e-4, atol=1e-6)
+
+
+def _cauchy_kl(old: Cauchy, new: Cauchy) -> Tensor:
+    """Return the closed form in double precision, which has no squares that are out of range."""
+    squares = (old.scale + new.scale).square() + (old.loc - new.loc).square()
+    return (squares.log() - (4 * old.scale * new.scale).log()).sum()
+
+
+@pytest.mark.parametrize("ratio", [1e-15, 1e-4, 0.6, 1.4, 1e4, 1e15])
+def test_the_kl_of_cauchys_of_any_widths(ratio: float) -> None:
+    kl = joint_kl(Cauchy(0.0, torch.tensor(1.0)), Cauchy(0.0, torch.tensor(ratio)))
+    assert float(kl) == pytest.approx(2 * math.log1p(ratio) - math.log(4 * ratio), rel=1e-5)

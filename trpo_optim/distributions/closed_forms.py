@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import (
+    Cauchy,
     ContinuousBernoulli,
     Distribution,
     Exponential,
@@ -45,6 +46,18 @@ def _multivariate_normal_kl(old: MultivariateNormal, new: MultivariateNormal) ->
     shift: Tensor = squared_distance(theirs, old.loc - new.loc)
     squares: Tensor = change.square().sum((-2, -1)) + shift
     return 0.5 * squares + _excess(ours.diagonal(0, -2, -1), theirs.diagonal(0, -2, -1)).sum(-1)
+
+
+def _cauchy_kl(old: Cauchy, new: Cauchy) -> Tensor:
+    """Return the KL in units of the new scale, whose square may be too small or large a number.
+
+    Source:
+        F. Chyzak, F. Nielsen, "A closed-form formula for the Kullback-Leibler divergence between
+        Cauchy distributions" (2019), arXiv:1905.10965.
+    """
+    ratio = old.scale / new.scale
+    change, shift = (old.scale - new.scale) / new.scale, (old.loc - new.loc) / new.scale
+    return ((change.square() + shift.square()) / (4 * ratio)).log1p()
 
 
 def _exponential_kl(old: Exponential, new: Exponential) -> Tensor:
@@ -116,6 +129,7 @@ def _wishart_kl(old: Wishart, new: Wishart) -> Tensor:
 
 
 CLOSED_FORMS: dict[type[Distribution], Callable[[Any, Any], Tensor]] = {
+    Cauchy: _cauchy_kl,
     ContinuousBernoulli: _continuous_bernoulli_kl,
     Exponential: _exponential_kl,
     MultivariateNormal: _multivariate_normal_kl,
