@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.functional import hessian
 from torch.distributions import (
     Bernoulli,
+    Categorical,
     Cauchy,
     ContinuousBernoulli,
     Exponential,
@@ -198,7 +200,7 @@ def test_the_kl_of_cauchys_of_any_width_and_its_curvature(width: float, kl: floa
     def kl_from(free: Tensor) -> Tensor:
         return joint_kl(Cauchy(loc[0], scale[0]), Cauchy(width * free[0], width * free[1]))
 
-    curvature = torch.autograd.functional.hessian(kl_from, torch.stack([loc, scale])[:, 0] / width)
+    curvature = hessian(kl_from, torch.stack([loc, scale])[:, 0] / width)
     expected = torch.eye(2) / (2 * (scale[0] / width) ** 2)  # the Fisher matrix
     torch.testing.assert_close(curvature, expected, rtol=1e-4, atol=1e-6)
 
@@ -213,3 +215,28 @@ def _cauchy_kl(old: Cauchy, new: Cauchy) -> Tensor:
 def test_the_kl_of_cauchys_of_any_widths(ratio: float) -> None:
     kl = joint_kl(Cauchy(0.0, torch.tensor(1.0)), Cauchy(0.0, torch.tensor(ratio)))
     assert float(kl) == pytest.approx(2 * math.log1p(ratio) - math.log(4 * ratio), rel=1e-5)
+
+
+@pytest.mark.parametrize("gap", [20.0, 88.0, 95.0, 103.0, 200.0])
+def test_the_kl_of_a_softmax_has_the_fisher_matrix_where_a_probability_is_denormal(
+    gap: float,
+) -> None:
+    logits = torch.tensor([0.3, -0.2, -gap])
+    old = Categorical(probs=logits.softmax(-1))
+    curvature = hessian(lambda z: joint_kl(old, Categorical(probs=z.softmax(-1))), logits)
+    fisher = torch.diag(old.probs) - torch.outer(old.probs, old.probs)
+    torch.testing.assert_close(curvature, fisher, rtol=1e-5, atol=1e-7)
+    other = Categorical(probs=torch.tensor([0.5, 0.4, -gap]).softmax(-1))
+    a, b = (each.probs.double() for each in (old, other))
+    a, b = a[:2], b[:2]  # the third adds less than 1e-7
+    assert float(joint_kl(old, other)) == pytest.approx(float((a * (a / b).log()).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("gap", [20.0, 95.0, 200.0])
+def test_the_kl_of_a_sigmoid_has_the_fisher_matrix_where_a_probability_is_denormal(
+    gap: float,
+) -> None:
+    logit = torch.tensor(-gap)
+    old = Bernoulli(probs=logit.sigmoid())
+    curvature = hessian(lambda z: joint_kl(old, Bernoulli(probs=z.sigmoid())), logit)
+    torch.testing.assert_close(curvature, old.probs * (1 - old.probs), rtol=1e-5, atol=1e-7)

@@ -136,9 +136,18 @@ def _has_own_kl(dist: Distribution) -> bool:
 def _categorical_kl(old: Categorical, new: Categorical) -> Tensor:
     """Return the KL; infinite where the new policy rules out what the old one does."""
     old, new = at_least_single(old), at_least_single(new)
-    out = old.probs == 0
+    out = _never(old.probs, new)
     change = _log_probabilities(old, out) - _log_probabilities(new, out)
     return old.probs.mul(change).sum(-1)
+
+
+def _never(chance: Tensor, new: Any) -> Tensor:
+    """Return where the old policy's probabilities add nothing to the KL.
+
+    Where probabilities are given, the slope of ln p is 1/p, which is infinite for the denormal p of
+    a softmax.
+    """
+    return chance <= (torch.finfo(chance.dtype).tiny if given_by_probabilities(new) else 0)
 
 
 def _log_probabilities(dist: Categorical, out: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ def _bernoulli_kl(old: Any, new: Any) -> Tensor:
     terms = []
     for sign in (1, -1):  # the event, and its absence
         weight = _chance(old, sign)
-        out = weight == 0
+        out = _never(weight, new)
         change = _log_chance(old, sign, out) - _log_chance(new, sign, out)
         terms.append(weight * change)
     return torch.add(*terms)
