@@ -14,7 +14,7 @@ Some are attributes, which cannot be imported:
 - the names of torch functions, such as ``__set__`` of ``Tensor.data``, in
   ``closure.interception``;
 - ``_categorical`` of ``OneHotCategorical``, ``_param`` of ``Categorical``, ``Bernoulli`` and
-  ``Binomial``, ``_unbroadcasted_*`` of ``LowRankMultivariateNormal`` and ``Wishart``, and
+  ``Binomial``, ``_unbroadcasted_*`` of the multivariate normals and ``Wishart``, and
   ``_cached_x_y`` and ``_inv`` of transforms, in ``distributions``;
 - ``_validate_args`` of ``Distribution``, in ``testing.argument_checks``;
 - ``_is_root``, ``_state_ctx.all_states``, ``_fsdp_param_groups`` and ``_unsharded_param`` of FSDP's
@@ -43,6 +43,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as version_kept
 from torch.distributions.kl import _dispatch_kl as kl_rule
 from torch.distributions.kl import _kl_transformed_transformed as kl_of_bases
+from torch.distributions.multivariate_normal import _batch_mahalanobis as squared_distance
 from torch.distributions.transforms import _InverseTransform as InverseTransform
 from torch.overrides import _get_current_function_mode as current_mode
 from torch.overrides import _pop_mode as pop_mode
@@ -68,6 +69,7 @@ __all__ = [
     "own_again",
     "pop_mode",
     "saves_by_hooks",
+    "squared_distance",
     "storage_of",
     "swap_contents",
     "transforms_undone",

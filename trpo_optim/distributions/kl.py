@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,21 +11,18 @@ from torch.distributions import (
     Bernoulli,
     Binomial,
     Categorical,
-    ContinuousBernoulli,
     Distribution,
     Geometric,
     Independent,
-    Normal,
     OneHotCategorical,
     Pareto,
-    Poisson,
     TransformedDistribution,
     Uniform,
-    Wishart,
     kl_divergence,
 )
 from torch.nn.functional import softplus
 
+from trpo_optim.distributions.closed_forms import CLOSED_FORMS
 from trpo_optim.distributions.constants import alike, learned
 from trpo_optim.distributions.parts import name_of, require_shapes
 from trpo_optim.distributions.precision import (
@@ -120,8 +116,8 @@ def _kl(old: Any, new: Any) -> Tensor:
         return _bernoulli_kl(*map(_trial, (old, new))) / _chance(_trial(old), 1)
     _require_fixed_support(old, new)
     old, new = for_kl(old), for_kl(new)
-    if type(old) in _EXACT:
-        return _EXACT[type(old)](old, new)
+    if type(old) in CLOSED_FORMS:
+        return CLOSED_FORMS[type(old)](old, new)
     try:
         kl: Tensor = kl_divergence(old, new)
     except NotImplementedError as error:
@@ -140,9 +136,18 @@ def _has_own_kl(dist: Distribution) -> bool:
 def _categorical_kl(old: Categorical, new: Categorical) -> Tensor:
     """Return the KL; infinite where the new policy rules out what the old one does."""
     old, new = at_least_single(old), at_least_single(new)
-    out = old.probs == 0
+    out = _never(old.probs, new)
     change = _log_probabilities(old, out) - _log_probabilities(new, out)
     return old.probs.mul(change).sum(-1)
+
+
+def _never(chance: Tensor, new: Any) -> Tensor:
+    """Return where the old policy's probabilities add nothing to the KL.
+
+    Where probabilities are given, the slope of ln p is 1/p, which is infinite for the denormal p of
+    a softmax.
+    """
+    return chance <= (torch.finfo(chance.dtype).tiny if given_by_probabilities(new) else 0)
 
 
 def _log_probabilities(dist: Categorical, out: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ def _bernoulli_kl(old: Any, new: Any) -> Tensor:
     terms = []
     for sign in (1, -1):  # the event, and its absence
         weight = _chance(old, sign)
-        out = weight == 0
+        out = _never(weight, new)
         change = _log_chance(old, sign, out) - _log_chance(new, sign, out)
         terms.append(weight * change)
     return torch.add(*terms)
@@ -202,59 +207,6 @@ def _trial(dist: Any) -> Bernoulli:
     return Bernoulli(**given, validate_args=False)
 
 
-def _normal_kl(old: Normal, new: Normal) -> Tensor:
-    """Return the KL by the relative change of the variance, which near 0 is not rounded away."""
-    relative = (old.scale - new.scale) / new.scale
-    change = relative * (relative + 2)
-    near = change.abs() < 0.5
-    far = 2 * (old.scale.log() - new.scale.log())
-    logs = torch.where(near, change.masked_fill(~near, 0).log1p(), far)
-    shift = (old.loc - new.loc) / new.scale
-    return 0.5 * (shift.square() + (change - logs))
-
-
-def _poisson_kl(old: Poisson, new: Poisson) -> Tensor:
-    """Return the KL, also where the old rate is 0."""
-    logs = new.rate.masked_fill(old.rate == 0, 1).log()
-    return torch.xlogy(old.rate, old.rate) - old.rate * logs - old.rate + new.rate
-
-
-def _continuous_bernoulli_kl(old: Any, new: Any) -> Tensor:
-    """Return the KL of x ↦ exp(ηx − A(η)) on [0, 1] in double precision: A cancels."""
-    ours, theirs = (_logit(each) for each in (old, new))
-    spread, mean = _log_partition(ours)
-    return (_log_partition(theirs)[0] - spread) - mean * (theirs - ours)
-
-
-def _logit(dist: Any) -> Tensor:
-    if not given_by_probabilities(dist):
-        return widened(dist.logits, torch.float64)
-    chance = widened(dist.probs, torch.float64)
-    return chance.log() - (-chance).log1p()
-
-
-def _log_partition(eta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A(η) = ln((e^η − 1)/η) and A'(η)."""
-    small = eta.abs() < 1e-2
-    safe = torch.where(small, 1.0, eta)
-    size = safe.abs()
-    wide = torch.relu(safe) + (-(-size).exp()).log1p() - size.log()
-    slope = -(-safe).expm1().reciprocal() - 1 / safe
-    square = eta.square()
-    narrow = eta / 2 + square / 24 - square.square() / 2880
-    near = 0.5 + eta / 12 - eta * square / 720
-    return torch.where(small, narrow, wide), torch.where(small, near, slope)
-
-
-_EXACT: dict[type[Distribution], Callable[[Any, Any], Tensor]] = {
-    ContinuousBernoulli: _continuous_bernoulli_kl,
-    Normal: _normal_kl,
-    Poisson: _poisson_kl,
-    Wishart: lambda old, new: _wishart_kl(old, new),
-}
-"""Families whose rule in torch cancels or is undefined where the KL is small."""
-
-
 def _require_fixed_support(old: Any, new: Any) -> None:
     """Refuse families whose KL is infinite in one direction, wherever their support may move."""
     for name in _SUPPORT.get(type(old), ()):
@@ -265,29 +217,6 @@ def _require_fixed_support(old: Any, new: Any) -> None:
                 "wherever the support shrinks, however little, so no trust region exists. Use a "
                 "family with a fixed support: Beta on an interval, Gamma on a half-line."
             )
-
-
-def _wishart_kl(old: Wishart, new: Wishart) -> Tensor:
-    """Return the KL, element by element of the batch, as torch's rule does not.
-
-    Source:
-        W. D. Penny, "KL-Divergences of Normal, Gamma, Dirichlet and Wishart densities" (2001).
-    """
-    size = old.event_shape[-1]
-    ours, theirs = old._unbroadcasted_scale_tril, new._unbroadcasted_scale_tril
-    ratio = torch.linalg.solve_triangular(theirs, ours, upper=False)
-    trace = ratio.square().sum((-2, -1))
-    log_det = 2 * (ours.diagonal(0, -2, -1).log() - theirs.diagonal(0, -2, -1).log()).sum(-1)
-    halves = torch.arange(size, dtype=old.df.dtype, device=old.df.device) / 2
-    spread = (old.df.unsqueeze(-1) / 2 - halves).digamma().sum(-1)
-    kl: Tensor = (
-        -new.df / 2 * log_det
-        + old.df / 2 * (trace - size)
-        + torch.mvlgamma(new.df / 2, size)
-        - torch.mvlgamma(old.df / 2, size)
-        + (old.df - new.df) / 2 * spread
-    )
-    return kl
 
 
 def _trials(old: Any, new: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
+from trpo_optim.distributions.densities import for_density
 from trpo_optim.distributions.frozen import PolicyT
 from trpo_optim.distributions.joint import batch_dims_within, over_action, require_plain, summed
 from trpo_optim.distributions.kl import kl_of_family
@@ -29,7 +30,7 @@ from trpo_optim.distributions.parts import (
     require_valid,
     tensors,
 )
-from trpo_optim.distributions.precision import at_least_single, widened
+from trpo_optim.distributions.precision import widened
 from trpo_optim.errors import TrustRegionError
 
 __all__ = ["entropy", "joint_kl", "log_prob", "mean_kl", "sample"]
@@ -267,9 +268,8 @@ def _log_prob(dist: Distribution, action: Tensor, place: str) -> Tensor:
     )
     if not fits and dist.event_shape:
         raise error
-    wide = at_least_single(dist)
     try:
-        logs = wide.log_prob(action if wide is dist else widened(action, torch.float32))
+        logs = for_density(dist).log_prob(widened(action, torch.float32))
     except (RuntimeError, ValueError) as refusal:
         if fits:
             raise
@@ -292,7 +292,7 @@ def _joint_entropy(dist: Any, batch_dims: int | None) -> Tensor:
         parts = dist.values() if isinstance(dist, Mapping) else dist
         return summed([_joint_entropy(part, within) for part in parts])
     try:
-        values: Tensor = at_least_single(dist).entropy()
+        values: Tensor = for_density(dist).entropy()
     except NotImplementedError as error:
         raise TrustRegionError(
             f"The entropy of {name_of(dist)} has no closed form. Use the mean of -log_prob."

@@ -13,14 +13,15 @@ from torch.distributions import (
     Dirichlet,
     Distribution,
     Gamma,
+    Gumbel,
     LowRankMultivariateNormal,
     Poisson,
     Wishart,
 )
 
-__all__ = ["at_least_single", "for_kl", "given_by_probabilities", "widened"]
+__all__ = ["at_least_single", "for_kl", "given_by_probabilities", "in_double", "widened"]
 
-_CANCELLING = (Beta, Dirichlet, Gamma, Poisson, LowRankMultivariateNormal, Wishart)
+_CANCELLING = (Beta, Dirichlet, Gamma, Gumbel, Poisson, LowRankMultivariateNormal, Wishart)
 """Families whose closed form is a small difference of large numbers."""
 
 _DistributionT = TypeVar("_DistributionT", bound=Distribution)
@@ -47,6 +48,12 @@ def at_least_single(dist: _DistributionT) -> _DistributionT:
     return wide
 
 
+def in_double(dist: _DistributionT) -> _DistributionT:
+    """Return a distribution in double precision; on MPS, which has none, in single."""
+    wide: _DistributionT = _at_least(dist, torch.float64)
+    return wide
+
+
 def _at_least(dist: Any, dtype: torch.dtype) -> Any:
     """Return a copy whose tensors have at least a precision, or the same where all have it."""
     changed: dict[str, Any] = {}
@@ -69,7 +76,17 @@ def _at_least(dist: Any, dtype: torch.dtype) -> Any:
     vars(twin).update(changed)
     if isinstance(twin, Categorical):
         _normalise(twin)
+    else:
+        _forget_derived(twin)
     return twin
+
+
+def _forget_derived(dist: Distribution) -> None:
+    """Forget probabilities that were derived from logits in a lower precision, or the reverse."""
+    given = vars(dist).get("_param")
+    for name in ("probs", "logits"):
+        if given is not None and vars(dist).get(name, given) is not given:
+            del vars(dist)[name]
 
 
 def _normalise(dist: Categorical) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, VonMises, biject_to, constraints
 
-from trpo_optim.distributions.precision import at_least_single
+from trpo_optim.distributions.densities import for_density
 
 __all__ = ["Reference", "reference", "rows_of", "sampled_reference"]
 
@@ -92,7 +92,7 @@ def sampled_reference(leaf: Distribution, draws: int) -> Reference:
 
 def rows_of(leaf: Any, actions: Tensor) -> Tensor:
     """Return log-probabilities of reference actions, (draws, rows), in double precision."""
-    logs: Tensor = at_least_single(leaf).log_prob(actions)
+    logs: Tensor = for_density(leaf).log_prob(actions)
     return logs.double().reshape(len(actions), math.prod(leaf.batch_shape))
 
 
@@ -167,7 +167,7 @@ def _enumerated(leaf: Distribution, draws: int) -> Reference:
     values = _values(base)
     shape = values.shape[1:]
     elements = math.prod(base.batch_shape)
-    logs = at_least_single(base).log_prob(values).double().reshape(len(values), elements)
+    logs = for_density(base).log_prob(values).double().reshape(len(values), elements)
     mass = logs.exp().sum(0)
     probabilities = (logs.exp() / mass).T.nan_to_num(1 / len(values))
     picked = torch.multinomial(probabilities, draws, replacement=True)  # (elements, draws)
