@@ -72,6 +72,11 @@ class ClosureSubject:
             gradient += weight * gradient_of(part.with_graph().loss, part)
         return gradient
 
+    def moved(self, step: Tensor) -> Tensor:
+        """Return by how much the parameters move at a step, (n,), in their own precision."""
+        ahead = self.transaction.origin + step
+        return self.vector.gather(self.vector.scatter(ahead)) - self.transaction.origin
+
     def direction(self) -> Tensor:
         """Return a fixed move along all parameters that the loss depends on."""
         return self.transaction.far_away() * self._moving
