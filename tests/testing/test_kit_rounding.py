@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Beta, Categorical, Distribution, Independent, Normal
+from torch.nn.functional import softplus
 
 from trpo_optim import entropy, frozen, joint_kl, log_prob, mean_kl
-from trpo_optim.testing import ClosureReport, Verdict, check_closure
+from trpo_optim.testing import ClosureReport, PolicyReport, Verdict, check_closure, check_policy
 
 pytestmark = pytest.mark.no_cover
 
@@ -95,3 +96,87 @@ def test_a_kl_with_a_slope_is_found(dtype: torch.dtype) -> None:
     report = told(Small(categorical), dtype, 256, with_entropy)
     assert report["kl"].verdict is Verdict.FAILED, str(report)
     assert "slope" in report["kl"].cause
+
+
+SHARP: dict[str, Any] = {
+    "log_std -10": lambda outputs, free: gaussian(outputs, free - 10),
+    "log_std -12": lambda outputs, free: gaussian(outputs, free - 12),
+    "Beta of concentrations 1000": lambda outputs, free: Independent(
+        Beta(1e3 * softplus(outputs[:, :3]) + 1, 1e3 * softplus(outputs[:, 3:]) + 1), 1
+    ),
+}
+
+
+def policy_report(policy: nn.Module, observations: Tensor, *, whole: bool) -> PolicyReport:
+    """Return what check_policy finds in a module, or in a function that it cannot widen."""
+    if whole:
+        return check_policy(policy, observations)
+    return check_policy(lambda seen: policy(seen), observations, parameters=policy.parameters())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a module", "a function"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", SHARP)
+def test_a_policy_that_is_nearly_deterministic_is_sound(
+    family: str, dtype: torch.dtype, whole: bool
+) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        policy = Small(SHARP[family]).to(dtype)
+        report = policy_report(policy, torch.randn(256, 4).to(dtype), whole=whole)
+        assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("size", [300.0, 1000.0])
+def test_observations_that_are_not_normalised_are_no_fault(size: float) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        report = policy_report(Small(gaussian), size * torch.randn(256, 4), whole=False)
+        assert report.passed, str(report)
+
+
+class Leaking(Small):
+    """A policy that subtracts a little of the batch's mean."""
+
+    def forward(self, observations: Tensor) -> Any:
+        return super().forward(observations - 0.01 * observations.mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", SHARP)
+def test_what_goes_across_the_batch_is_found_beside_rounding(
+    family: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    report = policy_report(
+        Leaking(SHARP[family]).to(dtype), torch.randn(256, 4).to(dtype), whole=True
+    )
+    assert report["rows"].verdict is Verdict.FAILED, str(report)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, whose gradient is twice what it should be."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return 2 * slopes[0]
+
+
+@pytest.mark.parametrize("family", ["log_std -10", "Beta of concentrations 1000"])
+def test_a_wrong_gradient_is_found_beside_rounding(family: str) -> None:
+    doubled: Callable[[Tensor], Tensor] = Doubled.apply
+
+    def wrong(outputs: Tensor, free: Tensor) -> Any:
+        return SHARP[family](doubled(outputs), free)
+
+    torch.manual_seed(0)
+    report = policy_report(Small(wrong), torch.randn(256, 4), whole=False)
+    assert report["fisher"].verdict is Verdict.FAILED, str(report)

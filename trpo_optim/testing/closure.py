@@ -153,9 +153,8 @@ def _shape(subject: ClosureSubject) -> Finding:
         step = step / 2
     if subject.kl(step) == here:
         return undecided(name, "The KL does not move.")
-    lengths = takewhile(lambda each: nats * each**2 <= _FARTHEST, (1.0, 3.0, 10.0, 30.0))
-    rises = (lambda scale, far=far: subject.kl(scale * far * step) - here for far in lengths)
-    return at_minimum(name, rises, {})
+    longer = takewhile(lambda each: nats * each**2 <= _FARTHEST, (3.0, 10.0, 30.0))
+    return at_minimum(name, lambda scale: subject.kl(scale * step) - here, {}, longer)
 
 
 CLOSURE_CHECKS: dict[str, Callable[[ClosureSubject], Finding]] = {

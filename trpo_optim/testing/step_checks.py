@@ -8,6 +8,7 @@ import torch
 
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import StepReport
+from trpo_optim.testing.directions import nudges
 from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.subject import Subject
 
@@ -20,6 +21,9 @@ precision at large ones."""
 _AGREED = 1.5
 """How many times the local model's prediction what was measured may be, or the other way round."""
 
+_HIDDEN = 0.05
+"""The share of a radius that rounding may make up."""
+
 
 def check_step(subject: Subject) -> Finding:
     """A step improves, keeps the radius, and agrees with the local model as that shrinks."""
@@ -30,8 +34,13 @@ def check_step(subject: Subject) -> Finding:
     if not report.accepted:
         return failed(name, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}")
     figures = dict[str, float]()
-    resolved = 0.0 if subject.vector.dtype is torch.float64 else 1e-6
-    for radius in (each for each in _RADII if each >= resolved):
+    least = 0.0 if subject.vector.dtype is torch.float64 else 1e-6
+    rounding = _of_rounding(subject)
+    radii = [each for each in _RADII if each >= max(least, rounding / _HIDDEN)]
+    if not radii:
+        cause = f"Rounding makes up {rounding:.3g} of the KL, which hides steps within small radii."
+        return undecided(name, cause, "Bound small scales from below, or use float64.")
+    for radius in radii:
         report = _step(subject, radius)
         figures = {
             "max_kl": radius,
@@ -49,6 +58,15 @@ def check_step(subject: Subject) -> Finding:
         "Look for what depends on the grad mode (torch.is_grad_enabled), for rounding with a "
         "straight-through gradient, and for parameters that forward writes.",
     )
+
+
+def _of_rounding(subject: Subject) -> float:
+    """Return the KL that rounding of the parameters makes."""
+    kls = []
+    for step in nudges(subject):
+        with torch.no_grad(), subject.at(step):
+            kls.append(float(subject.kl(subject.dist())))
+    return max((each for each in kls if math.isfinite(each)), default=0.0)
 
 
 def _step(subject: Subject, radius: float) -> StepReport:
