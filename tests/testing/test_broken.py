@@ -201,7 +201,7 @@ The plain estimator has a slope on any one sample.
 | `zero kl` | a KL that is not zero at the present parameters, such as one with a penalty |
 | `moving kl` | a KL that stays zero, since the old policy is made inside the closure |
 | `kl` | a KL that is not least at the present parameters, or not smooth there |
-| `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
+| `kl scale` | a sum over the batch, a mean over padding, dimensions or some rows, KL(new ‖ old) |
 | `loss` | a wrong sign, shapes that broadcast, stale log-probabilities, a loss over padding |
 | `loss slope` | a loss whose values do not follow its gradient: a part is detached, or has a kink |
 | `second order` | a loss on parameters, or rows of a weight, on which the KL does not depend |
