@@ -24,6 +24,7 @@ from trpo_optim.curvature.averages import weighted_mean
 from trpo_optim.distributions.masks import checked_mask
 from trpo_optim.errors import TrustRegionError, blaming
 from trpo_optim.optimizer import TrustRegionOptimizer
+from trpo_optim.testing.clamps import NEAR
 from trpo_optim.testing.closure_subject import ClosureSubject
 from trpo_optim.testing.findings import (
     ClosureReport,
@@ -73,7 +74,20 @@ def _values(subject: ClosureSubject) -> Finding:
             cause = "Loss or KL is not a number where old and new policy are one."
             remedy = "Look for zero probabilities, -inf times zero, and NaN in the batch."
             return failed(name, figures, named(each.name, cause), remedy)
-    return Finding(name, Verdict.PASSED, figures, _stays(subject.vector, reached, hidden=hidden))
+    notes = _stays(subject.vector, reached, hidden=hidden), _at_bounds(subject)
+    return Finding(name, Verdict.PASSED, figures, " ".join(filter(None, notes)))
+
+
+def _at_bounds(subject: ClosureSubject) -> str:
+    """Return which parameters lie at the bound of a clamp, for a note."""
+    pairs = zip(subject.vector.names, subject.vector.split(subject.at_bound), strict=True)
+    names = [label for label, close in pairs if close.any()]
+    if not names:
+        return ""
+    return (
+        f"At the bound of their clamp (within {NEAR:g}) lie {', '.join(names[:4])}"
+        f"{subject.vector.counting}: they learn to one side only. Other checks leave them out."
+    )
 
 
 def _stays(vector: ParameterVector, reached: Mapping[int, Tensor], *, hidden: bool) -> str:

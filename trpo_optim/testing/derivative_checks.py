@@ -31,6 +31,8 @@ _FISHER_REMEDY = (
     "KL is that of the distribution whose log_prob is used."
 )
 
+_ALL_AT_BOUND = "All parameters lie at the bound of a clamp."
+
 _COARSE = (
     "Rounding may hide it: normalise the observations, bound small scales from below, or check the "
     "policy in float64."
@@ -45,12 +47,17 @@ def check_score(subject: Subject) -> Finding:
     gradient = subject.gradient((subject.log_prob(subject.dist()) * subject.advantages).mean())
     width = 1e-7 if vector.dtype is torch.float64 else 2e-3
     for index, (start, end) in enumerate(_spans(subject)):
+        if subject.at_bound[start:end].all():
+            continue
         step = torch.zeros_like(gradient)
         generator = torch.Generator("cpu").manual_seed(index)
         noise = torch.randn(end - start, generator=generator, device="cpu").to(step)
         piece = gradient[start:end]
         noise = torch.where(piece != 0, noise, 0.0) if piece.any() else noise
-        step[start:end] = 0.5 * noise / noise.norm() + piece / piece.norm().clamp_min(1e-30)
+        step[start:end] = 0.5 * noise / noise.norm().clamp_min(
+            1e-30
+        ) + piece / piece.norm().clamp_min(1e-30)
+        step *= ~subject.at_bound
         step *= width * max(1.0, float(vector.parameters[index].detach().norm())) / step.norm()
         measured, stated = _difference(subject, step), float(gradient.dot(step))
         error = abs(measured - stated) / max(abs(measured), abs(stated), 100 * _rounding(subject))
@@ -108,6 +115,8 @@ def check_zero_kl(subject: Subject) -> Finding:
     name = "zero kl"
     double = subject.vector.dtype is torch.float64
     step = direction(subject, 1, kl=1e-7 if double else 1e-4)
+    if not step.any():
+        return undecided(name, _ALL_AT_BOUND)
     origin = torch.zeros_like(step)
 
     @torch.no_grad()
@@ -141,6 +150,8 @@ def check_fisher(subject: Subject) -> Finding:
     if subject.lost > 1e-3:
         return undecided(name, on_edge(subject.lost))
     one, two = direction(subject, 2), direction(subject, 3)
+    if not one.any():
+        return undecided(name, _ALL_AT_BOUND)
     stated, cause = dict[str, float](), ""
     for third in (True, False):
         with subject.model(third=third) as model:

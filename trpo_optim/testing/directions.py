@@ -46,7 +46,7 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
         / max(1.0, slope.numel() ** 0.5)
         for slope in subject.vector.scatter(gradient)
     ]
-    step: Tensor = gradient + subject.vector.gather(pieces)
+    step: Tensor = (gradient + subject.vector.gather(pieces)) * ~subject.at_bound
     step /= step.norm().clamp_min(1e-300)
     small = 1e-6 if step.dtype is torch.float64 else 1e-3
     for _ in range(_TRIES):

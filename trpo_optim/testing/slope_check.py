@@ -34,7 +34,7 @@ def check_slope(subject: ClosureSubject) -> Finding:
     gradient = subject.loss_gradient()
     if not gradient.any() or not gradient.isfinite().all():
         return undecided(name, "The gradient of the loss is zero, or not finite.")
-    step, ratios, hidden = unit_of(gradient), list[float](), False
+    step, ratios, hidden = unit_of(gradient) * ~subject.at_bound, list[float](), False
     for nats in _NATS:
         found = _of_kl(subject, step, nats)
         if found is None:

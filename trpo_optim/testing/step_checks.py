@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import StepReport
@@ -30,6 +31,8 @@ def check_step(subject: Subject) -> Finding:
     name = "step"
     if subject.refusal:
         return undecided(name, "There are no Fisher-vector products.")
+    if not _smooth(subject):
+        return undecided(name, "All parameters lie at the bound of a clamp.")
     report = _step(subject, 1e-2)
     if not report.accepted:
         return failed(name, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}")
@@ -72,5 +75,15 @@ def _of_rounding(subject: Subject) -> float:
 def _step(subject: Subject, radius: float) -> StepReport:
     """Take a step and go back."""
     with subject.at(torch.zeros((), device=subject.vector.device)):
-        optimizer = TrustRegionOptimizer(subject.vector.parameters, max_kl=radius)
+        optimizer = TrustRegionOptimizer(_smooth(subject), max_kl=radius)
         return optimizer.step(subject.closure(third=True))
+
+
+def _smooth(subject: Subject) -> list[Tensor]:
+    """Return the parameters of which nothing lies at the bound of a clamp."""
+    parts = subject.vector.split(subject.at_bound)
+    return [
+        each
+        for each, close in zip(subject.vector.parameters, parts, strict=True)
+        if not close.any()
+    ]

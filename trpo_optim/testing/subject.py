@@ -22,6 +22,7 @@ from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributions import mean_kl
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
 from trpo_optim.testing.averages import average, counting
+from trpo_optim.testing.clamps import at_bounds
 from trpo_optim.testing.evaluated import Evaluated, every_row, per_row
 from trpo_optim.testing.observations import changed
 from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
@@ -163,6 +164,19 @@ class Subject(Evaluated):
         slopes = torch.autograd.grad(value, self.parameters, allow_unused=True)
         pairs = zip(self.parameters, slopes, strict=True)
         return tuple(parameter for parameter, slope in pairs if slope is not None)
+
+    @functools.cached_property
+    def at_bound(self) -> Tensor:
+        """Which numbers of the vector lie at the bound of a clamp, where the policy has a kink."""
+        value = self.log_prob(self.dist())
+        found = at_bounds(value.grad_fn, self.vector.parameters)
+        masks = [found.get(id(each)) for each in self.vector.parameters]
+        return (
+            self.vector.gather(
+                [None if each is None else each.to(self.vector.dtype) for each in masks]
+            )
+            > 0
+        )
 
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:
