@@ -85,7 +85,7 @@ def _compared(part: Objective, old: list[Distribution], measured: Measured) -> R
         _slopes(value, inputs, len(shape))
         for value in (values.loss, values.kl, sum(kls[1:], kls[0]))
     )
-    counted = torch.ones(shape, dtype=torch.bool) if measured.mask is None else measured.mask
+    counted = torch.ones_like(measured.rows) if measured.mask is None else measured.mask
     squares = of_rows.square().sum(1)
     clear = squares > _CLEAR * squares.mean()
     clear &= counted.bool().reshape(-1).to(clear.device)
