@@ -234,6 +234,10 @@ sound policy fails once in ten million. A check is `undecided` if it does not ap
 entropy of a family that has none. It is also `undecided` if its averages would be noise, for
 example over fifty dimensions.
 
+A check is also `undecided` if rounding hides what it measures. Rounding hides much of a policy with
+a very small scale, of actions close to the edge of the support, and of half precision. Check such a
+policy in float64.
+
 `trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies.
 `trpo_optim.testing.plugin` has the fixture `assert_sound`. To use it, add the module to
 `pytest_plugins` in conftest.py.
