@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributions as td
 from sound_policies import OBSERVATIONS, ROWS, Made, joint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 from torch.nn.functional import softplus
 
-from trpo_optim.testing import POLICY_CHECKS, Finding, Verdict, check_policy
+from trpo_optim import frozen, mean_kl
+from trpo_optim.testing import POLICY_CHECKS, Finding, Verdict, check_closure, check_policy
 
 pytestmark = pytest.mark.no_cover
 
@@ -112,3 +113,76 @@ def test_what_lies_outside_its_clamp_is_found(name: str) -> None:
     found = finding(CLAMPED[name])
     assert found.verdict is Verdict.FAILED
     assert "outside the clamp" in found.cause
+
+
+class AtBound(nn.Module):
+    """A policy whose log_std lies where a clamp after the last step has put it."""
+
+    def __init__(self, clamp: Callable[[Tensor], Tensor], start: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(OBSERVATIONS, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.log_std, self.clamp = nn.Parameter(torch.full((2,), start)), clamp
+
+    def forward(self, observations: Tensor) -> Any:
+        return joint(Normal(self.network(observations), self.clamp(self.log_std).exp()))
+
+
+BOUNDS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "the lower bound": (lambda x: x.clamp(-0.7, 2), -0.7),
+    "the upper bound": (lambda x: x.clamp(-5, 0.5), 0.5),
+    "from below": (lambda x: x.clamp(min=-1.0), -1.0),
+    "a hard tanh": (nn.functional.hardtanh, 1.0),
+    "a maximum": (lambda x: torch.maximum(x, torch.tensor(-1.0).to(x)), -1.0),
+    "close to it": (lambda x: x.clamp(0, 2), 0.001),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_parameter_at_the_bound_of_its_clamp_is_named(name: str, dtype: torch.dtype) -> None:
+    policy, observations = AtBound(*BOUNDS[name]).to(dtype), torch.randn(ROWS, OBSERVATIONS)
+    observations = observations.to(dtype)
+    for each in (policy, lambda seen: policy(seen)):
+        report = check_policy(each, observations, parameters=policy.named_parameters())
+        assert report.passed, str(report)
+        assert report["arguments"].verdict is Verdict.UNDECIDED
+        assert "lies at the bound of its clamp" in report["arguments"].cause
+        assert "in 2 of 2 dimensions" in report["arguments"].cause
+        assert report["fisher"].verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("third", [True, False])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_closure_passes_beside_a_parameter_at_the_bound_of_its_clamp(
+    name: str, third: bool
+) -> None:
+    policy, observations = AtBound(*BOUNDS[name]), torch.randn(ROWS, OBSERVATIONS)
+    with torch.no_grad():
+        old = frozen(policy(observations))
+        actions = old.sample()
+    advantages = torch.randn(ROWS)
+
+    def closure() -> Any:
+        new = policy(observations)
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        pair = -(ratio * advantages).mean(), mean_kl(old, new)
+        return (*pair, new) if third else pair
+
+    report = check_closure(closure, policy.named_parameters())
+    assert report.passed, str(report)
+    assert "At the bound of their clamp" in report["values"].cause
+    assert "log_std" in report["values"].cause
+
+
+def test_what_is_detached_is_found_beside_a_parameter_at_its_bound() -> None:
+    policy = AtBound(*BOUNDS["the lower bound"])
+
+    def detached(observations: Tensor) -> Any:
+        mean = policy.network[2](policy.network[:2](observations).detach())
+        return joint(Normal(mean, policy.clamp(policy.log_std).exp()))
+
+    report = check_policy(
+        detached, torch.randn(ROWS, OBSERVATIONS), parameters=policy.named_parameters()
+    )
+    assert [each.check for each in report.failures] == ["parameters"]

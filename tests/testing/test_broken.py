@@ -201,7 +201,7 @@ The plain estimator has a slope on any one sample.
 | `zero kl` | a KL that is not zero at the present parameters, such as one with a penalty |
 | `moving kl` | a KL that stays zero, since the old policy is made inside the closure |
 | `kl` | a KL that is not least at the present parameters, or not smooth there |
-| `kl scale` | a sum over the batch, a mean over padding or dimensions, KL(new ‖ old) |
+| `kl scale` | a sum over the batch, a mean over padding, dimensions or some rows, KL(new ‖ old) |
 | `loss` | a wrong sign, shapes that broadcast, a loss over padding; notes stale log-probabilities |
 | `loss slope` | a loss whose values do not follow its gradient: a part is detached, or has a kink |
 | `second order` | a loss on parameters, or rows of a weight, on which the KL does not depend |
@@ -233,6 +233,10 @@ Averages over sampled actions have noise. The tolerance of each comparison inclu
 sound policy fails once in ten million. A check is `undecided` if it does not apply, for example the
 entropy of a family that has none. It is also `undecided` if its averages would be noise, for
 example over fifty dimensions.
+
+A check is also `undecided` if rounding hides what it measures. Rounding hides much of a policy with
+a very small scale, of actions close to the edge of the support, and of half precision. Check such a
+policy in float64.
 
 `trpo_optim.testing.strategies` has Hypothesis strategies for observations and small sound policies.
 `trpo_optim.testing.plugin` has the fixture `assert_sound`. To use it, add the module to

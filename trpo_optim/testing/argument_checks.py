@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from trpo_optim.distributions.parts import leaves, made_of, name_of
+from trpo_optim.testing.clamps import NEAR, beyond, is_clamp
 from trpo_optim.testing.findings import Finding, Verdict, failed
 from trpo_optim.testing.subject import Subject
 
@@ -21,8 +22,6 @@ __all__ = ["check_arguments"]
 _NORMALISER = "LogsumexpBackward0"
 
 _SQUASHING = {"Softmax", "Sigmoid"}
-
-_CLAMPS = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
 
 _VIEWS = {
     *("Alias", "Clone", "Expand", "Permute", "Reshape", "ReshapeAlias", "Select", "Slice"),
@@ -45,6 +44,8 @@ _CLAMPED = (
     "bound them by a smooth function (tanh, softplus)."
 )
 
+_AT_BOUND = "If it stays there, widen the clamp, or use a smooth function (tanh, softplus)."
+
 _UNBOUNDED = (
     "Take exp() of a log_std, or softplus() of what the layer gives; pass logits=, not probs=."
 )
@@ -63,6 +64,17 @@ def check_arguments(subject: Subject) -> Finding:
             cause, remedy = _beyond_bounds(subject, index, each)
         if cause:
             return failed(name, {"arguments": float(seen)}, cause, remedy)
+    if subject.at_bound.any():
+        names = subject.names()
+        pairs = zip(subject.vector.parameters, subject.vector.split(subject.at_bound), strict=True)
+        parts = [
+            f"{names[id(each)]} lies at the bound of its clamp (within {NEAR:g}) in "
+            f"{int(close.sum())} of {close.numel()} dimensions"
+            for each, close in pairs
+            if close.any()
+        ]
+        cause = f"{', '.join(parts)}: it learns to one side only. The other checks leave it out."
+        return Finding(name, Verdict.UNDECIDED, {"arguments": float(seen)}, cause, _AT_BOUND)
     return Finding(name, Verdict.PASSED, {"arguments": float(seen)})
 
 
@@ -143,8 +155,8 @@ def _outside_clamp(subject: Subject, argument: _Argument) -> tuple[str, str]:
             continue
         seen.add(node)
         kind = node.name().rstrip("01").removesuffix("Backward")
-        if kind in _CLAMPS:
-            outside = _beyond(node)
+        if is_clamp(node):
+            outside = beyond(node)
             by_row = outside.dim() > 1 and len(outside) == subject.rows
             lost = outside.flatten(1).all(0) if by_row else outside
             if lost.any():
@@ -163,29 +175,6 @@ def _outside_clamp(subject: Subject, argument: _Argument) -> tuple[str, str]:
             continue  # a layer: units before it may be saturated
         stack.extend(each for each, _ in node.next_functions)
     return "", ""
-
-
-def _beyond(node: Any) -> Tensor:
-    """Return which entries of a clamp's input lie outside its bounds."""
-    value = node._saved_self.detach()
-    if node.name().startswith(("Minimum", "Maximum")):
-        first, second = (each is not None for each, _ in node.next_functions)
-        excess = value - node._saved_other.detach()
-        excess = excess if node.name().startswith("Minimum") else -excess
-        if first and second:
-            return torch.zeros_like(value, dtype=torch.bool)
-        beyond: Tensor = excess > 0 if first else excess < 0
-        return beyond
-    low, high = (
-        getattr(node, f"_saved_{side}", getattr(node, f"_saved_{side}_val", None))
-        for side in ("min", "max")
-    )
-    outside = torch.zeros_like(value, dtype=torch.bool)
-    if low is not None:
-        outside |= value < low
-    if high is not None:
-        outside |= value > high
-    return outside
 
 
 def _beyond_bounds(subject: Subject, index: int, argument: _Argument) -> tuple[str, str]:

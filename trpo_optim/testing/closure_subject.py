@@ -18,6 +18,7 @@ from trpo_optim.closure.transaction import Transaction
 from trpo_optim.curvature.batch import Batch
 from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.curvature.first_derivatives import gradient_of
+from trpo_optim.testing.clamps import at_bounds
 
 __all__ = ["ClosureSubject", "unit_of"]
 
@@ -72,9 +73,24 @@ class ClosureSubject:
             gradient += weight * gradient_of(part.with_graph().loss, part)
         return gradient
 
+    def moved(self, step: Tensor) -> Tensor:
+        """Return by how much the parameters move at a step, (n,), in their own precision."""
+        ahead = self.transaction.origin + step
+        return self.vector.gather(self.vector.scatter(ahead)) - self.transaction.origin
+
     def direction(self) -> Tensor:
-        """Return a fixed move along all parameters that the loss depends on."""
-        return self.transaction.far_away() * self._moving
+        """Return a fixed move along all parameters that the loss depends on, and no kink."""
+        return self.transaction.far_away() * self._moving * ~self.at_bound
+
+    @functools.cached_property
+    def at_bound(self) -> Tensor:
+        """Which numbers of the vector lie at the bound of a clamp, where the closure has a kink."""
+        found = dict[int, Tensor]()
+        for part in self.batch.parts if self.vector.fsdp is None else ():
+            found |= at_bounds(part.with_graph().loss.grad_fn, self.vector.leaves)
+        masks = [found.get(id(each)) for each in self.vector.leaves]
+        dtype = self.transaction.origin.dtype
+        return self.vector.gather([None if each is None else each.to(dtype) for each in masks]) > 0
 
     @functools.cached_property
     def _moving(self) -> Tensor:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from trpo_optim.testing.subject import Subject
 
-__all__ = ["direction"]
+__all__ = ["direction", "nudges"]
+
+_SEEN, _TRIES = 1e-4, 4
+"""Nats at which single precision sees a change that is still small, and how often it is tried."""
+
+_NUDGES = 4
+"""How often rounding is looked at."""
+
+
+def nudges(subject: Subject) -> Iterator[Tensor]:
+    """Yield moves of every parameter to the next number: all that follows rounds otherwise."""
+    size = subject.vector.precision * subject.vector.current().abs()
+    generator = torch.Generator("cpu").manual_seed(0)
+    for _ in range(_NUDGES):
+        yield size * torch.randn(size.shape, generator=generator, device="cpu").sign().to(size)
 
 
 def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
@@ -31,10 +46,22 @@ def direction(subject: Subject, seed: int, kl: float = 0.5) -> Tensor:
         / max(1.0, slope.numel() ** 0.5)
         for slope in subject.vector.scatter(gradient)
     ]
-    step: Tensor = gradient + subject.vector.gather(pieces)
+    step: Tensor = (gradient + subject.vector.gather(pieces)) * ~subject.at_bound
     step /= step.norm().clamp_min(1e-300)
     small = 1e-6 if step.dtype is torch.float64 else 1e-3
-    with torch.no_grad(), subject.at(small * step):
+    for _ in range(_TRIES):
+        bend = _bend(subject, step, small)
+        if not 0 < bend < math.inf:
+            return step
+        near = math.sqrt(2 * _SEEN / bend)
+        if step.dtype is torch.float64 or 0.5 < near / small < 2:
+            break  # otherwise rounding may hide the change, or it is not small
+        small = near
+    return step * math.sqrt(2 * kl / bend)
+
+
+def _bend(subject: Subject, step: Tensor, scale: float) -> float:
+    """Return the mean square slope of log_prob along a step."""
+    with torch.no_grad(), subject.at(scale * step):
         change = subject.joint_log_prob(subject.dist()) - subject.old_joint_log_prob
-    bend = subject.mean(change.square())[0] / small**2
-    return step * math.sqrt(2 * kl / bend) if bend > 0 else step
+    return subject.mean(change.square())[0] / scale**2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from trpo_optim.closure.checks import Values
 from trpo_optim.closure.evaluation import Objective
 from trpo_optim.distributions import frozen
 from trpo_optim.distributions.kl import kl_of_family
@@ -21,6 +22,7 @@ from trpo_optim.testing.observed import distributions_made, of_new_policy
 
 __all__ = [
     "Measured",
+    "behind_kl",
     "by_distributions",
     "by_log_probabilities",
     "evaluated",
@@ -49,6 +51,7 @@ class Measured:
         name: Which of several closures it is. Empty if there is only one.
         turned: KL(new ‖ old) by row. None: not known.
         actions_first: Whether the first dimension is known to count actions.
+        step: The step forward. None: not known.
     """
 
     stated: float
@@ -57,6 +60,7 @@ class Measured:
     name: str = ""
     turned: Tensor | None = None
     actions_first: bool = False
+    step: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -89,7 +93,7 @@ def measured(
             if parts is not None:
                 mean = sum(each.mean for each in parts) / len(parts)
                 if wanted / 4 <= mean <= 2 * wanted:
-                    found.append(parts)
+                    found.append([replace(each, step=step) for each in parts])
                     break
             step = step * min(max(math.sqrt(wanted / mean), 1 / 8), 8) if mean > 0 else step
     return [list(each) for each in zip(*found, strict=True)] if len(found) == _DIRECTIONS else []
@@ -178,6 +182,16 @@ def evaluated(part: Objective) -> tuple[float, list[Distribution], bool]:
     new = of_new_policy(made)
     within = [each for each in new if _is_behind(values.kl, each)]  # others belong to the loss
     return float(values.kl), third or within or new, bool(third)
+
+
+def behind_kl(part: Objective) -> tuple[Values, list[Distribution]]:
+    """Return what a closure returns, with its graph, and the distributions behind its KL."""
+    with distributions_made() as made:
+        values = part.with_graph()
+    third = _distributions_in(values.third)
+    if third and all(_is_behind(values.kl, each) for each in third):
+        return values, third
+    return values, [each for each in of_new_policy(made) if _is_behind(values.kl, each)]
 
 
 def _is_behind(kl: Tensor, dist: Distribution) -> bool:

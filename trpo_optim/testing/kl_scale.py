@@ -20,6 +20,7 @@ from trpo_optim.testing.kl_rows import (
     evaluated,
     measured,
 )
+from trpo_optim.testing.kl_weights import weights_of_rows
 
 __all__ = ["check_kl_scale"]
 
@@ -56,10 +57,13 @@ def check_kl_scale(subject: ClosureSubject) -> Finding:
         return undecided(name, "The actions are too few to estimate the KL.")
     ratios = [each.stated / each.mean for part in found for each in part]
     figures = {"kl over mean of rows": sum(ratios) / len(ratios), "rows": float(rows)}
-    for part in found:
+    for index, part in enumerate(found):
         cause = _flaw(part) if exact else _rough_flaw(part)
+        cause = cause or (_by_weights(subject, part, index) if exact else "")
         if cause:
             return failed(name, figures, named(part[0].name, cause), _REMEDY)
+    if exact and (cause := _fewer(found, subject)):
+        return failed(name, figures, cause, _REMEDY)
     if cause := _over_dimensions(found, subject):
         return failed(name, figures, cause, _REMEDY)
     if exact and _is_turned(subject):
@@ -88,6 +92,40 @@ def _flaw(found: list[Measured]) -> str:
             "than the batch's."
         )
     return ""
+
+
+def _by_weights(subject: ClosureSubject, found: list[Measured], index: int) -> str:
+    """Return what is wrong with the weights of rows in a closure's KL, or nothing."""
+    weights = weights_of_rows(subject, found, index)
+    if weights is None or not any(each.stated for each in found):  # another check's fault
+        return ""
+    if weights.missed:
+        rows = weights.covered + weights.missed
+        return (
+            f"At a small move, the closure's KL has a slope on {weights.covered} of the {rows} "
+            "rows on which its loss has one: a slice, an index or max() leaves the others out, and "
+            "no trust region holds them."
+        )
+    tables = [_averages(each)[0] for each in found]
+    if any(_is(found, [table[name] for table in tables]) for name in tables[0]):
+        return ""
+    if weights.factor is None:
+        return ""
+    return (
+        f"The closure's KL is {weights.factor:.4g} times the mean KL(old || new) of the "
+        "distributions that it makes, by the same factor in every row."
+    )
+
+
+def _fewer(found: list[list[Measured]], subject: ClosureSubject) -> str:
+    """Return what is wrong where the KL is of fewer rows than there are actions, or nothing."""
+    rows = sum(part[0].rows.numel() for part in found)
+    if subject.log_prob is None or any(part[0].rows.dim() != 1 for part in found):
+        return ""
+    shape = subject.log_prob().shape
+    if len(shape) != 1 or rows >= shape[0]:
+        return ""
+    return f"The closure's KL is of {rows} rows, and log_prob of {shape[0]} actions."
 
 
 def _is_turned(subject: ClosureSubject) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, VonMises, biject_to, constraints
 
 from trpo_optim.distributions.densities import for_density
+from trpo_optim.testing.resolution import resolved
 
 __all__ = ["Reference", "reference", "rows_of", "sampled_reference"]
 
@@ -29,14 +30,15 @@ class Reference:
     """Weighted actions of one distribution.
 
     Attributes:
-        actions: Shape (draws, *batch, *event).
+        actions: Shape (draws, *batch, *event). In the place of one of weight 0 there is another of
+            its row: log_prob may be infinite there, which no factor of 0 takes out of a gradient.
         weights: Shape (draws, rows); of mean 1 if exp(log_prob) integrates to 1.
         inside: Which lie where most samples do, shape (draws, rows).
         features: What is compared with the sampler's: of the reference's and of as many sampled
             actions, shape (draws, rows, features) each.
         decided: Whether this is a reference; otherwise it is the sampler itself.
-        lost: The share of sampled actions that have no finite log-probability: those that round to
-            the edge of the support.
+        lost: The share of sampled actions that rounding does not resolve, such as at the edge of
+            the support.
     """
 
     actions: Tensor
@@ -46,11 +48,24 @@ class Reference:
     decided: bool = True
     lost: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Replace the actions that do not count."""
+        object.__setattr__(self, "actions", _counted(self.actions, self.weights))
+
     @property
     def serves(self) -> bool:
         """Whether so many of the draws count, (Σw)² / Σw², that averages mean something."""
         count = self.weights.sum(0).square() / self.weights.square().sum(0)
         return float(count.median()) >= _FEWEST
+
+
+def _counted(actions: Tensor, weights: Tensor) -> Tensor:
+    """Return actions, those of weight 0 replaced by the one of most weight in their row."""
+    if bool((weights > 0).all()):
+        return actions
+    flat = actions.reshape(*weights.shape, -1)
+    best = flat[weights.argmax(0), torch.arange(flat.shape[1], device=flat.device)]
+    return torch.where((weights > 0)[..., None], flat, best).reshape(actions.shape)
 
 
 def reference(leaf: Distribution, draws: int) -> Reference:
@@ -139,13 +154,21 @@ def _weighted(leaf: Distribution, draws: int) -> Reference:
         place = ((points - mean) / scale).clamp(-10, 10)
         return torch.cat([place, place.square(), density.clamp(-1e3, 1e3)[..., None]], -1)
 
-    found = rows_of(leaf, samples)
+    def place(actions: Tensor) -> Tensor:
+        there = (flat(actions) - mean) / scale
+        return torch.cat([there, rows_of(leaf, actions)[..., None]], -1)
+
+    def logs(actions: Tensor) -> Tensor:
+        return rows_of(leaf, actions)[..., None]
+
+    support = _support(leaf)
+    lost = 1 - float(resolved(place, samples, support).double().mean())
     return Reference(
         actions,
-        weights,
+        weights * resolved(logs, actions, support),
         ((points - mean).abs() <= 3 * scale).all(-1),
-        (features(points, density), features(compared, found)),
-        lost=1 - float(found.isfinite().double().mean()),
+        (features(points, density), features(compared, rows_of(leaf, samples))),
+        lost=lost,
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trpo_optim.testing.closure_subject import ClosureSubject, unit_of
 from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
+from trpo_optim.testing.rounding import CERTAIN, departures
 
 __all__ = ["check_slope"]
 
@@ -33,20 +34,17 @@ def check_slope(subject: ClosureSubject) -> Finding:
     gradient = subject.loss_gradient()
     if not gradient.any() or not gradient.isfinite().all():
         return undecided(name, "The gradient of the loss is zero, or not finite.")
-    unit = unit_of(gradient)
-    length = float(gradient.double() @ unit.double())
-    step, ratios, hidden = unit, [], False
+    step, ratios, hidden = unit_of(gradient) * ~subject.at_bound, list[float](), False
     for nats in _NATS:
         found = _of_kl(subject, step, nats)
         if found is None:
             continue
         step = found
-        ahead, behind = (subject.values(sign * step).loss for sign in (1.0, -1.0))
-        foretold = length * float(step.norm())
-        if subject.vector.precision * max(abs(ahead), abs(behind)) > _ROUNDING * foretold:
+        ratio = _over_foretold(subject, step, gradient)
+        if ratio is None:
             hidden = True
         else:
-            ratios.append((ahead - behind) / 2 / foretold)
+            ratios.append(ratio)
     if not ratios:
         return undecided(
             name,
@@ -66,6 +64,22 @@ def check_slope(subject: ClosureSubject) -> Finding:
         "part of it is detached, or has a kink at the present policy."
     )
     return failed(name, figures, cause, _REMEDY)
+
+
+def _over_foretold(subject: ClosureSubject, step: Tensor, gradient: Tensor) -> float | None:
+    """Return the loss's rise over what its gradient foretells, or None if rounding hides it."""
+    ahead, behind = (subject.values(sign * step).loss for sign in (1.0, -1.0))
+    between = (subject.moved(step) - subject.moved(-step)).double() / 2
+    foretold, rise = float(gradient.double() @ between), (ahead - behind) / 2
+    rounding = subject.vector.precision * max(abs(ahead), abs(behind))
+    if not 0 < foretold >= rounding / _ROUNDING:
+        return None
+    apart = abs(rise - foretold)
+    if apart > _CLOSE * foretold:
+        deviation, _ = departures(lambda scale: subject.values(scale * step).loss)
+        if not apart > CERTAIN * deviation:
+            return None
+    return rise / foretold
 
 
 def _of_kl(subject: ClosureSubject, step: Tensor, nats: float) -> Tensor | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from trpo_optim.optimizer import TrustRegionOptimizer
 from trpo_optim.report import StepReport
+from trpo_optim.testing.directions import nudges
 from trpo_optim.testing.findings import Finding, Verdict, failed, undecided
 from trpo_optim.testing.subject import Subject
 
@@ -20,18 +22,28 @@ precision at large ones."""
 _AGREED = 1.5
 """How many times the local model's prediction what was measured may be, or the other way round."""
 
+_HIDDEN = 0.05
+"""The share of a radius that rounding may make up."""
+
 
 def check_step(subject: Subject) -> Finding:
     """A step improves, keeps the radius, and agrees with the local model as that shrinks."""
     name = "step"
     if subject.refusal:
         return undecided(name, "There are no Fisher-vector products.")
+    if not _smooth(subject):
+        return undecided(name, "All parameters lie at the bound of a clamp.")
     report = _step(subject, 1e-2)
     if not report.accepted:
         return failed(name, {"max_kl": 1e-2}, f"With max_kl=0.01: {report.outcome.message}")
     figures = dict[str, float]()
-    resolved = 0.0 if subject.vector.dtype is torch.float64 else 1e-6
-    for radius in (each for each in _RADII if each >= resolved):
+    least = 0.0 if subject.vector.dtype is torch.float64 else 1e-6
+    rounding = _of_rounding(subject)
+    radii = [each for each in _RADII if each >= max(least, rounding / _HIDDEN)]
+    if not radii:
+        cause = f"Rounding makes up {rounding:.3g} of the KL, which hides steps within small radii."
+        return undecided(name, cause, "Bound small scales from below, or use float64.")
+    for radius in radii:
         report = _step(subject, radius)
         figures = {
             "max_kl": radius,
@@ -51,8 +63,27 @@ def check_step(subject: Subject) -> Finding:
     )
 
 
+def _of_rounding(subject: Subject) -> float:
+    """Return the KL that rounding of the parameters makes."""
+    kls = []
+    for step in nudges(subject):
+        with torch.no_grad(), subject.at(step):
+            kls.append(float(subject.kl(subject.dist())))
+    return max((each for each in kls if math.isfinite(each)), default=0.0)
+
+
 def _step(subject: Subject, radius: float) -> StepReport:
     """Take a step and go back."""
     with subject.at(torch.zeros((), device=subject.vector.device)):
-        optimizer = TrustRegionOptimizer(subject.vector.parameters, max_kl=radius)
+        optimizer = TrustRegionOptimizer(_smooth(subject), max_kl=radius)
         return optimizer.step(subject.closure(third=True))
+
+
+def _smooth(subject: Subject) -> list[Tensor]:
+    """Return the parameters of which nothing lies at the bound of a clamp."""
+    parts = subject.vector.split(subject.at_bound)
+    return [
+        each
+        for each, close in zip(subject.vector.parameters, parts, strict=True)
+        if not close.any()
+    ]

@@ -21,7 +21,8 @@ from trpo_optim.curvature.engine_choice import learned
 from trpo_optim.curvature.local_model import LocalModel
 from trpo_optim.distributions import mean_kl
 from trpo_optim.errors import NoClosedFormError, TrustRegionError
-from trpo_optim.testing.averages import average
+from trpo_optim.testing.averages import average, counting
+from trpo_optim.testing.clamps import at_bounds
 from trpo_optim.testing.evaluated import Evaluated, every_row, per_row
 from trpo_optim.testing.observations import changed
 from trpo_optim.testing.reference import Reference, reference, rows_of, sampled_reference
@@ -56,10 +57,24 @@ class Subject(Evaluated):
             return stated.mean()  # closures may return that of every row, too
         if self._closed_form:
             return mean_kl(per_row(self.old), per_row(new), every_row(new))
-        logs = self.joint_log_prob(new)
-        weights = self._weights
+        logs, weights = self._resolved(new)
         change = torch.where(weights > 0, logs - self.old_joint_log_prob, 0.0)
         return (weights * (torch.expm1(change) - change)).sum() / weights.sum()
+
+    def _resolved(self, new: Any) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of the reference actions, and their weights.
+
+        An action that hardly any draw is may lie where another policy's density rounds to zero. It
+        is left out, from the gradient too.
+        """
+        logs, weights = self.joint_log_prob(new), self._weights
+        counted = counting(logs.detach(), weights)
+        if bool((counted == weights).all()):
+            return logs, weights
+        kept = [replace(each, weights=each.weights * (counted > 0)) for each in self._averaged]
+        pairs = zip(self.joint_leaves(new), kept, strict=True)
+        again = [rows_of(leaf, each.actions) for leaf, each in pairs]
+        return sum(again[1:], again[0]), counted
 
     @functools.cached_property
     def _closed_form(self) -> bool:
@@ -149,6 +164,19 @@ class Subject(Evaluated):
         slopes = torch.autograd.grad(value, self.parameters, allow_unused=True)
         pairs = zip(self.parameters, slopes, strict=True)
         return tuple(parameter for parameter, slope in pairs if slope is not None)
+
+    @functools.cached_property
+    def at_bound(self) -> Tensor:
+        """Which numbers of the vector lie at the bound of a clamp, where the policy has a kink."""
+        value = self.log_prob(self.dist())
+        found = at_bounds(value.grad_fn, self.vector.parameters)
+        masks = [found.get(id(each)) for each in self.vector.parameters]
+        return (
+            self.vector.gather(
+                [None if each is None else each.to(self.vector.dtype) for each in masks]
+            )
+            > 0
+        )
 
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:

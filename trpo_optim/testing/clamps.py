@@ -1,0 +1,87 @@
+"""Clamps in a graph: what they take, their bounds, and which parameters lie at these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["NEAR", "at_bounds", "beyond", "is_clamp"]
+
+_CLAMPS = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
+
+NEAR = 0.02
+"""How close to its bound a number is that moves of the checks take beyond it."""
+
+
+def is_clamp(node: Any) -> bool:
+    """Return whether an operation of autograd is a clamp."""
+    return node.name().rstrip("01").removesuffix("Backward") in _CLAMPS
+
+
+def beyond(node: Any) -> Tensor:
+    """Return which entries of a clamp's input lie outside its bounds."""
+    value, low, high = _bounds(node)
+    outside = torch.zeros_like(value, dtype=torch.bool)
+    if low is not None:
+        outside |= value < low
+    if high is not None:
+        outside |= value > high
+    return outside
+
+
+def at_bounds(root: Any, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return which entries of parameters lie at the bound of a clamp of these, or close to it.
+
+    The policy has a kink there: it follows moves to one side only.
+
+    Args:
+        root: Where the graph begins.
+        parameters: What is looked for.
+
+    Returns:
+        A mask for each of these parameters, by its identity.
+    """
+    known = {id(each) for each in parameters}
+    found = dict[int, Tensor]()
+    stack, seen = [root], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        below = [each for each, _ in node.next_functions]
+        stack.extend(below)
+        owners = [getattr(each, "variable", None) for each in below]
+        owner = next((each for each in owners if id(each) in known), None)
+        if owner is None or not is_clamp(node):
+            continue
+        value, *ends = _bounds(node)
+        if value.shape != owner.shape:
+            continue
+        close = torch.zeros_like(value, dtype=torch.bool)
+        for end in ends:
+            if end is not None:
+                close |= (value - end).abs() <= NEAR
+        if close.any():
+            found[id(owner)] = found.get(id(owner), torch.zeros_like(close)) | close
+    return found
+
+
+def _bounds(node: Any) -> tuple[Tensor, Any, Any]:
+    """Return what a clamp takes, its lower and its upper bound, None where there is none."""
+    value: Tensor = node._saved_self.detach()
+    if node.name().startswith(("Minimum", "Maximum")):
+        first, second = (each is not None for each, _ in node.next_functions)
+        if first and second:
+            return value, None, None
+        other = node._saved_other.detach()
+        value, bound = (value, other) if first else (other, value)
+        return (value, None, bound) if node.name().startswith("Minimum") else (value, bound, None)
+    low, high = (
+        getattr(node, f"_saved_{side}", getattr(node, f"_saved_{side}_val", None))
+        for side in ("min", "max")
+    )
+    return value, low, high
