@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributions as td
+from test_kit_rounding import policy_report
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TanhTransform
 from torch.nn.functional import softplus
 
-from trpo_optim.testing import PolicyReport, Verdict, check_policy
+from trpo_optim.testing import PolicyReport, Verdict
 
 pytestmark = pytest.mark.no_cover
 
@@ -63,9 +64,7 @@ def report_of(family: Family, seed: int, dtype: torch.dtype, *, whole: bool) -> 
     torch.manual_seed(seed)
     policy = Edged(family).to(dtype)
     observations = torch.randn(256, 4).to(dtype)
-    if whole:
-        return check_policy(policy, observations)
-    return check_policy(lambda seen: policy(seen), observations, parameters=policy.parameters())
+    return policy_report(policy, observations, whole=whole)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["a module", "a function"])

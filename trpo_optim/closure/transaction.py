@@ -78,7 +78,7 @@ class Transaction:
         self._ended = self._uncompiled = self.unwatched = self._drew = False
         self._put_autocast_back = autocast_put_back(vector.device)
         self._hooks: list[RemovableHandle] = []
-        self._memory: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._memory: tuple[list[Tensor], list[Tensor]] | None = None
 
     def __enter__(self) -> Transaction:
         """Return the transaction itself."""
@@ -229,7 +229,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Put back everything, the parameters too."""
-        self._memory = []
+        self._memory = None
         try:
             self._put(self.origin)
         except RuntimeError:  # torch does not write a parameter
@@ -243,14 +243,14 @@ class Transaction:
         An interrupt before all else has been put back undoes the step. After a later one, leaving
         ``with`` writes what is not written yet.
         """
-        self._memory = [(list(targets), list(sources))] if targets else []
+        self._memory = (list(targets), list(sources)) if targets else None
         self._settle()
         self._write_memory()
 
     def _write_memory(self) -> None:
-        for targets, sources in self._memory:
-            copy_each(targets, sources)  # which may be done twice
-        self._memory = []
+        if self._memory is not None:
+            copy_each(*self._memory)  # which may be done twice
+        self._memory = None
 
     def _put(self, vector: Tensor) -> None:
         """Have the parameters that any move reached take their values from a vector."""

@@ -181,13 +181,9 @@ def require_numbers(given: Given) -> None:
         name = "The batch" if given.index is None else given.named("batch")
         raise TrustRegionError(f"{name} is empty: no row is valid. Collect more steps.")
     logs = "sampling_log_prob" if given.index is None else f"{given.named('batch')}.log_prob"
-    require_tensor(given.named("advantages"), given.advantages)
-    by_name = {
-        given.named("advantages"): given.advantages,
-        given.named("weights"): given.weights,
-        logs: given.sampling_log_prob,
-    }
-    for name, value in by_name.items():
+    _require_rows(given.named("advantages"), given.advantages, valid)
+    optional = {given.named("weights"): given.weights, logs: given.sampling_log_prob}
+    for name, value in optional.items():
         if value is not None:
             _require_rows(name, value, valid)
     weights = given.weights

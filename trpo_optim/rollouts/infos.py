@@ -35,7 +35,7 @@ def entry_of(info: Any, name: str, index: int) -> Any:
     """
     if not isinstance(info, Mapping):
         value = info[index].get(name)
-        return None if value is None else mapped(array_of, _with_arrays(value))
+        return None if value is None else _arrays(value)
     values, known = info.get(name), info.get(f"_{name}")
     if values is None or not (known is None or known[index]):
         return None
@@ -47,15 +47,15 @@ def entry_of(info: Any, name: str, index: int) -> Any:
         }
         return None if any(each is None for each in parts.values()) else parts
     if isinstance(values, np.ndarray) and values.dtype == object:
-        return None if values[index] is None else mapped(array_of, _with_arrays(values[index]))
+        return None if values[index] is None else _arrays(values[index])
     return one_of(values, index)
 
 
-def _with_arrays(value: Any) -> Any:
-    """Return an entry whose lists are arrays: to a policy a list would be many entries."""
+def _arrays(value: Any) -> Any:
+    """Return an entry in arrays. A list is one array: to a policy it would be many entries."""
     if isinstance(value, Mapping):
-        return {name: _with_arrays(each) for name, each in value.items()}
-    return np.array(value) if isinstance(value, list) else value
+        return {name: _arrays(each) for name, each in value.items()}
+    return np.array(value) if isinstance(value, list) else mapped(array_of, value)
 
 
 def entries_of(

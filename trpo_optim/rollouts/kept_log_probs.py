@@ -24,7 +24,7 @@ _PARAMETERS = {
 """What the log-probability of a family depends on, one row per element of the batch."""
 
 _MOVED = 3e-3
-"""Nats, a third of the KL of a usual step, and more than half precision rounds."""
+"""Nats: a third of the KL of a usual step, and more than what rounding makes in half precision."""
 
 _ENOUGH = 32
 """Actions that tell whether a policy has moved."""

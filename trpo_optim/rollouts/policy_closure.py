@@ -243,7 +243,7 @@ def _closures(
             part.numbers(advantages),
             numbers(data.weights),
             numbers(data.sampling_log_prob),
-            numbers(data.drawn_log_prob),
+            None if weighed else numbers(data.drawn_log_prob),
             numbers(data.batch_weights) if weighed else None,
             entropy_bonus,
             sampled=sampled,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trpo_optim.closure.parameters import ParameterVector
 
 __all__ = ["NEAR", "at_bounds", "beyond", "is_clamp"]
 
@@ -32,19 +34,30 @@ def beyond(node: Any) -> Tensor:
     return outside
 
 
-def at_bounds(root: Any, parameters: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return which entries of parameters lie at the bound of a clamp of these, or close to it.
+def at_bounds(roots: Iterable[Any], vector: ParameterVector, tensors: Sequence[Tensor]) -> Tensor:
+    """Return which numbers of a vector lie at the bound of a clamp of these, or close to it.
 
     The policy has a kink there: it follows moves to one side only.
 
     Args:
-        root: Where the graph begins.
-        parameters: What is looked for.
+        roots: Where graphs begin. One graph after the other is looked at.
+        vector: The parameters.
+        tensors: What the graphs know them as.
 
     Returns:
-        A mask for each of these parameters, by its identity.
+        A mask, (n,).
     """
-    known = {id(each) for each in parameters}
+    found = dict[int, Tensor]()
+    for root in roots:
+        for key, close in _at_bounds_of(root, set(map(id, tensors))).items():
+            found[key] = found[key] | close if key in found else close
+    masks = [found.get(id(each)) for each in tensors]
+    kind = vector.dtype
+    return vector.gather([None if each is None else each.to(kind) for each in masks]) > 0
+
+
+def _at_bounds_of(root: Any, known: set[int]) -> dict[int, Tensor]:
+    """Return the masks of the parameters of one graph, by identity."""
     found = dict[int, Tensor]()
     stack, seen = [root], set[Any]()
     while stack:

@@ -85,12 +85,9 @@ class ClosureSubject:
     @functools.cached_property
     def at_bound(self) -> Tensor:
         """Which numbers of the vector lie at the bound of a clamp, where the closure has a kink."""
-        found = dict[int, Tensor]()
-        for part in self.batch.parts if self.vector.fsdp is None else ():
-            found |= at_bounds(part.with_graph().loss.grad_fn, self.vector.leaves)
-        masks = [found.get(id(each)) for each in self.vector.leaves]
-        dtype = self.transaction.origin.dtype
-        return self.vector.gather([None if each is None else each.to(dtype) for each in masks]) > 0
+        parts = self.batch.parts if self.vector.fsdp is None else []
+        roots = (part.with_graph().loss.grad_fn for part in parts)
+        return at_bounds(roots, self.vector, self.vector.leaves)
 
     @functools.cached_property
     def _moving(self) -> Tensor:

@@ -54,9 +54,8 @@ def check_score(subject: Subject) -> Finding:
         noise = torch.randn(end - start, generator=generator, device="cpu").to(step)
         piece = gradient[start:end]
         noise = torch.where(piece != 0, noise, 0.0) if piece.any() else noise
-        step[start:end] = 0.5 * noise / noise.norm().clamp_min(
-            1e-30
-        ) + piece / piece.norm().clamp_min(1e-30)
+        noise, piece = (each / each.norm().clamp_min(1e-30) for each in (noise, piece))
+        step[start:end] = 0.5 * noise + piece
         step *= ~subject.at_bound
         step *= width * max(1.0, float(vector.parameters[index].detach().norm())) / step.norm()
         measured, stated = _difference(subject, step), float(gradient.dot(step))
@@ -169,15 +168,14 @@ def check_fisher(subject: Subject) -> Finding:
     found = list[_Curvature]()
     for scale in (1.0, 3.0, 1 / 3):
         found.append(_curvature(subject, one, scale))
-        cause = found[-1].against(stated)
-        figures = {"by differences": found[-1].bend, "by scores": found[-1].spread, **stated}
-        if not cause:
-            return Finding(name, Verdict.PASSED, figures)
-    figures = {"by differences": found[0].bend, "by scores": found[0].spread, **stated}
-    if not found[0].like(found[1]) and not found[0].like(found[2]):
+        if not found[-1].against(stated):
+            return Finding(name, Verdict.PASSED, {**found[-1].figures, **stated})
+    first, *others = found
+    figures = {**first.figures, **stated}
+    if not any(first.like(each) for each in others):
         told = "Differences do not give the curvature: they change with the length of the move."
         return Finding(name, Verdict.UNDECIDED, figures, told, _COARSE)
-    return failed(name, figures, f"{found[0].against(stated)}: {_OTHERS}", _FISHER_REMEDY)
+    return failed(name, figures, f"{first.against(stated)}: {_OTHERS}", _FISHER_REMEDY)
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,11 @@ class _Curvature:
     bend: float
     spread: float
     noise: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What was measured."""
+        return {"by differences": self.bend, "by scores": self.spread}
 
     def against(self, stated: Mapping[str, float]) -> str:
         """Return what is wrong with v'Fv by some engines, or an empty string."""

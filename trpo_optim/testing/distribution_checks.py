@@ -232,10 +232,10 @@ def _cause_of_wrong_kl(subject: Subject, stated: float, mean: float) -> tuple[st
 def on_edge(share: float) -> str:
     """Return what is to be said where rounding does not resolve the sampled actions."""
     return (
-        f"Rounding hides log_prob of {share:.2%} of the sampled actions: it is not finite, or "
-        "another at the next number, such as close to the edge of the support. Clamp actions away "
-        "from it, such as to ±(1 - 1e-6) with tanh, bound concentrations from below, or use "
-        "float64."
+        f"Rounding hides log_prob of {share:.2%} of the sampled actions: it is not finite, or it "
+        "differs at the next floating-point number. Such actions lie close to the edge of the "
+        "support. Clamp actions away from the edge, such as to ±(1 - 1e-6) with tanh, bound "
+        "concentrations from below, or use float64."
     )
 
 

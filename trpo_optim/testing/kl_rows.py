@@ -176,22 +176,24 @@ def by_distributions(subject: ClosureSubject) -> _Read:
 
 def evaluated(part: Objective) -> tuple[float, list[Distribution], bool]:
     """Return a closure's KL, its new distributions, and whether its third value holds these."""
-    with distributions_made() as made:
-        values = part.with_graph()
-    third = _distributions_in(values.third)
-    new = of_new_policy(made)
+    values, third, new = _made(part)
     within = [each for each in new if _is_behind(values.kl, each)]  # others belong to the loss
     return float(values.kl), third or within or new, bool(third)
 
 
 def behind_kl(part: Objective) -> tuple[Values, list[Distribution]]:
     """Return what a closure returns, with its graph, and the distributions behind its KL."""
-    with distributions_made() as made:
-        values = part.with_graph()
-    third = _distributions_in(values.third)
+    values, third, new = _made(part)
     if third and all(_is_behind(values.kl, each) for each in third):
         return values, third
-    return values, [each for each in of_new_policy(made) if _is_behind(values.kl, each)]
+    return values, [each for each in new if _is_behind(values.kl, each)]
+
+
+def _made(part: Objective) -> tuple[Values, list[Distribution], list[Distribution]]:
+    """Return what a closure returns, the distributions in its third value, and all new ones."""
+    with distributions_made() as made:
+        values = part.with_graph()
+    return values, _distributions_in(values.third), of_new_policy(made)
 
 
 def _is_behind(kl: Tensor, dist: Distribution) -> bool:

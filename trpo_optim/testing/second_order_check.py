@@ -42,10 +42,11 @@ def check_second_order(subject: ClosureSubject) -> Finding:
 
 
 def _kl_slope_elsewhere(subject: ClosureSubject) -> Tensor:
-    """Return a sum of sizes of the KL's gradient, whose elements are zero only if they always are.
+    """Return the sizes of the KL's gradient, summed over places around the parameters.
 
-    Far away, a unit that counts may be dead. Close by, the slope of a saturated policy rounds to
-    zero. A small move or its opposite leaves a unit alive.
+    An element is zero only if the KL depends on that parameter nowhere. Far away, a unit that
+    counts may be dead. Close by, the slope of a saturated policy rounds to zero. A small move or
+    its opposite leaves a unit alive.
     """
     slope = torch.zeros_like(subject.transaction.origin)
     far = subject.transaction.far_away()

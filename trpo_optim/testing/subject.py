@@ -168,15 +168,8 @@ class Subject(Evaluated):
     @functools.cached_property
     def at_bound(self) -> Tensor:
         """Which numbers of the vector lie at the bound of a clamp, where the policy has a kink."""
-        value = self.log_prob(self.dist())
-        found = at_bounds(value.grad_fn, self.vector.parameters)
-        masks = [found.get(id(each)) for each in self.vector.parameters]
-        return (
-            self.vector.gather(
-                [None if each is None else each.to(self.vector.dtype) for each in masks]
-            )
-            > 0
-        )
+        root = self.log_prob(self.dist()).grad_fn
+        return at_bounds([root], self.vector, self.vector.parameters)
 
     @contextmanager
     def at(self, step: Tensor) -> Iterator[None]:
